@@ -1,0 +1,162 @@
+"""Speed and memory of training and evaluation on this machine: one table, as ratios of one run.
+
+    make bench                               # every case, each in a process of its own
+    python tests/bench.py --case small       # one case, as a JSON line
+
+Utilisation is the model's floating point operations (6 a matrix weight and token, plus causal
+attention) over the rate of a 2048-cubed matrix product measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_gpt as tg
+
+SMALL = tg.Config(
+    num_layers=6, model_dim=256, num_heads=8, num_kv_heads=4, mlp_mult=4.0, vocab_size=1024,
+    train_seq_len=512, train_batch_tokens=8192, val_batch_size=8192,
+)  # fmt: skip
+BASELINE = tg.Config(train_batch_tokens=16_384, micro_batch_tokens=16_384, val_batch_size=16_384)
+MATRIX_SIZE = 2048
+CASES = {
+    "small": "6 layers x 256, sequence 512",
+    "small_plain": "the same, plain formula",
+    "small_optimizer": "the same, optimizer step alone",
+    "small_eval": "the same, evaluation alone",
+    "baseline": "baseline at full shape",
+    "baseline_optimizer": "the same, optimizer step alone",
+    "baseline_eval": "the same, evaluation alone",
+}
+
+
+def seconds_per_call(call: Callable[[], Any], run: tg.Run, budget_s: float) -> float:
+    """Best time of `call` within `budget_s` seconds, after one that warms up; once at least."""
+    call()
+    times: list[float] = []
+    started_s = time.perf_counter()
+    while not times or time.perf_counter() - started_s < budget_s:
+        run.synchronize()
+        before_s = time.perf_counter()
+        call()
+        run.synchronize()
+        times.append(time.perf_counter() - before_s)
+    return min(times)
+
+
+def matrix_flops_per_s(run: tg.Run, dtype: torch.dtype, budget_s: float) -> float:
+    """Rate of a square matrix product in `dtype`."""
+    a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=run.device).to(dtype)
+    return 2 * MATRIX_SIZE**3 / seconds_per_call(lambda: a @ a, run, budget_s)
+
+
+def make_run(cfg: tg.Config) -> tg.Run:
+    """A run of one process on this machine's device, without files."""
+    device, dtype = tg.open_device(cfg, {})
+    return tg.Run(
+        cfg=cfg, directory=Path(), rank=-1, world_size=1, device=device, dtype=dtype
+    )  # rank -1 writes nothing
+
+
+def plain_step(model: tg.GPT, window_BT: torch.Tensor) -> None:
+    """Forward and backward with all logits in float32 at once, as the formula is written."""
+    logits_NV = model.logits(window_BT[:, :-1]).flatten(0, 1)
+    F.cross_entropy(logits_NV, window_BT[:, 1:].flatten()).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def measure(case: str, budget_s: float) -> dict[str, Any]:
+    """Seconds, tokens and operations of one call of the case, and the process's peak memory."""
+    cfg = SMALL if case.startswith("small") else BASELINE
+    if case.endswith("plain"):
+        cfg = dataclasses.replace(cfg, compile=False, precision="fp32")
+    run = make_run(cfg)
+    model = tg.build_model(run)
+    rows = cfg.train_batch_tokens // cfg.train_seq_len
+    trainer = tg.Trainer(run, model, rows)
+    window_BT = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1))
+    ids_BT = window_BT.to(run.device)
+    if case.endswith("optimizer"):  # it needs gradients, of whatever
+        for param in trainer.params:
+            param.grad = torch.randn_like(param)
+
+    def optimizer() -> None:
+        trainer.adam.step()
+        trainer.muon.step(1e-9, 0.9)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "plain": lambda: plain_step(model, ids_BT),
+        "optimizer": optimizer,
+        "eval": lambda: model.score(ids_BT[:, :-1], ids_BT[:, 1:]),
+    }
+    kind = case.rpartition("_")[2]
+    call = calls.get(kind, lambda: trainer.step(window_BT))
+    matrices, attention = tg.flops_per_token(cfg)
+    tokens = 0 if kind == "optimizer" else cfg.train_batch_tokens
+    flops = tokens * (matrices + attention) / (3 if kind == "eval" else 1)
+    elapsed_s = seconds_per_call(call, run, budget_s)
+    return {
+        "case": case,
+        "ms": 1e3 * elapsed_s,
+        "tokens_per_s": tokens / elapsed_s,
+        "flops_per_s": flops / elapsed_s,
+        "matrix_flops_per_s": matrix_flops_per_s(run, run.dtype, 2.0),
+        "peak_memory_mib": tg.peak_memory_mib(run.device),
+        "precision": str(run.dtype).removeprefix("torch."),
+        "device": tg.describe_hardware(run),
+    }
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    """The table, and the ratio to the plain formula."""
+    first = next(iter(results.values()))
+    print(f"\n{first['device']}, torch {torch.__version__}")
+    for result in {r["precision"]: r for r in results.values()}.values():
+        rate = result["matrix_flops_per_s"] / 1e12
+        print(f"{MATRIX_SIZE}-cubed product in {result['precision']}: {rate:.3f} TFLOP/s")
+    print(f"\n{'case':<34}{'ms':>9}{'tokens/s':>11}{'utilisation':>13}{'peak MiB':>10}")
+    for name, result in results.items():
+        share = result["flops_per_s"] / result["matrix_flops_per_s"]
+        tokens = f"{result['tokens_per_s']:.0f}" if result["tokens_per_s"] else "-"
+        shown = f"{share:.1%}" if share else "-"
+        print(
+            f"{CASES[name]:<34}{result['ms']:>9.1f}{tokens:>11}{shown:>13}"
+            f"{result['peak_memory_mib']:>10.0f}"
+        )
+    if {"small", "small_plain"} <= results.keys():
+        ratio = results["small"]["tokens_per_s"] / results["small_plain"]["tokens_per_s"]
+        print(f"\nspeed over the plain formula (same shape): {ratio:.2f} x")
+
+
+def main() -> None:
+    """Measure one case, or each in a fresh process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=CASES, help="measure this one only, as a JSON line")
+    parser.add_argument("--budget-s", type=float, default=10.0, help="seconds a case is repeated")
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args.case, args.budget_s)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    for case, title in CASES.items():
+        print(f"measuring {title} ...", flush=True)
+        command = [sys.executable, __file__, "--case", case, "--budget-s", str(args.budget_s)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results[case] = json.loads(output.splitlines()[-1])
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,854 @@
+"""Artifact: exact round trips, every kind of damage refused by name, and the packed script."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import lzma
+import struct
+import sys
+import tracemalloc
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import brotli
+import numpy as np
+import pytest
+import torch
+import zstandard
+
+import train_gpt
+from tests.conftest import MakeRun, random_model, tiny_config
+from train_gpt import (
+    GPT,
+    Config,
+    InputError,
+    Quantized,
+    Run,
+    RunFailed,
+    account_sizes,
+    choose_attention,
+    decode_header,
+    decode_tensors,
+    encode_artifact,
+    find_compressor,
+    pack_source,
+    quantize_model,
+    read_artifact,
+)
+
+COMPRESSORS = ["zlib", "zstd", "lzma", "brotli"]
+SHA = hashlib.sha256(b"the tokenizer").hexdigest()
+SHAPE: dict[str, Any] = {
+    "vocab_size": 40, "num_layers": 3, "model_dim": 16, "tie_embeddings": False,
+    "skip_gates": True, "attn_bits": 6, "mlp_bits": 5, "embed_bits": 8,
+}  # fmt: skip
+PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of the compressed header
+
+
+def make_artifact(compressor: str = "zlib", **changes: Any) -> bytes:
+    """The artifact of a small random model."""
+    cfg = tiny_config(**{**SHAPE, "compressor": compressor, **changes})
+    return encode_artifact(cfg, quantize_model(cfg, random_model(cfg)), SHA)
+
+
+@pytest.fixture(scope="module")
+def artifacts() -> dict[str, bytes]:
+    """One artifact for each compressor, of the same weights."""
+    return {name: make_artifact(name) for name in COMPRESSORS}
+
+
+@pytest.fixture
+def read(make_run: MakeRun, tmp_path: Path) -> Callable[..., GPT]:
+    """read(payload): write it to a file and read that with a run whose own shape is another."""
+
+    def read_payload(payload: bytes, sha256: str = SHA, **knobs: Any) -> GPT:
+        path = tmp_path / "model.bin"
+        path.write_bytes(payload)
+        return read_artifact(path, make_run(**knobs), sha256)
+
+    return read_payload
+
+
+def refusal_of(read: Callable[..., GPT], payload: bytes, **options: Any) -> str:
+    """The reason for which `payload` is refused, after the part that names the file."""
+    with pytest.raises(InputError) as refusal:
+        read(payload, **options)
+    start, _, reason = str(refusal.value).partition("model.bin: ")
+    assert start.startswith("cannot use the artifact /") and reason
+    return reason
+
+
+class Parts:
+    """An artifact taken apart by the description of the format, to be edited and sealed again."""
+
+    def __init__(self, payload: bytes):
+        self.magic, self.version, head_bytes = PREFIX.unpack_from(payload)
+        self.head = payload[PREFIX.size :][:head_bytes]
+        self.body = payload[PREFIX.size + head_bytes : -32]
+        self.header = json.loads(zlib.decompress(self.head))
+        assert hashlib.sha256(payload[:-32]).digest() == payload[-32:]
+
+    def seal(self, *, head: bytes | None = None, head_bytes: int | None = None) -> bytes:
+        """The file with a right checksum; `head` and `head_bytes` override the header's."""
+        if head is None:
+            head = zlib.compress(json.dumps(self.header).encode())
+        head_bytes = len(head) if head_bytes is None else head_bytes
+        whole = PREFIX.pack(self.magic, self.version, head_bytes) + head + self.body
+        return whole + hashlib.sha256(whole).digest()
+
+    def streams(self) -> dict[str, bytes]:
+        """The packed streams by kind."""
+        streams, position = {}, 0
+        for kind, packed_bytes, _ in self.header["streams"]:
+            streams[kind] = self.body[position : position + packed_bytes]
+            position += packed_bytes
+        return streams
+
+    def replace_stream(self, kind: str, packed: bytes) -> None:
+        """Put `packed` in the place of a stream, its length declared."""
+        streams = {**self.streams(), kind: packed}
+        raw = {k: raw_bytes for k, _, raw_bytes in self.header["streams"]}
+        self.header["streams"] = [[k, len(v), raw[k]] for k, v in streams.items()]
+        self.body = b"".join(streams.values())
+
+
+# --- Round trips ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_model_read_back_is_the_stored_codes_times_their_scales(
+    compressor: str, read: Callable[..., GPT]
+):
+    cfg = tiny_config(**SHAPE, compressor=compressor)
+    tensors = quantize_model(cfg, random_model(cfg))
+    model = read(encode_artifact(cfg, tensors, SHA))
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == tensors.keys()
+    for name, stored in tensors.items():
+        expected = stored.values.astype(np.float32)
+        if stored.scales is not None:
+            expected = expected * stored.scales.astype(np.float32)[:, None]
+        assert parameters[name].dtype == torch.float32 and parameters[name].requires_grad
+        assert np.array_equal(parameters[name].detach().numpy(), expected), name
+
+
+def test_the_shape_comes_from_the_artifact_and_all_else_from_the_run(
+    make_run: MakeRun, tmp_path: Path
+):
+    knobs = dict(SHAPE, rope_dims=2, leaky_slope=0.25, xsa_last_n=1, logit_softcap=7.0)
+    path = tmp_path / "a.bin"
+    path.write_bytes(make_artifact(**knobs))
+    run = make_run(num_layers=1, model_dim=64, eval_stride=4, run_id="mine")
+    model = read_artifact(path, run, SHA)
+    wanted = tiny_config(**knobs)
+    for f in fields(Config):
+        expected = getattr(wanted if f.metadata["shape"] else run.cfg, f.name)
+        assert getattr(model.cfg, f.name) == expected, f.name
+    assert (run.cfg.eval_stride, run.cfg.run_id, run.cfg.num_layers) == (4, "mine", 3)
+    ids = torch.randint(40, (1, 9))
+    expected_model = random_model(wanted)
+    stored = quantize_model(wanted, expected_model)
+    expected_model.load_state_dict({k: v.dequantized() for k, v in stored.items()})
+    assert torch.equal(model.logits(ids), expected_model.logits(ids))
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_bytes_to_tensors_to_bytes_gives_the_same_bytes(
+    compressor: str, artifacts: dict[str, bytes]
+):
+    cfg = tiny_config(**SHAPE, compressor=compressor)
+    header, body = decode_header(artifacts[compressor])
+    shapes = {name: tuple(p.shape) for name, p in random_model(cfg).named_parameters()}
+    tensors = decode_tensors(header, body, shapes)
+    shuffled = dict(sorted(tensors.items(), reverse=True))
+    assert encode_artifact(cfg, shuffled, SHA) == artifacts[compressor]
+
+
+def test_the_same_weights_give_the_same_bytes_and_others_do_not(artifacts: dict[str, bytes]):
+    for name in COMPRESSORS:
+        assert make_artifact(name) == artifacts[name]
+    cfg = tiny_config(**SHAPE)
+    model = random_model(cfg)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc.weight[2, 3] += 0.5  # type: ignore[union-attr, operator, index]
+    assert encode_artifact(cfg, quantize_model(cfg, model), SHA) != artifacts["zlib"]
+
+
+def test_a_matrix_may_be_stored_in_plain_fp16(read: Callable[..., GPT]):
+    cfg = tiny_config(**SHAPE)
+    model = random_model(cfg)
+    tensors = quantize_model(cfg, model)
+    exact = model.tok_emb.weight.detach().half()
+    tensors["tok_emb.weight"] = Quantized(16, exact.numpy(), None)
+    assert torch.equal(read(encode_artifact(cfg, tensors, SHA)).tok_emb.weight, exact.float())
+
+
+# --- Compressors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("kind", ["noise", "zeros", "text", "one"])
+def test_a_compressor_gives_back_what_it_was_given(name: str, kind: str):
+    rng = np.random.default_rng(0)
+    raw = {
+        "noise": rng.integers(0, 256, 300_000, dtype=np.uint8).tobytes(),
+        "zeros": bytes(3_000_000),
+        "text": b"the of and to in a is that for it as was " * 20_000,
+        "one": b"\x07",
+    }[kind]
+    coder = find_compressor(name)
+    packed = coder.pack(raw)
+    assert coder.unpack(packed, len(raw)) == raw
+    assert coder.pack(raw) == packed
+    if kind in ("zeros", "text"):
+        assert len(packed) < len(raw) / 100
+
+
+def test_each_compressor_writes_its_own_format():
+    raw = b"the of and " * 1000
+    readers = {
+        "zlib": zlib.decompress,
+        "zstd": zstandard.ZstdDecompressor().decompress,
+        "lzma": lzma.decompress,
+        "brotli": brotli.decompress,
+    }
+    for name, reader in readers.items():
+        assert reader(find_compressor(name).pack(raw)) == raw
+    # Level 22 is stated in the frame by nothing; its result is.
+    noise = np.random.default_rng(0).integers(0, 16, 200_000, dtype=np.uint8).tobytes()
+    expected = zstandard.ZstdCompressor(level=22).compress(noise)
+    assert find_compressor("zstd").pack(noise) == expected
+
+
+@pytest.mark.parametrize(("name", "package"), [("zstd", "zstandard"), ("brotli", "brotli")])
+def test_a_missing_package_is_refused_with_the_remedy_not_replaced(
+    name: str,
+    package: str,
+    artifacts: dict[str, bytes],
+    read: Callable[..., GPT],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
+    with pytest.raises(InputError) as refusal:
+        make_artifact(name)
+    message = str(refusal.value)
+    assert message.startswith(f"COMPRESSOR={name}") and package in message
+    assert "pip install -r requirements.txt" in message
+    reason = refusal_of(read, artifacts[name])
+    assert f"COMPRESSOR={name}" in reason and "pip install -r requirements.txt" in reason
+    assert len(make_artifact("zlib")) > 0  # the others go on
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(make_run: MakeRun, tmp_path: Path):
+    for path in (tmp_path / "none.bin", tmp_path):
+        with pytest.raises(InputError) as refusal:
+            read_artifact(path, make_run(), SHA)
+        assert str(refusal.value).startswith(f"cannot use the artifact {path}: ")
+
+
+def boundaries(payload: bytes) -> list[int]:
+    """Where the parts of an artifact end."""
+    parts = Parts(payload)
+    ends = [0, 8, 10, PREFIX.size, PREFIX.size + len(parts.head)]
+    for packed in parts.streams().values():
+        ends.append(ends[-1] + len(packed))
+    assert ends[-1] == len(payload) - 32
+    return [*ends, len(payload)]
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_file_cut_at_or_near_the_end_of_any_part_is_refused(
+    compressor: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    payload = artifacts[compressor]
+    cuts = {end + d for end in boundaries(payload) for d in (-2, -1, 0, 1, 31, 32)}
+    for cut in sorted(c for c in cuts if 0 <= c < len(payload)):
+        reason = refusal_of(read, payload[:cut])
+        if cut < PREFIX.size + 32:
+            assert reason == f"{cut} bytes are too few for an artifact"
+        else:
+            text = "the checksum does not match: the file is truncated or was changed"
+            assert reason == text
+    for more in (b"\0", payload, payload[-32:]):
+        assert "checksum" in refusal_of(read, payload + more)
+
+
+def test_a_file_of_another_kind_is_refused(read: Callable[..., GPT]):
+    payload = b"PK\3\4" + bytes(100)
+    assert refusal_of(read, payload) == (
+        "it begins with b'PK\\x03\\x04\\x00\\x00\\x00\\x00', an artifact with b'PGOLFART'"
+    )
+
+
+def test_any_flipped_bit_is_refused(artifacts: dict[str, bytes], read: Callable[..., GPT]):
+    payload, rng = artifacts["zlib"], np.random.default_rng(0)
+    places = [*range(PREFIX.size + 8), *rng.integers(0, len(payload), 300), len(payload) - 1]
+    for place in places:
+        edited = bytearray(payload)
+        edited[place] ^= 1 << int(rng.integers(8))
+        refusal_of(read, bytes(edited))
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_flipped_bit_under_a_right_checksum_gives_a_refusal_or_a_whole_model(
+    compressor: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    # Nobody can tell edited weights from others; but nothing else may happen.
+    payload, rng = artifacts[compressor][:-32], np.random.default_rng(1)
+    shapes = {n: p.shape for n, p in random_model(tiny_config(**SHAPE)).named_parameters()}
+    ends = boundaries(artifacts[compressor])
+    near_the_start_of_a_part = [end + d for end in ends[3:-2] for d in range(12)]
+    refused = 0
+    for place in [*near_the_start_of_a_part, *rng.integers(0, len(payload), 40)]:
+        edited = bytearray(payload)
+        edited[place] ^= 1 << int(rng.integers(8))
+        try:
+            model = read(bytes(edited) + hashlib.sha256(edited).digest())
+        except InputError as error:
+            assert "model.bin: " in str(error)
+            refused += 1
+        else:
+            assert {n: p.shape for n, p in model.named_parameters()} == shapes
+    assert refused > 20
+
+
+# --- Edited headers under a right checksum -------------------------------------------------------
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+ODD_VALUES: list[Any] = [None, 7, "zlob", [], {}, [1, 2], [["a"]]]
+KEYS = ("model", "tokenizer_sha256", "compressor", "tensors", "streams")
+
+
+def remove_key(key: str) -> Edit:
+    """An edit that leaves out a part of the header."""
+    return lambda header: header.pop(key)
+
+
+def set_key(key: str, value: Any) -> Edit:
+    """An edit that puts something else in the place of a part of the header."""
+    return lambda header: header.update({key: value})
+
+
+def set_model(**values: Any) -> Edit:
+    """An edit of the model's shape; None removes the knob."""
+
+    def edit(header: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if value is None:
+                del header["model"][name]
+            else:
+                header["model"][name] = value
+
+    return edit
+
+
+def set_stream(kind: str, place: int, change: Callable[[Any], Any]) -> Edit:
+    """An edit of a stream's entry: [kind, packed bytes, raw bytes]."""
+
+    def edit(header: dict[str, Any]) -> None:
+        entry = next(e for e in header["streams"] if e[0] == kind)
+        entry[place] = change(entry[place])
+
+    return edit
+
+
+def set_bits(name: str, bits: Any) -> Edit:
+    """An edit of a tensor's bits."""
+
+    def edit(header: dict[str, Any]) -> None:
+        next(e for e in header["tensors"] if e[0] == name)[1] = bits
+
+    return edit
+
+
+MATRIX, VECTOR = "blocks.0.attn.c_q.weight", "blocks.0.attn_scale"
+REFUSED_EDITS: dict[str, Edit] = {
+    **{f"no {key}": remove_key(key) for key in KEYS},
+    **{f"{key} is {v!r}": set_key(key, v) for key in KEYS
+       for v in ODD_VALUES},
+    "unknown knob": set_model(num_layer=3),
+    "more layers": set_model(num_layers=4),
+    "fewer layers": set_model(num_layers=2),
+    "wider": set_model(model_dim=32),
+    "other heads": set_model(num_kv_heads=4),
+    "larger vocabulary": set_model(vocab_size=41),
+    "tied after all": set_model(tie_embeddings=True),
+    "without gates": set_model(skip_gates=False),
+    "huge width": set_model(model_dim=16_384),
+    "huge everything": set_model(model_dim=16_384, num_layers=256, mlp_mult=64.0),
+    "astronomic width": set_model(model_dim=10**30),
+    "negative layers": set_model(num_layers=-1),
+    **{f"{k} of zero": set_model(**{k: 0}) for k in ("num_heads", "num_kv_heads", "train_seq_len")},
+    "layers as 3.0": set_model(num_layers=3.0),
+    "no width": set_model(model_dim=0),
+    "odd width": set_model(model_dim=17),
+    "layers as text": set_model(num_layers="3"),
+    "layers as a fraction": set_model(num_layers=3.5),
+    "layers as a list": set_model(num_layers=[3]),
+    "softcap as text": set_model(logit_softcap="30"),
+    "width nan": set_model(mlp_mult=float("nan")),
+    "unknown tensor": lambda h: h["tensors"].append(["blocks.9.attn_scale", 16]),
+    "missing tensor": lambda h: h["tensors"].pop(),
+    "renamed tensor": lambda h: h["tensors"][0].__setitem__(0, "x" + h["tensors"][0][0]),
+    "tensor name is a number": lambda h: h["tensors"][0].__setitem__(0, 5),
+    "tensor without bits": lambda h: h["tensors"][0].pop(),
+    "matrix called plain": set_bits(MATRIX, 16),
+    "vector called coded": set_bits(VECTOR, 8),
+    "another compressor": lambda h: h.update(compressor="lzma"),
+    "unknown stream": set_stream("codes", 0, lambda _: "code"),
+    "stream kind is a list": set_stream("codes", 0, lambda _: []),
+    "stream missing": lambda h: h["streams"].pop(),
+    "streams swapped": lambda h: h["streams"].reverse(),
+    **{f"packed {name}": set_stream("codes", 1, change) for name, change in {
+        "too short": lambda n: n - 1, "too long": lambda n: n + 1, "zero": lambda n: 0,
+        "negative": lambda n: -n, "minus one": lambda n: -1, "astronomic": lambda n: 10**30,
+        "text": lambda n: str(n), "fraction": lambda n: n + 0.5, "nothing": lambda n: None,
+    }.items()},
+    **{f"raw {name}": set_stream("scales", 2, change) for name, change in {
+        "too short": lambda n: n - 1, "too long": lambda n: n + 1, "zero": lambda n: 0,
+        "negative": lambda n: -n, "astronomic": lambda n: 10**30, "text": lambda n: str(n),
+        "nothing": lambda n: None,
+    }.items()},
+    "a stream too many": lambda h: h["streams"].append(["more", 0, 0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED_EDITS)
+def test_an_edited_header_is_refused(
+    what: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    REFUSED_EDITS[what](parts.header)
+    refusal_of(read, parts.seal())
+
+
+def test_an_artifact_sealed_again_without_an_edit_is_read(
+    artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    # Without this the tests around it could pass because sealing is wrong.
+    for payload in artifacts.values():
+        assert isinstance(read(Parts(payload).seal()), GPT)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.metadata["shape"]])
+def test_a_header_that_leaves_out_a_knob_of_the_shape_is_refused(
+    name: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    del parts.header["model"][name]
+    default = tiny_config(**SHAPE)
+    # The run's own value fits, so that nothing else is wrong.
+    shape = {f.name: getattr(default, f.name) for f in fields(Config) if f.metadata["shape"]}
+    refusal_of(read, parts.seal(), **shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run_dir", "/tmp/x"),
+        ("eval_stride", 1),
+        ("artifact_budget_bytes", 10**12),
+        ("val_tokens_limit", 9),
+    ],
+)
+def test_a_header_cannot_set_what_is_not_the_model_s_shape(
+    name: str, value: Any, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    parts.header["model"][name] = value
+    refusal_of(read, parts.seal())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit_softcap", float("nan")),
+        ("logit_softcap", float("inf")),
+        ("rope_base", float("inf")),
+        ("leaky_slope", float("nan")),
+        ("tie_embeddings", 0),
+        ("skip_gates", "false"),
+        ("xsa_last_n", True),
+    ],
+)
+def test_a_header_s_knob_of_another_type_or_not_finite_is_refused(
+    name: str, value: Any, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    parts.header["model"][name] = value
+    refusal_of(read, parts.seal())
+
+
+@pytest.mark.parametrize("bits", [0, 3, 9, 99, -8, "8", None, 8.0, [8]])
+def test_bits_that_no_tensor_can_have_are_refused(
+    bits: Any, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    set_bits(MATRIX, bits)(parts.header)
+    refusal_of(read, parts.seal())
+
+
+def test_codes_beyond_their_bits_are_refused(artifacts: dict[str, bytes], read: Callable[..., GPT]):
+    parts = Parts(artifacts["zlib"])
+    set_bits(MATRIX, 4)(parts.header)  # it was stored with 6
+    refusal_of(read, parts.seal())
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"not zlib",
+        zlib.compress(b""),
+        zlib.compress(b"{"),
+        zlib.compress(b"\xff\xfe\xff"),
+        zlib.compress(b"[]"),
+        zlib.compress(b"7"),
+        zlib.compress(b"null"),
+        zlib.compress(b'"text"'),
+        zlib.compress(b"{}"),
+        zlib.compress(json.dumps({"model": {}}).encode())[:-4],
+        zlib.compress(b"[" * 200_000),
+    ],
+    ids=range(12),
+)
+def test_a_header_that_is_no_json_object_is_refused(
+    head: bytes, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    refusal_of(read, Parts(artifacts["zlib"]).seal(head=head))
+
+
+@pytest.mark.parametrize("change", [-(10**9), -1, 1, 20, 10**6, 10**9])
+def test_a_wrong_length_of_the_header_is_refused(
+    change: int, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    head_bytes = max(0, len(parts.head) + change)
+    refusal_of(read, parts.seal(head=parts.head, head_bytes=head_bytes))
+
+
+def test_bytes_that_no_stream_declares_are_refused(
+    artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    parts.body += b"\0"
+    refusal_of(read, parts.seal())
+    parts.body = b"\0" + artifacts["zlib"][PREFIX.size + len(parts.head) : -32]
+    refusal_of(read, parts.seal())
+
+
+@pytest.mark.parametrize("version", [0, 2, 65_535])
+def test_another_version_is_refused(
+    version: int, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zlib"])
+    parts.version = version
+    assert refusal_of(read, parts.seal()) == f"format version {version}; this script reads 1"
+
+
+def test_an_artifact_of_another_tokenizer_is_refused(
+    artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    reason = "it was trained with another tokenizer than the data set's"
+    assert refusal_of(read, artifacts["zlib"], sha256=SHA[::-1]) == reason
+
+
+def test_knobs_of_training_do_not_matter_to_reading(read: Callable[..., GPT]):
+    payload = make_artifact(train_seq_len=48, train_batch_tokens=96)
+    assert read(payload, train_batch_tokens=256, mode="eval").cfg.train_seq_len == 48
+
+
+# --- Edited numbers under a right checksum -------------------------------------------------------
+
+
+def edited_tensors(name: str, change: Callable[[Quantized], Quantized]) -> bytes:
+    """An artifact in which one tensor is stored differently."""
+    cfg = tiny_config(**SHAPE)
+    tensors = quantize_model(cfg, random_model(cfg))
+    tensors[name] = change(tensors[name])
+    return encode_artifact(cfg, tensors, SHA)
+
+
+def test_a_vector_stored_with_codes_and_scales_is_refused(read: Callable[..., GPT]):
+    def change(stored: Quantized) -> Quantized:
+        n = len(stored.values)
+        return Quantized(8, np.ones(n, dtype=np.int8), np.ones(n, dtype=np.float16))
+
+    refusal_of(read, edited_tensors(VECTOR, change))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [MATRIX, VECTOR])
+def test_weights_that_are_not_finite_are_refused(name: str, value: float, read: Callable[..., GPT]):
+    def change(stored: Quantized) -> Quantized:
+        numbers = stored.values if stored.scales is None else stored.scales
+        numbers = numbers.copy()
+        numbers[1] = value
+        if stored.scales is None:
+            return stored._replace(values=numbers)
+        return stored._replace(scales=numbers)
+
+    refusal_of(read, edited_tensors(name, change))
+
+
+# --- Bombs ---------------------------------------------------------------------------------------
+
+MIB = 2**20
+# What is held besides the numbers: the artifact itself, and 64 MiB that LZMA's highest preset needs
+# for its window, whatever the length of the text.
+ALLOWED_MIB = {"zlib": 20, "zstd": 20, "lzma": 90, "brotli": 20}
+
+
+def compress_zeros(name: str, num_mib: int) -> bytes:
+    """So many MiB of zeros in the compressor's format, made without holding them."""
+    if name == "brotli":
+        made: Any = brotli.Compressor(quality=1)
+        return b"".join([*(made.process(bytes(MIB)) for _ in range(num_mib)), made.finish()])
+    made = {
+        "zlib": lambda: zlib.compressobj(9),
+        "lzma": lambda: lzma.LZMACompressor(preset=0),
+        "zstd": lambda: zstandard.ZstdCompressor(level=1).compressobj(),
+    }[name]()
+    return b"".join([*(made.compress(bytes(MIB)) for _ in range(num_mib)), made.flush()])
+
+
+@pytest.fixture
+def peak_mib() -> Iterator[Callable[[], float]]:
+    """Most memory that Python objects took since the test began, in MiB."""
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1] / MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_that_unpacks_to_very_much_is_refused_in_little_memory(
+    artifacts: dict[str, bytes], read: Callable[..., GPT], peak_mib: Callable[[], float]
+):
+    bomb = Parts(artifacts["zlib"]).seal(head=compress_zeros("zlib", 64))
+    tracemalloc.reset_peak()
+    refusal_of(read, bomb)
+    assert peak_mib() < 20  # the header's own limit is 4 MiB, held once as bytes and once as text
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_stream_that_unpacks_to_more_than_declared_is_refused(
+    compressor: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts[compressor])
+    parts.replace_stream("codes", compress_zeros(compressor, 2))
+    refusal_of(read, parts.seal())
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_stream_that_unpacks_to_very_much_takes_little_memory(
+    compressor: str, artifacts: dict[str, bytes], read: Callable[..., GPT],
+    peak_mib: Callable[[], float],
+):  # fmt: skip
+    parts = Parts(artifacts[compressor])
+    parts.replace_stream("codes", compress_zeros(compressor, 64))
+    payload = parts.seal()
+    tracemalloc.reset_peak()
+    with contextlib.suppress(InputError):
+        read(payload)
+    assert peak_mib() < ALLOWED_MIB[compressor]
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        "zlib",
+        "lzma",
+        "brotli",
+        "zstd",
+    ],
+)
+def test_a_huge_shape_over_short_streams_is_refused_in_little_memory(
+    compressor: str, artifacts: dict[str, bytes], read: Callable[..., GPT],
+    peak_mib: Callable[[], float],
+):  # fmt: skip
+    huge = dict(model_dim=8192, mlp_mult=64.0, num_heads=64, num_kv_heads=64)
+    parts = Parts(artifacts[compressor])
+    parts.header["model"] |= huge
+    cfg = tiny_config(**{**SHAPE, **huge})
+    with torch.device("meta"):
+        model = GPT(cfg, choose_attention(cfg, torch.device("cpu"), torch.float32), torch.float32)
+    sizes = {name: p.shape for name, p in model.named_parameters()}
+    coded = {name for name, bits in parts.header["tensors"] if bits != 16}
+    raw = {
+        "codes": sum(sizes[k].numel() for k in coded),
+        "scales": sum(2 * sizes[k][0] for k in coded),
+        "plain": sum(2 * sizes[k].numel() for k in sizes.keys() - coded),
+    }
+    assert raw["codes"] > 20 * 2**30
+    parts.header["streams"] = [[k, n, raw[k]] for k, n, _ in parts.header["streams"]]
+    payload = parts.seal()
+    tracemalloc.reset_peak()
+    reason = refusal_of(read, payload)
+    assert str(raw["codes"]) in reason
+    assert peak_mib() < ALLOWED_MIB[compressor]
+
+
+def test_a_stream_that_asks_for_a_huge_window_is_refused(
+    artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["lzma"])
+    properties = b"\x5d" + struct.pack("<IQ", 2**30, 2**64 - 1)  # a dictionary of 1 GiB
+    parts.replace_stream("codes", properties + bytes(64))
+    assert "emory" in refusal_of(read, parts.seal())
+
+
+def test_a_zstd_frame_that_asks_for_a_huge_window_is_refused(
+    artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    parts = Parts(artifacts["zstd"])
+    window_log = 30
+    frame = struct.pack("<IBB", 0xFD2FB528, 0, (window_log - 10) << 3)
+    parts.replace_stream("codes", frame + bytes(64))
+    assert "emory" in refusal_of(read, parts.seal())
+
+
+# --- Sizes ---------------------------------------------------------------------------------------
+
+
+def write_files(run: Run, code_bytes: int, artifact_bytes: int) -> Path:
+    """A packed script and an artifact of these lengths in the run's folder."""
+    (run.directory / "train_gpt.py").write_bytes(bytes(code_bytes))
+    (run.directory / "artifact.bin").write_bytes(bytes(artifact_bytes))
+    return run.directory / "artifact.bin"
+
+
+def test_the_counted_size_is_that_of_both_files_on_disk(make_run: MakeRun):
+    run = make_run(artifact_budget_bytes=1000)
+    sizes = account_sizes(run, write_files(run, 300, 700))
+    assert sizes == {
+        "artifact_bytes": 700, "code_bytes": 300, "total_bytes": 1000, "budget_bytes": 1000,
+    }  # fmt: skip
+
+
+def test_a_byte_over_the_budget_fails_the_run(make_run: MakeRun):
+    run = make_run(artifact_budget_bytes=1000)
+    with pytest.raises(RunFailed) as failure:
+        account_sizes(run, write_files(run, 301, 700))
+    assert str(failure.value) == (
+        "code and artifact take 1001 bytes of ARTIFACT_BUDGET_BYTES=1000; "
+        "lower *_BITS or the model's shape"
+    )
+
+
+# --- The packed script ---------------------------------------------------------------------------
+
+SOURCE = Path(train_gpt.__file__).read_text(encoding="utf-8")
+
+
+def unpack(packed: str) -> str:
+    """The source inside a packed script, by running all of it but its last line."""
+    *setting, last = packed.splitlines()
+    assert last.startswith("exec(")
+    namespace: dict[str, Any] = {}
+    exec("\n".join(setting), namespace)
+    return str(namespace["PACKED_SOURCE"])
+
+
+class Plain(ast.NodeTransformer):
+    """Takes docstrings away: a first statement that is a lone string."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                if isinstance(first.value.value, str):
+                    del node.body[0]
+            if not node.body and not isinstance(node, ast.Module):
+                node.body.append(ast.Pass())
+        return node
+
+
+ODD_SOURCES = {
+    "empty": "",
+    "docstrings everywhere": (
+        '"""m"""\nfrom __future__ import annotations\n\n\ndef f():\n    """f"""\n\n\n'
+        'async def g():\n    "g"\n\n\nclass C:\n    """c"""\n\n    def h(self):\n'
+        '        """h"""  # a comment\n        return "not a docstring"\n\n    x: int = 1\n'
+    ),
+    "strings": (
+        "a = 'it\\'s \"{x}\" \\\\n \\x00 é 日本 😀'\n"
+        "x = 3\nb = f'{x!r:>{x}} {{}} {\"q\"}'\nc = b'\\xff\\x00'\nd = r'\\d'\n"
+    ),
+    "a string that is not first": "def f():\n    x = 1\n    'no docstring'\n    return x\n",
+    "the script": SOURCE,
+}
+
+
+packed = functools.cache(pack_source)  # packing the script takes most of a second
+
+
+@pytest.mark.parametrize("name", ODD_SOURCES)
+def test_the_packed_source_is_the_source_without_comments_and_docstrings(name: str):
+    source = ODD_SOURCES[name]
+    unpacked = unpack(packed(source))
+    expected = Plain().visit(ast.parse(source))
+    assert ast.dump(ast.parse(unpacked)) == ast.dump(expected)
+    comments = [line for line in unpacked.splitlines() if line.strip().startswith("#")]
+    assert comments == []
+
+
+@pytest.mark.parametrize("name", ODD_SOURCES)
+def test_packing_what_was_unpacked_gives_the_same_bytes(name: str):
+    assert pack_source(unpack(packed(ODD_SOURCES[name]))) == packed(ODD_SOURCES[name])
+
+
+def test_comments_cost_nothing_in_the_packed_script():
+    source = ODD_SOURCES["docstrings everywhere"]
+    commented = source.replace("\ndef ", "\n# A comment of some length.\ndef ")
+    assert commented != source and pack_source(commented) == packed(source)
+    assert len(packed(SOURCE)) < len(SOURCE) / 3
+
+
+def test_a_source_of_a_docstring_alone_packs_to_one_that_does_nothing():
+    namespace: dict[str, Any] = {}
+    exec(pack_source('"""only this"""\n'), namespace)
+    assert namespace["PACKED_SOURCE"] in ("", "pass")
+
+
+@pytest.fixture(scope="module")
+def packed_module() -> Iterator[types.ModuleType]:
+    """The packed script as a module."""
+    module = types.ModuleType("packed_train_gpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        exec(compile(packed(SOURCE), "packed.py", "exec"), module.__dict__)
+        yield module
+
+
+def test_the_packed_script_runs_as_the_source_does(packed_module: types.ModuleType):
+    env = {"MODE": "describe", "NUM_LAYERS": "3", "XSA_LAST_N": "1"}
+    described = packed_module.describe(packed_module.config_from_env(env))
+    assert described == train_gpt.describe(train_gpt.config_from_env(env))
+    assert packed_module.own_source() == unpack(packed(SOURCE))
+
+
+def test_tracebacks_and_inspect_find_the_lines_of_the_packed_script(
+    packed_module: types.ModuleType,
+):
+    source = inspect.getsource(packed_module.rms_norm)
+    assert source.startswith("def rms_norm(x: Tensor) -> Tensor:\n")
+    with pytest.raises(packed_module.InputError) as refusal:
+        packed_module.config_from_env({"SEED": "x"})
+    assert "raise InputError(" in str(refusal.traceback[-1].statement)

@@ -1,0 +1,432 @@
+"""Configuration: what the environment may say, and every way in which it is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from train_gpt import (
+    OUR_WORDS,
+    Config,
+    InputError,
+    changed_knobs,
+    config_from_env,
+    parse_value,
+    read_recipe,
+)
+
+KINDS: dict[str, Any] = get_type_hints(Config)
+FIELDS = {f.name: f for f in fields(Config)}
+BASELINE_KNOBS = (
+    "DATA_PATH TOKENIZER_PATH RUN_ID SEED VAL_BATCH_SIZE VAL_LOSS_EVERY TRAIN_LOG_EVERY ITERATIONS "
+    "WARMDOWN_ITERS WARMUP_STEPS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN MAX_WALLCLOCK_SECONDS "
+    "QK_GAIN_INIT VOCAB_SIZE NUM_LAYERS NUM_KV_HEADS MODEL_DIM NUM_HEADS MLP_MULT TIE_EMBEDDINGS "
+    "ROPE_BASE LOGIT_SOFTCAP EMBED_LR HEAD_LR TIED_EMBED_LR TIED_EMBED_INIT_STD MATRIX_LR "
+    "SCALAR_LR MUON_MOMENTUM MUON_BACKEND_STEPS MUON_MOMENTUM_WARMUP_START "
+    "MUON_MOMENTUM_WARMUP_STEPS BETA1 BETA2 ADAM_EPS GRAD_CLIP_NORM"
+).split()
+
+
+def problems_of(env: dict[str, str]) -> list[str]:
+    """The lines of the message with which `env` is refused."""
+    with pytest.raises(InputError) as refusal:
+        config_from_env(env)
+    head, *problems = str(refusal.value).split("\n  ")
+    assert head == "invalid environment:"
+    return problems
+
+
+# --- Parsing -------------------------------------------------------------------------------------
+
+
+def test_an_empty_environment_gives_the_defaults():
+    assert config_from_env({}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (bool, "1", True),
+        (bool, "true", True),
+        (bool, "True", True),
+        (bool, "0", False),
+        (bool, "FALSE", False),
+        (int, "12", 12),
+        (int, "-3", -3),
+        (float, "12", 12.0),
+        (float, "1e-3", 0.001),
+        (float, "-.5", -0.5),
+        (str, "", ""),
+        (str, " a=b ", " a=b "),
+    ],
+)
+def test_a_text_is_read_as_the_type_of_its_knob(kind: type, text: str, value: Any):
+    parsed = parse_value(text, kind)
+    assert parsed == value and type(parsed) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (bool, "yes"),
+        (bool, ""),
+        (bool, "2"),
+        (int, "1.5"),
+        (int, "1e3"),
+        (int, ""),
+        (int, "true"),
+        (float, "nan"),
+        (float, "inf"),
+        (float, "-Infinity"),
+        (float, "ten"),
+        (float, ""),
+    ],
+)
+def test_a_text_of_another_type_is_a_value_error(kind: type, text: str):
+    with pytest.raises(ValueError):
+        parse_value(text, kind)
+
+
+def another_value(name: str) -> Any:
+    """A value of the knob that is not the default and contradicts no default."""
+    f, kind = FIELDS[name], KINDS[name]
+    default: Any = f.default
+    if kind is bool:
+        return not default
+    if kind is str:
+        return f.metadata["choices"][-1] if f.metadata["choices"] else "some/where else"
+    candidates = [2 * default, default / 2, f.metadata["high"], 64, 1]
+    for value in (kind(c) for c in candidates if c is not None and c != default):
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            Config(**{name: value})
+            return value
+    raise AssertionError(f"no other value of {name} is accepted")
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "recipe"])
+def test_a_variable_sets_the_field_of_its_name_and_no_other(name: str):
+    value = another_value(name)
+    cfg = config_from_env({name.upper(): str(value)})
+    assert getattr(cfg, name) == value and type(getattr(cfg, name)) is KINDS[name]
+    assert changed_knobs(cfg) == [name.upper()]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("SEED", "7", 7),
+        ("MODEL_DIM", "256", 256),
+        ("NUM_LAYERS", "11", 11),
+        ("MATRIX_LR", "2e-2", 0.02),
+        ("MAX_WALLCLOCK_SECONDS", "0", 0.0),
+        ("MLP_MULT", "3", 3.0),
+        ("TRAIN_BATCH_TOKENS", "786432", 786_432),
+        ("ROPE_DIMS", "16", 16),
+    ],
+)
+def test_a_number_from_the_environment_reaches_the_config(name: str, text: str, value: Any):
+    cfg = config_from_env({name: text})
+    assert getattr(cfg, name.lower()) == value
+    assert changed_knobs(cfg) == [name]
+
+
+@pytest.mark.parametrize("name", BASELINE_KNOBS)
+def test_the_public_baseline_s_knobs_are_accepted(name: str):
+    default = getattr(Config(), name.lower())
+    text = str(int(default)) if isinstance(default, bool) else str(default)
+    assert config_from_env({name: text}) == Config()
+
+
+def test_the_defaults_are_those_of_the_public_baseline():
+    cfg = Config()
+    public = {
+        "seed": 1337, "val_batch_size": 524_288, "iterations": 20_000, "warmup_steps": 20,
+        "train_batch_tokens": 524_288, "train_seq_len": 1024, "max_wallclock_seconds": 600.0,
+        "qk_gain_init": 1.5, "vocab_size": 1024, "num_layers": 9, "num_kv_heads": 4,
+        "model_dim": 512, "num_heads": 8, "mlp_mult": 2, "tie_embeddings": True,
+        "rope_base": 10_000.0, "logit_softcap": 30.0, "embed_lr": 0.6, "head_lr": 0.008,
+        "tied_embed_lr": 0.05, "tied_embed_init_std": 0.005, "matrix_lr": 0.04, "scalar_lr": 0.04,
+        "muon_momentum": 0.95, "muon_backend_steps": 5, "muon_momentum_warmup_start": 0.85,
+        "muon_momentum_warmup_steps": 500, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8,
+        "grad_clip_norm": 0.0,
+    }  # fmt: skip
+    assert {name: getattr(cfg, name) for name in public} == public
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PATH", "HOME", "LANG", "SHLVL", "HOSTNAME", "PWD", "TERM", "USER", "LOGNAME", "_",
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+        "NCCL_NET", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR",
+        "TOKENIZERS_PARALLELISM", "HF_HOME", "VIRTUAL_ENV", "SLURM_JOB_ID", "KUBERNETES_PORT",
+    ],
+)  # fmt: skip
+def test_a_foreign_variable_passes(name: str):
+    assert config_from_env({name: "anything"}) == Config()
+
+
+def test_the_environment_given_is_the_only_one_that_is_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SEED", "5")
+    assert config_from_env({}).seed == Config().seed
+
+
+def test_the_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]
+
+
+# --- Refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "problem"),
+    [
+        (
+            {"MAX_WALLCLOCK_SECONDS": "ten"},
+            "MAX_WALLCLOCK_SECONDS='ten' is not a valid float",
+        ),
+        ({"MATRIX_LR": "nan"}, "MATRIX_LR='nan' is not a valid float"),
+        ({"NUM_LAYERS": "9.0"}, "NUM_LAYERS='9.0' is not a valid int"),
+        ({"SEED": ""}, "SEED='' is not a valid int"),
+        ({"COMPILE": "yes"}, "COMPILE='yes' is not a valid bool"),
+        (
+            {"COMPRESSOR": "gzip"},
+            "COMPRESSOR='gzip' must be one of zlib, zstd, lzma, brotli",
+        ),
+        ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, describe"),
+        (
+            {"NUM_LAYERS": "257"},
+            "NUM_LAYERS=257 must be in [1, 256] (distinct transformer blocks)",
+        ),
+        ({"MATRIX_LR": "-0.1"}, "MATRIX_LR=-0.1 must be at least 0 (Muon, block matrices)"),
+        ({"ATTN_BITS": "3"}, "ATTN_BITS=3 must be in [4, 8] (bits of attention matrices)"),
+        ({"NUM_LAYER": "9"}, "NUM_LAYER is not a knob; did you mean NUM_LAYERS?"),
+        ({"ITERATION": "9"}, "ITERATION is not a knob; did you mean ITERATIONS?"),
+        ({"MATRIXLR": "9"}, "MATRIXLR is not a knob; did you mean MATRIX_LR?"),
+        ({"QK_GAIN": "4"}, None),  # too far from QK_GAIN_INIT to be called a misspelling
+        ({"PHASED_TTT_ENABLED": "1"}, "PHASED_TTT_ENABLED is not a knob of this script"),
+        ({"LORA_RANK": "8"}, "LORA_RANK is not a knob of this script"),
+    ],
+)
+def test_a_bad_variable_is_refused_in_these_words(env: dict[str, str], problem: str | None):
+    if problem is None:
+        assert config_from_env(env) == Config()
+    else:
+        assert problems_of(env) == [problem]
+
+
+@pytest.mark.parametrize("word", sorted(OUR_WORDS))
+def test_a_name_with_a_word_of_ours_is_never_foreign(word: str):
+    name = f"ZZ_{word}_ZZ"
+    assert problems_of({name: "1"}) == [f"{name} is not a knob of this script"]
+    assert config_from_env({f"ZZ_A{word}Z": "1"}) == Config()  # a part of a word is not the word
+
+
+def test_all_problems_come_in_one_message():
+    env = {
+        "NUM_LAYER": "9",
+        "PHASED_TTT_ENABLED": "1",
+        "MAX_WALLCLOCK_SECONDS": "ten",
+        "SEED": "-1",
+        "NUM_KV_HEADS": "3",
+        "HOME": "/root",
+    }
+    with pytest.raises(InputError) as refusal:
+        config_from_env(env)
+    assert str(refusal.value) == (
+        "invalid environment:\n"
+        "  NUM_LAYER is not a knob; did you mean NUM_LAYERS?\n"
+        "  PHASED_TTT_ENABLED is not a knob of this script\n"
+        "  MAX_WALLCLOCK_SECONDS='ten' is not a valid float\n"
+        "  SEED=-1 must be in [0, 2147483647] (seeds initialisation and data order)\n"
+        "  NUM_KV_HEADS=3 must divide NUM_HEADS=8"
+    )
+    assert isinstance(refusal.value, ValueError)
+
+
+DIVISORS = ["num_heads", "num_kv_heads", "train_seq_len"]  # in the rules between knobs; see below
+BOUNDED = [
+    (name, end)
+    for name in FIELDS
+    for end in ("low", "high")
+    if FIELDS[name].metadata[end] is not None and (end == "high" or name not in DIVISORS)
+]
+
+
+@pytest.mark.parametrize(("name", "end"), BOUNDED)
+def test_a_bound_belongs_to_the_range_and_what_lies_beyond_does_not(name: str, end: str):
+    bound = KINDS[name](FIELDS[name].metadata[end])
+    step = 1 if KINDS[name] is int else 1e-6 * (abs(bound) or 1.0)
+    beyond = bound - step if end == "low" else bound + step
+
+    def complaints(value: Any) -> list[str]:
+        try:
+            Config(**{name: value})
+        except InputError as error:
+            lines = str(error).split("\n  ")[1:]
+            return [line for line in lines if line.startswith(f"{name.upper()}={value} must be ")]
+        return []
+
+    ranges = [line for line in complaints(bound) if FIELDS[name].metadata["doc"] in line]
+    assert ranges == []
+    assert len(complaints(beyond)) >= 1
+
+
+@pytest.mark.parametrize("name", [name.upper() for name in DIVISORS])
+def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
+    first, *_ = problems_of({name: "0"})
+    assert first.startswith(f"{name}=0 must be in [1, ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"model_dim": 510, "rope_dims": 2},
+            "NUM_HEADS=8 must divide MODEL_DIM=510",
+        ),
+        ({"num_kv_heads": 3}, "NUM_KV_HEADS=3 must divide NUM_HEADS=8"),
+        ({"num_kv_heads": 16}, "NUM_KV_HEADS=16 must divide NUM_HEADS=8"),
+        (
+            {"rope_dims": 7},
+            "ROPE_DIMS=7 (0 = the head's width) must be even and at most MODEL_DIM/NUM_HEADS=64",
+        ),
+        (
+            {"rope_dims": 66},
+            "ROPE_DIMS=66 (0 = the head's width) must be even and at most MODEL_DIM/NUM_HEADS=64",
+        ),
+        (
+            {"model_dim": 40},
+            "ROPE_DIMS=0 (0 = the head's width) must be even and at most MODEL_DIM/NUM_HEADS=5",
+        ),
+        (
+            {"train_batch_tokens": 524_289},
+            "TRAIN_BATCH_TOKENS=524289 must be a multiple of TRAIN_SEQ_LEN=1024",
+        ),
+        (
+            {"eval_stride": 1025},
+            "EVAL_STRIDE=1025 must be at most the evaluation context 1024 "
+            "(EVAL_SEQ_LEN or TRAIN_SEQ_LEN)",
+        ),
+        (
+            {"eval_seq_len": 32},
+            "EVAL_STRIDE=64 must be at most the evaluation context 32 "
+            "(EVAL_SEQ_LEN or TRAIN_SEQ_LEN)",
+        ),
+        (
+            {"muon_coefficients": "polar", "muon_backend_steps": 6},
+            "MUON_BACKEND_STEPS=6 must be at most 5 with MUON_COEFFICIENTS=polar",
+        ),
+        ({"xsa_last_n": 10}, "XSA_LAST_N=10 must be at most NUM_LAYERS=9"),
+    ],
+)
+def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], problem: str):
+    with pytest.raises(InputError) as refusal:
+        Config(**changes)
+    assert str(refusal.value) == f"invalid configuration:\n  {problem}"
+    env = {name.upper(): str(value) for name, value in changes.items()}
+    assert problems_of(env) == [problem]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_dims": 64},
+        {"eval_stride": 1024},
+        {"eval_seq_len": 2048, "eval_stride": 2048},
+        {"muon_coefficients": "polar", "muon_backend_steps": 5},
+        {"muon_coefficients": "classic", "muon_backend_steps": 6},
+        {"xsa_last_n": 9},
+        {"num_kv_heads": 8},
+        {"train_batch_tokens": 3 * 1024},  # neither a power of two nor a multiple of 8 rows
+        {"train_seq_len": 768, "train_batch_tokens": 768},
+        {"model_dim": 80, "rope_dims": 10},
+    ],
+)
+def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any]):
+    assert Config(**changes) == dataclasses.replace(Config(), **changes)
+
+
+# --- Recipes -------------------------------------------------------------------------------------
+
+
+def test_a_recipe_lies_below_the_environment_and_above_the_defaults(tmp_path: Path):
+    recipe = tmp_path / "run.env"
+    recipe.write_text("# a comment\n\n  MODEL_DIM = 256 \nSEED=1\nRUN_ID=a=b\nMLP_MULT=3\n")
+    cfg = config_from_env({"RECIPE": str(recipe), "SEED": "2", "RANK": "0"})
+    assert (cfg.model_dim, cfg.seed, cfg.run_id, cfg.mlp_mult) == (256, 2, "a=b", 3.0)
+    assert changed_knobs(cfg) == ["MLP_MULT", "MODEL_DIM", "RECIPE", "RUN_ID", "SEED"]
+
+
+def test_an_empty_recipe_variable_means_no_recipe():
+    assert config_from_env({"RECIPE": ""}) == Config()
+
+
+def test_a_bad_value_in_a_recipe_is_refused_like_one_in_the_environment(tmp_path: Path):
+    recipe = tmp_path / "run.env"
+    recipe.write_text("SEED=one\nNUM_LAYERS=0\n")
+    assert problems_of({"RECIPE": str(recipe)}) == [
+        "SEED='one' is not a valid int",
+        "NUM_LAYERS=0 must be in [1, 256] (distinct transformer blocks)",
+    ]
+
+
+@pytest.mark.parametrize("line", ["NUM_LAYER=9", "export SEED=1", "SEED", "=1", "NCCL_NET=ib"])
+def test_a_recipe_line_that_sets_no_knob_is_refused_with_its_place(tmp_path: Path, line: str):
+    recipe = tmp_path / "run.env"
+    recipe.write_text(f"SEED=1\n# second\n{line}\n")
+    with pytest.raises(InputError) as refusal:
+        config_from_env({"RECIPE": str(recipe)})
+    assert str(refusal.value) == f"{recipe}:3: {line!r} is not KNOB=value of a known knob"
+
+
+def test_a_recipe_line_in_small_letters_is_not_ignored(tmp_path: Path):
+    recipe = tmp_path / "run.env"
+    recipe.write_text("model_dim=64\n")
+    try:
+        assert config_from_env({"RECIPE": str(recipe)}).model_dim == 64
+    except InputError as error:
+        assert "model_dim" in str(error)
+
+
+def test_a_missing_recipe_is_refused_by_name(tmp_path: Path):
+    path = tmp_path / "none.env"
+    with pytest.raises(InputError) as refusal:
+        config_from_env({"RECIPE": str(path)})
+    text = f"RECIPE={path} cannot be read: [Errno 2] No such file or directory: '{path}'"
+    assert str(refusal.value) == text
+
+
+def test_a_recipe_that_is_not_text_is_refused_by_name(tmp_path: Path):
+    path = tmp_path / "run.env"
+    path.write_bytes(b"SEED=1\n\xff\xfe\n")
+    with pytest.raises(InputError, match=r"^RECIPE=.*run\.env cannot be read: 'utf-8' codec"):
+        read_recipe(path)
+
+
+# --- Derived values ------------------------------------------------------------------------------
+
+
+def test_derived_values_follow_from_the_knobs():
+    cfg = Config(model_dim=96, num_heads=4, num_kv_heads=2, mlp_mult=2.5, train_seq_len=128)
+    assert (cfg.head_dim, cfg.mlp_dim, cfg.rotary_dims, cfg.score_seq_len) == (24, 240, 24, 128)
+    changed = dataclasses.replace(cfg, rope_dims=8, eval_seq_len=256)
+    assert (changed.rotary_dims, changed.score_seq_len) == (8, 256)
+
+
+def test_changed_knobs_are_those_that_differ_sorted():
+    assert changed_knobs(Config()) == []
+    cfg = Config(seed=3, compile=False, model_dim=256, muon_wd=0.0)
+    assert changed_knobs(cfg) == ["COMPILE", "MODEL_DIM", "SEED"]
+
+
+def test_every_knob_says_what_it_means_and_its_default_has_its_type():
+    for name, f in FIELDS.items():
+        assert len(f.metadata["doc"]) >= 4, name
+        assert type(f.default) is KINDS[name], name

@@ -1,0 +1,407 @@
+"""Several processes: equal to one within rounding, replicas equal to the bit, no rank left behind.
+
+Two ranks add the gradients of their halves of a batch, one process adds all rows in one go: float32
+sums in another order differ in their last bits, and Adam's first steps, lr * sign(gradient), turn a
+rounding of a gradient near zero into a whole step of that weight. So one process and two are
+compared within a tolerance, and replicas of one run to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.conftest import TinyData, environment, tiny_config
+from tests.processes import (
+    SCRIPT,
+    Result,
+    log_events,
+    losses,
+    metrics,
+    run_ranks,
+    run_script,
+    start_ranks,
+    submission,
+    wait_for_ranks,
+    wait_until,
+)
+
+RUN: dict[str, Any] = {
+    "run_dir": "run", "num_layers": 2, "iterations": 6, "train_log_every": 1, "val_loss_every": 4,
+    "warmup_steps": 1, "eval_stride": 16, "averaging": "ema", "ema_decay": 0.5,
+}  # fmt: skip
+TORCHRUN_TIMEOUT_S = 120.0  # three interpreters that import torch, on a busy machine
+
+# Runs the script; each rank leaves the state of its training beside the run. HOOK: `nan` spoils the
+# loss of rank 1 at step 3, `slow` makes the steps of rank 1 longer.
+WORKER = f"""
+import os, sys, time
+import safetensors.torch
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_gpt
+
+rank, hook = int(os.environ.get("RANK", 0)), os.environ.pop("HOOK", "")
+train, step, loss = train_gpt.train, train_gpt.Trainer.step, train_gpt.GPT.loss
+
+def train_and_keep(run, *args):
+    trainer = train(run, *args)
+    safetensors.torch.save_file(trainer.tensors(), f"rank_{{rank}}.safetensors")
+    return trainer
+
+def slow_step(self, window):
+    time.sleep(0.03)
+    return step(self, window)
+
+def bad_loss(self, *args):
+    bad_loss.calls += 1
+    return loss(self, *args) * (float("nan") if bad_loss.calls == 3 else 1)
+
+train_gpt.train, bad_loss.calls = train_and_keep, 0
+if rank == 1 and hook == "slow":
+    train_gpt.Trainer.step = slow_step
+if rank == 1 and hook == "nan":
+    train_gpt.GPT.loss = bad_loss
+sys.exit(train_gpt.main())
+"""
+
+DIE = """
+def die(step):
+    if bad_loss.calls == step:
+        os.kill(os.getpid(), 9)
+    return 1
+
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder to run in."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of WORKER."""
+    path = tmp_path_factory.mktemp("worker") / "worker.py"
+    path.write_text(WORKER)
+    return path
+
+
+def run_environment(data: TinyData, **changes: Any) -> dict[str, str]:
+    return environment(tiny_config(**{**RUN, "data_path": str(data.folder), **changes}))
+
+
+# --- torchrun ------------------------------------------------------------------------------------
+
+
+class Torchrun:
+    """`torchrun --standalone --nproc_per_node=2 SCRIPT` in a session of its own."""
+
+    def __init__(self, script: Path, env: dict[str, str], work: Path):
+        self.out = work.parent / "torchrun_out"
+        self.err = work.parent / "torchrun_err"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [*command, "--nproc_per_node=2", str(script)],
+                env=env,
+                cwd=work,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def wait_for_output(self, text: str) -> None:
+        def printed() -> bool:
+            return text in self.out.read_text() or self.process.poll() is not None
+
+        wait_until(printed, TORCHRUN_TIMEOUT_S, f"torchrun has not printed {text!r}")
+
+    def wait(self) -> Result:
+        status = self.process.wait(TORCHRUN_TIMEOUT_S)
+        return Result(status, self.out.read_text(), self.err.read_text())
+
+    def kill_all(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def torchrun(script: Path, env: dict[str, str], work: Path) -> Iterator[Torchrun]:
+    """Start it; whatever happens, none of its processes survives the test."""
+    started = Torchrun(script, env, work)
+    try:
+        yield started
+    finally:
+        started.kill_all()
+
+
+class Pair(NamedTuple):
+    """One run by one process and the same by two."""
+
+    one: Path
+    two: Path
+    result: Result
+
+
+@pytest.fixture(scope="module")
+def pair(data: TinyData, worker: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """MODE=all, alone and under torchrun."""
+    folder = tmp_path_factory.mktemp("pair")
+    one, two = folder / "one", folder / "two" / "work"
+    one.mkdir()
+    two.mkdir(parents=True)
+    env = run_environment(data)
+    alone = run_script(env, one, worker)
+    assert alone.status == 0, alone.err
+    with torchrun(worker, env, two) as started:
+        result = started.wait()
+    assert result.status == 0, result.err
+    return Pair(one, two, result)
+
+
+def test_torchrun_with_two_processes_logs_each_event_once(pair: Pair):
+    events = log_events(pair.result.out)
+    assert dict(events)["run"]["ranks"] == "2"
+    one = [r["event"] for r in all_metrics(pair.one / "run")]
+    assert ["config", *(event for event, _ in events)] == one
+
+
+def all_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_losses_of_two_processes_are_those_of_one_within_rounding(pair: Pair):
+    one, two = losses(pair.one / "run"), losses(pair.two / "run")
+    assert two[1] == pytest.approx(one[1], abs=2e-5)  # before any step: the sum's order alone
+    assert two == pytest.approx(one, rel=2e-3)
+
+
+def state_of(folder: Path, rank: int) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / f"rank_{rank}.safetensors")
+
+
+def test_weights_of_two_processes_are_those_of_one_within_a_few_steps_of_few_weights(pair: Pair):
+    one, two = state_of(pair.one, 0), state_of(pair.two, 0)
+    for name in (name for name in one if name.startswith("model/")):
+        off = (one[name] - two[name]).abs()
+        assert float(off.mean()) < 1e-3, name  # a step of Adam is 0.05 here
+        assert float((off > 1e-3).float().mean()) < 0.02, name
+
+
+def test_replicas_are_equal_to_the_bit(pair: Pair):
+    first, second = state_of(pair.two, 0), state_of(pair.two, 1)
+    assert first.keys() == second.keys() and len(first) > 50
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_score_of_the_same_artifact_by_two_processes_is_that_of_one(pair: Pair, data: TinyData):
+    artifact = str((pair.one / "run" / "artifact.bin").resolve())
+    env = run_environment(data, mode="eval", artifact=artifact, run_dir="again")
+    results = run_ranks([env, env], pair.one)
+    assert [r.status for r in results] == [0, 0], results[0].err
+    for event in ("final_quantized", "final_sliding"):
+        one, two = metrics(pair.one / "run", event)[0], metrics(pair.one / "again", event)[0]
+        assert (one["tokens"], one["bytes"]) == (two["tokens"], two["bytes"])
+        # Batches of other shapes: rounding of single nats, of either sign.
+        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-6)
+
+
+def test_final_scores_of_two_processes_are_those_of_one_within_rounding(pair: Pair):
+    one, two = submission(pair.one / "run"), submission(pair.two / "run")
+    assert two["val_bpb"] == pytest.approx(one["val_bpb"], rel=2e-3)
+    assert two["hardware"] == one["hardware"] or "2" in two["hardware"]
+
+
+def test_bad_environment_under_torchrun_is_said_once_and_ends(data: TinyData, work: Path):
+    env = {**run_environment(data), "NUM_LAYER": "3", "MATRIX_LR": "fast"}
+    with torchrun(SCRIPT, env, work) as started:
+        result = started.wait()
+    assert result.status != 0
+    assert result.err.count("InputError: invalid environment:") == 1
+    assert result.err.count("NUM_LAYER is not a knob; did you mean NUM_LAYERS?") == 1
+    assert "MATRIX_LR='fast' is not a valid float" in result.err
+    assert 'train_gpt.py", line' not in result.err  # no traceback of the script
+    assert result.out == "" and list(work.iterdir()) == []
+
+
+def said(result: Result) -> str:
+    """What a rank wrote on stderr, less the warnings of torch."""
+    lines = iter(result.err.splitlines(keepends=True))
+    return "".join(line for line in lines if "Warning: " not in line or not next(lines, None))
+
+
+def steps_of(result: Result) -> list[int]:
+    return [int(values["step"]) for event, values in log_events(result.out) if event == "step"]
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return [int(p.name.removeprefix("step_")) for p in (folder / "run" / "checkpoint").iterdir()]
+
+
+def long_environment(data: TinyData) -> dict[str, str]:
+    """A run that is not over when it is stopped at step 10."""
+    return run_environment(data, mode="train", iterations=80, train_log_every=5, val_loss_every=0)
+
+
+def assert_stopped_with_a_checkpoint(result: Result, work: Path) -> int:
+    """One clear line, no traceback of the script, one checkpoint; its step."""
+    assert result.status != 0
+    assert result.err.count("Interrupted: stopped by a signal after step") == 1, result.err
+    assert 'train_gpt.py", line' not in result.err
+    saved = checkpoints(work)
+    assert len(saved) == 1 and 10 <= saved[0] < 80
+    return saved[0]
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_leaves_a_checkpoint_that_one_process_goes_on_from(
+    data: TinyData, work: Path
+):
+    env = long_environment(data)
+    with torchrun(SCRIPT, env, work) as started:
+        started.wait_for_output("step step:10 ")
+        started.process.terminate()
+        result = started.wait()
+    step = assert_stopped_with_a_checkpoint(result, work)
+    resumed = run_script(env, work)
+    assert resumed.status == 0, resumed.err
+    assert metrics(work / "run", "resume")[0]["step"] == step
+    assert steps_of(resumed)[-1] == 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_all_processes_of_torchrun_leaves_a_checkpoint(
+    data: TinyData, work: Path, number: int
+):
+    # Ctrl-C in a terminal and job schedulers reach the workers themselves, and torchrun passes the
+    # signal on: each worker hears it twice.
+    with torchrun(SCRIPT, long_environment(data), work) as started:
+        started.wait_for_output("step step:10 ")
+        os.killpg(started.process.pid, number)
+        result = started.wait()
+    assert_stopped_with_a_checkpoint(result, work)
+
+
+# --- Ranks started by hand -----------------------------------------------------------------------
+
+
+def test_three_processes_with_uneven_shares_give_what_one_gives(data: TinyData, work: Path):
+    # 5 layers and 3 ranks: a stack of equal matrices that the ranks cannot share evenly.
+    env = run_environment(data, mode="train", num_layers=5, train_batch_tokens=192)
+    for name in ("one", "three"):
+        (work / name).mkdir()
+    one = run_script(env, work / "one")
+    assert one.status == 0, one.err
+    results = run_ranks([env] * 3, work / "three")
+    assert [r.status for r in results] == [0, 0, 0], results[0].err
+    assert losses(work / "three" / "run") == pytest.approx(losses(work / "one" / "run"), rel=2e-3)
+    assert results[1].out == results[2].out == "", "rank 0 alone speaks"
+
+
+def test_more_ranks_than_windows_score_all(data: TinyData, work: Path):
+    env = run_environment(data, val_tokens_limit=5, iterations=1, val_loss_every=0)
+    results = run_ranks([env, env], work)
+    assert [r.status for r in results] == [0, 0], results[0].err
+    assert metrics(work / "run", "final_sliding")[0]["tokens"] == 5
+
+
+@pytest.mark.parametrize("heard_by", [[0, 1], [1]])
+def test_sigterm_leaves_a_checkpoint_that_one_process_goes_on_from(
+    data: TinyData, work: Path, heard_by
+):
+    env = long_environment(data)
+    ranks = start_ranks([env, env], work)
+    ranks[0].wait_for_output("step step:10 ")
+    for rank in heard_by:
+        ranks[rank].send(signal.SIGTERM)
+    results = wait_for_ranks(ranks)
+    assert [r.status for r in results] == [143, 143]
+    step = assert_stopped_with_a_checkpoint(results[0], work)
+    assert said(results[1]) == ""
+    if heard_by == [0, 1]:
+        resumed = run_script(env, work)
+        assert resumed.status == 0, resumed.err
+        assert metrics(work / "run", "resume")[0]["step"] == step
+        assert steps_of(resumed)[-1] == 80
+
+
+def test_batch_that_does_not_divide_is_refused_once_with_the_numbers(data: TinyData, work: Path):
+    results = run_ranks([run_environment(data)] * 3, work)
+    assert [r.status for r in results] == [2, 2, 2]
+    assert results[0].err.startswith("InputError: TRAIN_BATCH_TOKENS=256 / TRAIN_SEQ_LEN=32")
+    assert "8 rows" in results[0].err and "3 ranks" in results[0].err
+    assert said(results[1]) == said(results[2]) == ""
+
+
+def test_bad_loss_of_one_rank_stops_both_at_its_step(data: TinyData, work: Path, worker: Path):
+    env = run_environment(data, warmup_steps=0, checkpoint_every_seconds=1e-6)
+    results = run_ranks([{**env, "HOOK": "nan"}] * 2, work, worker)
+    assert [r.status for r in results] == [1, 1], results[1].err
+    assert said(results[0]).startswith("RunFailed: the loss is nan at step 3 (last finite: ")
+    assert said(results[1]) == ""
+    assert checkpoints(work) == [2]
+
+
+def test_clock_stops_all_ranks_after_the_same_step(data: TinyData, work: Path, worker: Path):
+    env = run_environment(
+        data, mode="train", iterations=10**6, max_wallclock_seconds=1.0, train_log_every=10**6
+    )
+    results = run_ranks([{**env, "HOOK": "slow"}] * 2, work, worker)
+    assert [r.status for r in results] == [0, 0], results[0].err
+    first, second = state_of(work, 0), state_of(work, 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    end = metrics(work / "run", "train_end")[0]
+    assert 1 < end["steps"] < 1.0 / 0.03  # at the pace of the slow one
+
+
+def test_two_ranks_that_were_killed_go_on_to_the_same_bits(data: TinyData, work: Path):
+    env = run_environment(
+        data, mode="train", iterations=12, checkpoint_every_seconds=1e-6, val_loss_every=0
+    )
+    for name in ("whole", "killed"):
+        (work / name).mkdir()
+    whole = run_ranks([env, env], work / "whole")
+    assert [r.status for r in whole] == [0, 0], whole[0].err
+    # Rank 1 dies at step 5; rank 0 then cannot go on either, and must not wait for ever.
+    killer = work / "killer.py"
+    killer.write_text(WORKER.replace('float("nan") if bad_loss.calls == 3 else 1', "die(5)"))
+    killer.write_text(killer.read_text().replace("def bad_loss", DIE + "def bad_loss"))
+    killed = run_ranks([{**env, "HOOK": "nan"}] * 2, work / "killed", killer)
+    assert killed[1].status == -signal.SIGKILL and killed[0].status != 0
+    resumed = run_ranks([env, env], work / "killed")
+    assert [r.status for r in resumed] == [0, 0], resumed[0].err
+    assert metrics(work / "killed" / "run", "resume")[0]["step"] >= 3
+    artifacts = [(work / n / "run" / "artifact.bin").read_bytes() for n in ("whole", "killed")]
+    assert artifacts[0] == artifacts[1]
+    assert losses(work / "killed" / "run") == losses(work / "whole" / "run")
+
+
+def test_checkpoint_that_rank_0_refuses_ends_all_ranks(data: TinyData, work: Path):
+    env = run_environment(data, mode="train", iterations=2)
+    assert run_script(env, work).status == 0
+    (work / "run" / "artifact.bin").unlink()
+    (work / "run" / "checkpoint" / "step_000000002" / "state.safetensors").write_bytes(b"")
+    results = run_ranks([env, env], work)
+    assert results[0].status == 2 and "step_000000002 is damaged" in results[0].err
+    assert results[1].status != 0
+
+
+def test_describe_speaks_once(work: Path):
+    results = run_ranks([{**environment(tiny_config()), "MODE": "describe"}] * 2, work)
+    assert [r.status for r in results] == [0, 0]
+    assert "NUM_LAYERS=3" in results[0].out and results[1].out == ""

@@ -1,0 +1,562 @@
+"""The records tool: logs in, submission.json, tables and plots out, and what `check` refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import train_gpt
+from records import records
+from records.records import RunLog, main
+
+SOURCE = '"""The source that ran."""\n'
+BPB = {1: 1.31, 2: 1.29, 3: 1.33}
+
+
+def config_event(**changes: Any) -> dict[str, Any]:
+    """A `config` event whose values are the script's defaults but for `changes`."""
+    cfg = dataclasses.replace(train_gpt.Config(), **changes)
+    values = {f.name.upper(): getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    return {"event": "config", "values": values, "changed": train_gpt.changed_knobs(cfg)}
+
+
+def score(bpb: float, **changes: Any) -> dict[str, Any]:
+    """The keys of a final score."""
+    loss = round(bpb * math.log(2) * 2.5, 8)
+    common: dict[str, Any] = dict(eval_s=2.5, tokens=4000, bytes=10_000, partial=False)
+    return {"val_loss": loss, "val_bpb": bpb, **common, "compliant": True, **changes}
+
+
+def step(number: int, loss: float) -> dict[str, Any]:
+    """A `step` event."""
+    common = dict(steps=400, lr_scale=1.0, step_avg_ms=250.0, tokens_per_s=65_536)
+    shown = dict(step=number, train_loss=loss, train_s=number / 4, tokens=number * 16_384)
+    return {"event": "step", **common, **shown}
+
+
+def run_events(seed: int, bpb: float, **changes: Any) -> list[dict[str, Any]]:
+    """The events of a finished run whose sliding score is `bpb`."""
+    noise = np.random.default_rng(seed).normal(0, 0.05, 400)
+    losses = [round(2.2 + 5 * math.exp(-n / 25) + noise[n] - n / 800, 5) for n in range(400)]
+    versions = {"python": "3.11.7", "torch": "2.13.0", "numpy": "2.4.6", "sentencepiece": "0.2.3"}
+    sha = hashlib.sha256(SOURCE.encode()).hexdigest()
+    spent = dict(training_s=100.5, evaluation_s=9.25 + seed, other_s=20.0)
+    sizes = dict(artifact_bytes=700_000 + seed, code_bytes=20_000, total_bytes=720_000 + seed)
+    return [
+        config_event(seed=seed, num_layers=6, model_dim=256, **changes),
+        {"event": "run", "run_id": f"run_{seed}", "seed": seed, "ranks": 1, "device": "cpu"},
+        {"event": "versions", **versions, "source_sha256": sha},
+        {"event": "hardware", "name": "2 CPU cores, Imaginary 3000"},
+        {"event": "model", "params": 4_123_456, "plan": "0> 1> 2(0) 3"},
+        *(step(n + 1, losses[n]) for n in range(0, 400, 4)),
+        *({"event": "val", "step": n, **score(2.9 - n / 500)} for n in (100, 200, 300)),
+        {"event": "train_end", "steps": 400, "train_s": 100.5, "tokens": 6_553_600,
+         "tokens_per_s": 65_210, "step_avg_ms": 250.0, "peak_memory_mib": 900.5},
+        {"event": "final_prequant", **score(bpb + 0.02)},
+        {"event": "final_quantized", **score(bpb + 0.025)},
+        {"event": "final_sliding", **score(bpb)},
+        {"event": "size", **sizes, "budget_bytes": 16_000_000},
+        {"event": "ledger", **spent, "training_budget_s": 600.0, "evaluation_budget_s": 600.0},
+    ]  # fmt: skip
+
+
+def write_run(folder: Path, events: list[dict[str, Any]]) -> Path:
+    """A run's folder with log, metrics, source and the run's own submission.json."""
+    folder.mkdir(parents=True)
+    lines = [train_gpt.format_event(**e) for e in events if e["event"] != "config"]
+    (folder / "train.log").write_text("\n".join(["config   SEED:1", *lines, ""]))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "train_gpt_source.py").write_text(SOURCE)
+    described = {"author": "A. Author", "date": "2026-01-02", "name": folder.name, "previous": ""}
+    own = records.compute_submission([RunLog.read(folder / "metrics.jsonl")], described)
+    (folder / "submission.json").write_text(json.dumps(own))
+    return folder
+
+
+def write_runs(folder: Path) -> list[Path]:
+    """Three finished runs that differ in their seed."""
+    return [write_run(folder / f"run{s}", run_events(s, bpb)) for s, bpb in BPB.items()]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Runs that a test may edit."""
+    return write_runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record folder, as `build` makes it from the runs; not to be edited."""
+    folder = tmp_path_factory.mktemp("built")
+    out = folder / "records/track_10min_16mb/2026-01-03_Try"
+    runs = map(str, write_runs(folder))
+    assert main(["build", str(out), *runs, "--records", f"{folder}/records"]) == 0
+    return out
+
+
+@pytest.fixture
+def record(tmp_path: Path, built: Path) -> Path:
+    """A copy of the record folder that a test may edit."""
+    out = tmp_path / "records/track_10min_16mb/2026-01-03_Try"
+    return shutil.copytree(built, out)
+
+
+def problems_of(record: Path) -> str:
+    """What `check` says about a record."""
+    return "\n".join(records.check_record(record, record.parent.parent))
+
+
+# --- Reading logs --------------------------------------------------------------------------------
+
+
+def test_of_events_that_repeat_after_a_resume_the_last_counts(tmp_path: Path) -> None:
+    events = [step(1, 7.0), step(2, 6.0), step(3, 9.9), step(2, 5.5), step(3, 5.0)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    log = RunLog.read(path)
+    assert [(e["step"], e["train_loss"]) for e in log.by_step("step")] == [(1, 7), (2, 5.5), (3, 5)]
+    assert log.last("step")["train_loss"] == 5.0
+
+
+def test_a_line_cut_by_a_kill_loses_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps(step(n, 5.0)) for n in (1, 2, 3)]
+    path.write_text(f"{whole[0]}\n{whole[1][:20]}{whole[1]}\n{whole[2]}\n{whole[0][:9]}")
+    assert [event["step"] for event in RunLog.read(path).events] == [1, 2, 3]
+
+
+def test_a_later_evaluation_does_not_replace_the_training_configuration(tmp_path: Path) -> None:
+    events = run_events(7, 1.3) + [config_event(mode="eval")]
+    log = RunLog(tmp_path, events)
+    assert log.seed == "7" and log.config["values"]["NUM_LAYERS"] == 6
+
+
+def test_the_reported_score_is_the_last_one_of_the_run(tmp_path: Path) -> None:
+    events = run_events(1, 1.3)
+    assert RunLog(tmp_path, events).score["event"] == "final_sliding"
+    events.append({"event": "final_ttt", **score(1.25)})
+    assert RunLog(tmp_path, events).score["val_bpb"] == 1.25
+    without = [e for e in events if e["event"] not in ("final_ttt", "final_sliding")]
+    assert RunLog(tmp_path, without).score["event"] == "final_quantized"
+
+
+def test_a_folder_without_metrics_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plot", str(tmp_path)]) == 2
+    assert f"{tmp_path}/metrics.jsonl is missing" in capsys.readouterr().err
+
+
+# --- Plot ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [0, 1, 6, None])
+def test_a_plot_is_drawn_of_whatever_part_of_a_run_there_is(tmp_path: Path, cut: int) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    events = run_events(1, 1.3)
+    events = events[1:] if cut is None else events[:cut] or events
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert main(["plot", str(folder)]) == 0
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_smoothing_keeps_a_constant_and_starts_at_the_first_value() -> None:
+    assert np.allclose(records.smooth([3.0] * 50), 3.0)
+    assert math.isclose(records.smooth([5.0, *[1.0] * 60])[0], 5.0)
+
+
+# --- Yardstick -----------------------------------------------------------------------------------
+
+
+def test_yardsticks_are_the_sizes_of_the_compressed_text() -> None:
+    text = b"All work and no play makes Jack a dull boy. " * 300
+    mark = records.measure_yardsticks(text)
+    xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    assert mark["xz_bpb"] == round(8 * len(xz) / len(text), 6)
+    assert 0 < mark["zstd_bpb"] < 1 and mark["text_bytes"] == len(text)
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two documents with a tokenizer of its own, and its text."""
+    folder = tmp_path_factory.mktemp("data")
+    documents = ["The cat sat on the mat.\n" * 40, "  A second document,  with spaces.\n" * 30]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["\u2581", "\n"], minloglevel=2,
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = [i for text in documents for i in [1, *processor.encode(text)]]
+    train_gpt.write_shard(folder / "x_val_000000.bin", np.array(ids))
+    # As a decoder has it, the space that a document begins with belongs to no token.
+    (folder / "expected.txt").write_text("".join(text.removeprefix(" ") for text in documents))
+    return folder
+
+
+def test_text_spelled_from_shards_is_the_text_whose_bytes_are_scored(data_path: Path) -> None:
+    data = dataclasses.replace(train_gpt.Config(), data_path=str(data_path), vocab_size=300)
+    text = records.validation_text(data)
+    assert text == (data_path / "expected.txt").read_bytes()
+    processor, _ = train_gpt.load_tokenizer(data)
+    assert len(text) == train_gpt.load_validation(data, processor).target_bytes.sum()
+    some = records.validation_text(dataclasses.replace(data, val_tokens_limit=20))
+    assert text.startswith(some) and 0 < len(some) < len(text)
+
+
+def test_yardstick_of_a_run_joins_its_log_and_metrics(tmp_path: Path, data_path: Path) -> None:
+    changes = dict(data_path=str(data_path), vocab_size=300)
+    folder = write_run(tmp_path / "run", run_events(1, 1.3, **changes))
+    (folder / "train.log").write_text("cut sho")
+    assert main(["yardstick", str(folder)]) == 0
+    mark = RunLog.read(folder / "metrics.jsonl").last("yardstick")
+    expected = records.measure_yardsticks((data_path / "expected.txt").read_bytes())
+    assert mark == {"event": "yardstick", **expected}
+    assert train_gpt.format_event(**mark) in (folder / "train.log").read_text().splitlines()
+
+
+# --- Submission ----------------------------------------------------------------------------------
+
+
+def test_a_record_has_the_mean_and_the_sample_deviation_of_its_seeds(record: Path) -> None:
+    submission = json.loads((record / "submission.json").read_bytes())
+    assert submission["val_bpb"] == round(statistics.mean(BPB.values()), 8)
+    assert submission["val_bpb_std"] == round(statistics.stdev(BPB.values()), 8)
+    assert {seed: s["val_bpb"] for seed, s in submission["seeds"].items()} == {
+        str(seed): bpb for seed, bpb in BPB.items()
+    }
+
+
+def test_budgets_are_compared_with_the_largest_run(record: Path) -> None:
+    submission = json.loads((record / "submission.json").read_bytes())
+    assert submission["artifact_bytes_max"] == 700_003
+    assert submission["budget"]["bytes"]["total_bytes_max"] == 720_003
+    assert submission["budget"]["time"]["evaluation_s"] == 12.25
+
+
+def test_name_and_date_come_from_the_folder_author_from_the_runs(record: Path) -> None:
+    submission = json.loads((record / "submission.json").read_bytes())
+    assert (submission["date"], submission["name"]) == ("2026-01-03", "Try")
+    assert submission["author"] == "A. Author"
+
+
+def test_one_run_has_no_deviation_and_one_partial_score_makes_a_record_noncompliant(
+    tmp_path: Path,
+) -> None:
+    described = dict.fromkeys(records.DESCRIBED, "")
+    log = RunLog(tmp_path, run_events(1, 1.3))
+    assert records.compute_submission([log], described)["val_bpb_std"] == 0.0
+    partial = [e if e["event"] != "final_sliding" else {**e, "compliant": False}
+               for e in run_events(2, 1.3)]  # fmt: skip
+    both = [log, RunLog(tmp_path, partial)]
+    assert records.compute_submission(both, described)["compliant"] is False
+
+
+@pytest.mark.parametrize(
+    ("scores", "previous", "p"),
+    [
+        ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], 0.14394),  # t = 1.224745, 4 degrees of freedom
+        ([1.0, 2.0], [1.0, 2.0], 0.5),
+        ([0.0, 2.0], [2.0, 4.0], 0.146447),  # t = sqrt(2), 2 degrees: (1 - t / sqrt(2 + t^2)) / 2
+    ],
+)
+def test_welch_agrees_with_closed_forms(
+    scores: list[float], previous: list[float], p: float
+) -> None:
+    assert records.welch_p(scores, previous) == pytest.approx(p, abs=2e-5)
+
+
+def test_welch_is_undefined_for_single_runs_and_without_spread() -> None:
+    assert records.welch_p([1.0], [2.0, 2.1]) is None
+    assert records.welch_p([1.0, 1.0], [2.0, 2.0]) is None
+
+
+# --- Build and check -----------------------------------------------------------------------------
+
+
+def test_a_record_holds_what_is_needed_to_check_and_to_repeat_it(record: Path) -> None:
+    names = {path.name for path in record.iterdir()}
+    logs = {f"{kind}_seed{seed}.{end}" for seed in BPB
+            for kind, end in (("train", "log"), ("metrics", "jsonl"))}  # fmt: skip
+    assert names == logs | set(records.RECORD_FILES)
+    assert (record / "train_gpt.py").read_text() == SOURCE
+    readme = (record / "README.md").read_text()
+    assert "| 2 | 400 | 250.0 | 1.31000 | 1.31500 | 1.29000 | - | 700,002 |" in readme
+    assert problems_of(record) == ""
+    assert list(record.parent.iterdir()) == [record]
+
+
+def test_run_env_holds_the_changed_knobs_with_their_meaning_and_gives_the_config_back(
+    record: Path,
+) -> None:
+    text = (record / "run.env").read_text()
+    assert "# distinct transformer blocks\nNUM_LAYERS=6\n" in text
+    assert "SEED" not in text
+    cfg = train_gpt.config_from_env(records.parse_setting(text))
+    assert cfg == train_gpt.Config(num_layers=6, model_dim=256)
+
+
+def test_the_yardstick_is_part_of_the_result(tmp_path: Path) -> None:
+    mark = {"event": "yardstick", "xz_bpb": 1.7034, "zstd_bpb": 1.7312, "text_bytes": 10_000}
+    folder = write_run(tmp_path / "run", [*run_events(1, 1.3), mark])
+    assert main(["build", f"{tmp_path}/record", str(folder)]) == 0
+    assert "`xz -9e` 1.7034 bpb" in (tmp_path / "record/README.md").read_text()
+
+
+def test_a_record_names_the_one_before_and_its_significance(record: Path, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"better{s}", run_events(s, b - 0.1)) for s, b in BPB.items()]
+    out, previous = record.parent / "2026-02-01_Better", "track_10min_16mb/2026-01-03_Try"
+    where = ["--records", f"{tmp_path}/records", "--previous", previous]
+    assert main(["build", str(out), *map(str, runs), *where]) == 0
+    assert (
+        "Previous record: 1.31000 (track_10min_16mb/2026-01-03_Try)"
+        in (out / "README.md").read_text()
+    )
+    assert problems_of(out) == ""
+    gone = [*where[:-1], "track_10min_16mb/gone"]
+    assert main(["build", f"{out}_2", *map(str, runs), *gone]) == 2
+
+
+Edit = Callable[[dict[str, Any]], object]
+EDITS: dict[str, tuple[Edit, str]] = {
+    "score": (lambda s: s.update(val_bpb=1.0), "val_bpb is 1.0, the logs give 1.31"),
+    "seed": (lambda s: s["seeds"]["2"].update(steps=399), "seeds.2.steps is 399"),
+    "type": (lambda s: s.update(compliant=1), "compliant is 1, the logs give True"),
+    "missing": (lambda s: s.pop("code_bytes"), "code_bytes is missing"),
+    "missing seed": (lambda s: s["seeds"].pop("1"), "seeds.1 is missing"),
+    "unknown": (lambda s: s.update(note="x"), "note is an unknown key"),
+    "unknown deep": (lambda s: s["budget"]["time"].update(x=1), "budget.time.x is an unknown key"),
+    "date": (lambda s: s.update(date="yesterday"), "not YYYY-MM-DD"),
+    "name": (lambda s: s.update(name="Other"), "is not named after date and name"),
+    "previous": (lambda s: s.update(previous="track_x/y"), "has no"),
+    "author": (lambda s: s.update(author=3), "author is not text"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_check_refuses_an_edited_submission(record: Path, edit: str) -> None:
+    change, message = EDITS[edit]
+    path = record / "submission.json"
+    submission = json.loads(path.read_bytes())
+    change(submission)
+    path.write_text(json.dumps(submission))
+    assert message in problems_of(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("metrics_seed2.jsonl", '"val_bpb": 1.29,', '"val_bpb": 1.19,', "the logs give"),
+        ("metrics_seed2.jsonl", '"train_loss": 7', '"train_loss": 6', "has nothing like"),
+        (
+            "train_seed2.log",
+            "val_bpb:1.29 ",
+            "val_bpb:1.19 ",
+            "metrics_seed2.jsonl has nothing like `final_sliding",
+        ),
+        ("train_gpt.py", "ran", "did not run", "is not the source"),
+        ("run.env", "NUM_LAYERS=6", "NUM_LAYERS=7", "is not the setting of metrics_seed1"),
+        ("README.md", "1.29000", "1.19000", "another Result"),
+        ("README.md", "## Limits", "## Limitations", "the fixed ones are"),
+        ("README.md", "## Limits", "\n" * 120 + "## Limits", "more than 120 lines"),
+        ("README.md", "<!-- /result -->", "", "are missing"),
+        ("submission.json", "{", "", "unusable"),
+        ("submission.json", "{", "[{", "unusable"),
+    ],
+)
+def test_check_refuses_an_edited_file(
+    record: Path, name: str, old: str, new: str, message: str
+) -> None:
+    text = (record / name).read_text()
+    assert old in text
+    (record / name).write_text(text.replace(old, new))
+    assert message in problems_of(record)
+
+
+@pytest.mark.parametrize(
+    "name", ["plot.png", "README.md", "run.env", "train_seed1.log", "metrics_seed3.jsonl"]
+)
+def test_check_refuses_a_missing_file(record: Path, name: str) -> None:
+    (record / name).unlink()
+    assert problems_of(record)
+    assert main(["check", str(record)]) == 1
+
+
+def test_check_refuses_a_record_in_another_track(record: Path) -> None:
+    moved = record.parent.with_name("track_other") / record.name
+    record.parent.rename(moved.parent)
+    assert "the folder stands in track_other" in problems_of(moved)
+
+
+def refused_build(tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which `build` refuses `runs`; no folder is left behind."""
+    out = tmp_path / "refused/record"
+    assert main(["build", str(out), *map(str, runs)]) == 2
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+    return capsys.readouterr().err
+
+
+def test_build_refuses_runs_that_differ_in_more_than_their_seed(
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "other", run_events(9, 1.3, mlp_mult=3.0))
+    assert "differ in knobs" in refused_build(tmp_path, [*runs, other], capsys)
+    events = run_events(8, 1.3)
+    events[3]["name"] = "another machine"
+    other = write_run(tmp_path / "machine", events)
+    assert "differ in hardware" in refused_build(tmp_path, [*runs, other], capsys)
+    assert "the same seed" in refused_build(tmp_path, [*runs, runs[0]], capsys)
+
+
+def test_build_refuses_a_run_whose_submission_is_not_that_of_its_log(
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (runs[1] / "submission.json").read_text()
+    (runs[1] / "submission.json").write_text(text.replace("1.29", "1.19"))
+    assert "does not follow from its log" in refused_build(tmp_path, runs, capsys)
+
+
+def test_build_refuses_an_unfinished_run_and_one_over_its_budget(
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs[0] / "submission.json").unlink()
+    assert "the run did not finish" in refused_build(tmp_path, runs, capsys)
+    events = run_events(1, 1.3)
+    events[-1]["training_s"] = 600.5
+    late = write_run(tmp_path / "late", events)
+    assert "training_s 600.5 passes its budget" in refused_build(tmp_path, [late], capsys)
+
+
+def test_build_never_overwrites(
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    assert main(["build", f"{tmp_path}/there", str(runs[0])]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def test_the_table_lists_every_track_with_the_best_first(record: Path, tmp_path: Path) -> None:
+    better = write_run(tmp_path / "better", run_events(1, 1.2))
+    where = ["--records", f"{tmp_path}/records"]
+    assert main(["build", f"{record.parent}/2026-02-01_Better", str(better), *where]) == 0
+    assert main(["table", *where]) == 0
+    text = (tmp_path / "records/README.md").read_text()
+    assert text.index("[Better](track_10min_16mb/2026-02-01_Better/README.md)") < text.index(
+        "[Try]"
+    )
+    assert text.startswith("# Records") and "## track_10min_16mb" in text
+
+
+def test_the_knob_table_has_one_row_a_knob_and_stands_between_its_marks() -> None:
+    table = records.knob_table()
+    for f in dataclasses.fields(train_gpt.Config):
+        assert table.count(f"| `{f.name.upper()}` |") == 1
+    text = records.replace_marked("a\n<!-- knobs -->old<!-- /knobs -->\nb", "knobs", table)
+    assert text == f"a\n<!-- knobs -->\n{table}\n<!-- /knobs -->\nb"
+    with pytest.raises(train_gpt.InputError, match="marks"):
+        records.replace_marked("no marks", "knobs", table)
+
+
+def test_the_rules_of_a_record_name_things_that_exist() -> None:
+    for name in re.findall(r"`(\w+)`", records.RULES):
+        assert hasattr(train_gpt, name), name
+
+
+# --- Demo ----------------------------------------------------------------------------------------
+
+FAKE_STAGE = """
+import pathlib, signal, sys, time
+def stop(number, frame):
+    pathlib.Path("stopped").write_text("in order")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+def test_a_stage_that_fails_ends_the_demo_with_its_exit_status() -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit(7)"]
+    with pytest.raises(records.StageFailed, match="the stage ended with exit status 7") as caught:
+        records.run_command(command, "the stage", os.environ)
+    assert caught.value.status == 7
+
+
+def test_ctrl_c_ends_the_stage_in_order_and_leaves_nothing_running(tmp_path: Path) -> None:
+    (tmp_path / "stage.py").write_text(FAKE_STAGE)
+    code = (
+        "import os, pathlib, sys; from records import records\n"
+        f"records.ROOT = pathlib.Path({str(tmp_path)!r})\n"
+        "stage = [sys.executable, 'stage.py']\n"
+        "records.run_options = lambda _: records.run_command(stage, 'x', os.environ)\n"
+        "sys.exit(records.main(['demo']))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=records.ROOT, stderr=subprocess.PIPE, text=True
+    )
+    waited_until_s = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < waited_until_s:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert (tmp_path / "stopped").read_text() == "in order"
+
+
+def test_the_demo_goes_through_its_stages_and_prints_what_came_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two processes are stand-ins; the rest is real, and the record is checked by `build`."""
+    commands: list[str] = []
+
+    def run_command(command: list[str], what: str, env: dict[str, str]) -> None:
+        commands.append(" ".join(command[1:]))
+        if what == "train_gpt.py":
+            write_run(Path(env["RUN_DIR"]), run_events(1, 1.3, data_path="data/demo"))
+        else:
+            (tmp_path / "data/demo").mkdir(parents=True)
+            (tmp_path / "data/demo/val_text.bin").write_bytes(b"0123456789" * 1000)
+
+    (tmp_path / "demo.env").write_text("DATA_PATH=data/demo\nMAX_WALLCLOCK_SECONDS=9\n")
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "run_command", run_command)
+    monkeypatch.setenv("RECIPE", str(tmp_path / "demo.env"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert main(["demo"]) == 0
+    assert commands == [records.DEMO_COMMAND.removeprefix("python "), "train_gpt.py"]
+    (folder,) = (tmp_path / "logs").iterdir()
+    printed = capsys.readouterr().out
+    for text in ("[1/5]", "[5/5]", "4,123,456", "1.3000", "720,001 of 16,000,000", "plot.png"):
+        assert text in printed
+    assert (folder / "plot.png").exists() and (folder / "record/submission.json").exists()
+
+
+def test_recipes_of_the_demo_are_valid_and_use_its_corpus() -> None:
+    for name in ("cpu", "gpu"):
+        cfg = train_gpt.config_from_env({"RECIPE": f"{records.ROOT}/records/demo/{name}.env"})
+        assert cfg.data_path == records.DEMO_DATA, name

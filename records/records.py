@@ -9,7 +9,8 @@
     python records/records.py demo                         # the whole job: what `make run` does
 
 A record is a folder records/track_<name>/<date>_<Name>/. Every number in its submission.json and in
-the table of its README is computed from the logs beside it, by `build` and again by `check`.
+the table of its README is computed from the logs beside it, by `build` and again by `check`. A
+recipe is such a folder with run.env and README.md alone: a published system, not run here.
 
 Sections: 1. Run logs  2. Plot  3. Yardstick  4. Submission  5. Record folder  6. Check
           7. Tables  8. Demo  9. Command line
@@ -466,6 +467,16 @@ def find_overruns(submission: Json) -> list[str]:
             if most and used > most]  # fmt: skip
 
 
+def student_above(t: float, freedom: float) -> float:
+    """The share of Student's distribution with `freedom` degrees of freedom that is above `t`."""
+    # With t = sqrt(freedom) * tan(angle), the density becomes cos(angle)^(freedom - 1).
+    edges = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    middles = (edges[1:] + edges[:-1]) / 2
+    density = np.cos(middles) ** (freedom - 1)
+    above = middles >= math.atan(t / math.sqrt(freedom))
+    return float(density[above].sum() / density.sum())
+
+
 def welch_p(scores: Sequence[float], previous: Sequence[float]) -> float | None:
     """One-sided Welch test: p that `scores` are not lower than `previous`; None if undefined."""
     if min(len(scores), len(previous)) < 2:
@@ -476,12 +487,7 @@ def welch_p(scores: Sequence[float], previous: Sequence[float]) -> float | None:
     t = (statistics.fmean(previous) - statistics.fmean(scores)) / math.sqrt(sum(shares))
     sizes = (len(scores), len(previous))
     freedom = sum(shares) ** 2 / sum(s**2 / (n - 1) for s, n in zip(shares, sizes, strict=True))
-    # With t = sqrt(freedom) * tan(angle), Student's density becomes cos(angle)^(freedom - 1).
-    edges = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
-    middles = (edges[1:] + edges[:-1]) / 2
-    density = np.cos(middles) ** (freedom - 1)
-    above = middles >= math.atan(t / math.sqrt(freedom))
-    return float(density[above].sum() / density.sum())
+    return student_above(t, freedom)
 
 
 # --- 5. Record folder ----------------------------------------------------------------------------
@@ -500,6 +506,10 @@ HEADINGS = (
 MAX_README_LINES = 120
 RECORD_FILES = (
     "submission.json", "README.md", "run.env", "train_gpt.py", "requirements.txt", "plot.png",
+)  # fmt: skip
+RECIPE_HEADINGS = (
+    "What the source claims", "What its logs show", "What this recipe does", "Legality",
+    "Parameters", "Commands", "Missing",
 )  # fmt: skip
 DATED_FOLDER = re.compile(r"(\d{4}-\d{2}-\d{2})_(.+)")
 
@@ -619,7 +629,7 @@ def replace_marked(text: str, mark: str, content: str) -> str:
 
 
 RULES = """\
-- Causal: a prediction reads nothing right of its position (`Attention`; `window_batch` pads only
+- Causal: a prediction reads nothing right of its position (`Attention`; `evaluate` pads only
   right of what is scored).
 - Normalised: the probabilities are a softmax over the whole vocabulary (`softcapped_nll`).
 - Score before update: a target is scored before anything is learned from it (`evaluate`).
@@ -785,14 +795,20 @@ def check_sources(folder: Path, logs: Sequence[RunLog], submission: Json) -> lis
     return problems
 
 
-def check_readme(text: str, result: str) -> list[str]:
-    """Whether a record's README has the fixed headings, the computed result, and no more lines."""
+def check_page(text: str, headings: Sequence[str]) -> list[str]:
+    """Whether a README has the fixed headings and no more lines than it may."""
     problems = []
     found = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
-    if tuple(found) != HEADINGS:
-        problems.append(f"README.md has the headings {found}, the fixed ones are {list(HEADINGS)}")
+    if found != [*headings]:
+        problems.append(f"README.md has the headings {found}, the fixed ones are {[*headings]}")
     if text.count("\n") > MAX_README_LINES:
         problems.append(f"README.md has more than {MAX_README_LINES} lines")
+    return problems
+
+
+def check_readme(text: str, result: str) -> list[str]:
+    """Whether a record's README has its form and the computed result."""
+    problems = check_page(text, HEADINGS)
     try:
         if replace_marked(text, "result", result) != text:
             problems.append("README.md has another Result than the logs give")
@@ -847,6 +863,36 @@ def check_record(folder: Path, records: Path, name: str = "") -> list[str]:
     return problems
 
 
+def is_recipe(folder: Path) -> bool:
+    """Whether `folder` is a recipe: a setting without anything that a run leaves."""
+    left = [*folder.glob("submission.json"), *folder.glob("metrics_seed*.jsonl")]
+    return (folder / "run.env").is_file() and not left and not folder.name.startswith(".")
+
+
+def stated_parameters(text: str) -> str:
+    """The number of parameters that a recipe's README states in bold, or an empty string."""
+    found = re.search(r"^\*\*([\d,]+) parameters\*\*", text, flags=re.MULTILINE)
+    return found[1] if found else ""
+
+
+def check_recipe(folder: Path) -> list[str]:
+    """Everything that is wrong with the recipe in `folder`."""
+    path = folder / "run.env"
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        cfg = train_gpt.config_from_env({"RECIPE": str(path), "MODE": "describe"})
+    except (InputError, OSError) as error:
+        return [f"unusable: {error}"]
+    same = sorted(train_gpt.read_recipe(path).keys() - set(train_gpt.changed_knobs(cfg)))
+    problems = [f"run.env sets {name} to its default" for name in same]
+    problems += check_page(text, RECIPE_HEADINGS)
+    if not (found := re.search(r"params:(\d+)", train_gpt.describe(cfg))):
+        return [*problems, "MODE=describe says no number of parameters"]
+    if (stated := stated_parameters(text)) != (num_params := f"{int(found[1]):,}"):
+        problems.append(f"README.md states {stated or 'no'} parameters, the model has {num_params}")
+    return problems
+
+
 # --- 7. Tables -----------------------------------------------------------------------------------
 # Markdown that is generated: the list of all records, and the knobs in the project's README.
 
@@ -886,12 +932,48 @@ def find_records(records: Path) -> list[Path]:
     return sorted(path.parent for path in records.glob("track_*/*/submission.json"))
 
 
+def find_recipes(records: Path) -> list[Path]:
+    """All recipe folders, sorted."""
+    return sorted(
+        path.parent for path in records.glob("track_*/*/run.env") if is_recipe(path.parent)
+    )
+
+
+def recipe_row(folder: Path, records: Path) -> list[str]:
+    """The row of one recipe: its name, the number of parameters and the title of its README."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    link = f"[{folder.name}]({folder.relative_to(records).as_posix()}/README.md)"
+    return [link, stated_parameters(text), text.partition("\n")[0].removeprefix("# ")]
+
+
 RECORDS_HEAD = """\
 # Records
 
 Made by `python records/records.py table`: do not edit. Each row comes from a `submission.json`, and
-that from the logs beside it; `python records/records.py check records/track_*/*` computes all of
+that from the logs beside it; `python records/records.py check records/track_*/*/` computes all of
 them again. In every track the lowest bits per byte stand first."""
+
+
+RECIPES_HEAD = """\
+Recipes of published systems: settings that nobody has run here, so they have no score. Each README
+sets what its source claims against what its logs show, and says what is missing."""
+
+
+RECORDS_TAIL = """\
+## Ablations
+
+What each technique is worth at a track's scale stands in its `ablations.md`, where there is one: a
+grid of changed knobs times seeds, each run a fixed number of steps. The grid is `ablations.toml`
+beside it (how to write one: the head of `records/ablations.py`), every run a line of
+`ablations.jsonl`, table and plot are made from that.
+
+```bash
+grid=records/track_cpu_10min_1mb/ablations.toml
+python records/ablations.py run $grid --hours 0             # check the grid, run nothing
+python records/ablations.py run $grid --jobs 2 --hours 4    # what is missing; killed, it goes on
+python records/ablations.py run $grid --retry               # the failed runs, too
+python records/ablations.py table $grid                     # ablations.md and ablations.png
+```"""
 
 
 def format_records(records: Path) -> str:
@@ -899,14 +981,18 @@ def format_records(records: Path) -> str:
     lines = [RECORDS_HEAD]
     header = ["val bpb", "std", "n", "record", "author", "date", "bytes", "train + eval s"]
     header += ["hardware", "compliant"]
-    folders = find_records(records)
-    for track in sorted({folder.parent.name for folder in folders}):
+    folders, recipes = find_records(records), find_recipes(records)
+    for track in sorted({folder.parent.name for folder in [*folders, *recipes]}):
         rows = [record_row(f, records) for f in folders if f.parent.name == track]
         rows.sort(key=lambda row: (row[-1] == "no", float(row[0])))
-        lines += ["", f"## {track}", "", *table_lines(header, rows)]
+        lines += ["", f"## {track}"]
+        lines += ["", *table_lines(header, rows)] if rows else []
+        rows = [recipe_row(f, records) for f in recipes if f.parent.name == track]
+        shown = table_lines(["recipe", "parameters", "system"], rows)
+        lines += ["", RECIPES_HEAD, "", *shown] if rows else []
     if not folders:
         lines += ["", "There is no record yet."]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", RECORDS_TAIL, ""])
 
 
 def knob_groups() -> dict[str, str]:
@@ -1112,7 +1198,7 @@ def check_command(folders: Sequence[Path], records: Path) -> int:
     """Check each record and say what is wrong; 1 if anything is."""
     failed = 0
     for folder in folders:
-        problems = check_record(folder, records)
+        problems = check_recipe(folder) if is_recipe(folder) else check_record(folder, records)
         failed |= bool(problems)
         print(f"{folder}: {'REFUSED' if problems else 'ok'}")
         print("".join(f"  {problem}\n" for problem in problems), end="")

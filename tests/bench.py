@@ -85,7 +85,7 @@ def measure(case: str, budget_s: float) -> dict[str, Any]:
     run = make_run(cfg)
     model = tg.build_model(run)
     rows = cfg.train_batch_tokens // cfg.train_seq_len
-    trainer = tg.Trainer(run, model, rows)
+    trainer = tg.Trainer(run, model)
     window_BT = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1))
     ids_BT = window_BT.to(run.device)
     if case.endswith("optimizer"):  # it needs gradients, of whatever
@@ -94,7 +94,8 @@ def measure(case: str, budget_s: float) -> dict[str, Any]:
 
     def optimizer() -> None:
         trainer.adam.step()
-        trainer.muon.step(1e-9, 0.9)
+        trainer.muon.start_reduce()
+        trainer.muon.step(1e-9, 0.9, 0.0)
 
     calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain_step(model, ids_BT),

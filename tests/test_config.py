@@ -92,6 +92,17 @@ def test_a_text_of_another_type_is_a_value_error(kind: type, text: str):
         parse_value(text, kind)
 
 
+# Texts of a form of their own.
+LISTS = {
+    "train_seq_schedule": "512@0.25",
+    "train_batch_schedule": "65536@0.1,131072@0.2",
+    "xsa_layers": "0,2,5-7",
+    "ve_layers": "7,8",
+    "enable_looping_at": "0.35",
+    "qat_groups": "embed",
+}
+
+
 def another_value(name: str) -> Any:
     """A value of the knob that is not the default and contradicts no default."""
     f, kind = FIELDS[name], KINDS[name]
@@ -99,8 +110,9 @@ def another_value(name: str) -> Any:
     if kind is bool:
         return not default
     if kind is str:
-        return f.metadata["choices"][-1] if f.metadata["choices"] else "some/where else"
-    candidates = [2 * default, default / 2, f.metadata["high"], 64, 1]
+        free = LISTS.get(name, "some/where else")
+        return f.metadata["choices"][-1] if f.metadata["choices"] else free
+    candidates = [*f.metadata["choices"], 2 * default, default / 2, f.metadata["high"], 64, 1]
     for value in (kind(c) for c in candidates if c is not None and c != default):
         with contextlib.suppress(ValueError, ZeroDivisionError):
             Config(**{name: value})
@@ -205,7 +217,11 @@ def test_the_config_cannot_be_changed():
             "NUM_LAYERS=257 must be in [1, 256] (distinct transformer blocks)",
         ),
         ({"MATRIX_LR": "-0.1"}, "MATRIX_LR=-0.1 must be at least 0 (Muon, block matrices)"),
-        ({"ATTN_BITS": "3"}, "ATTN_BITS=3 must be in [4, 8] (bits of attention matrices)"),
+        pytest.param({"ATTN_BITS": "3"}, "ATTN_BITS=3 must be one of 4, 5, 6, 7, 8, 16"),
+        pytest.param(
+            {"EMBED_BITS": "9"},
+            "EMBED_BITS=9 must be one of 4, 5, 6, 7, 8, 16",
+        ),
         ({"NUM_LAYER": "9"}, "NUM_LAYER is not a knob; did you mean NUM_LAYERS?"),
         ({"ITERATION": "9"}, "ITERATION is not a knob; did you mean ITERATIONS?"),
         ({"MATRIXLR": "9"}, "MATRIXLR is not a knob; did you mean MATRIX_LR?"),
@@ -324,6 +340,56 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
             "MUON_BACKEND_STEPS=6 must be at most 5 with MUON_COEFFICIENTS=polar",
         ),
         ({"xsa_last_n": 10}, "XSA_LAST_N=10 must be at most NUM_LAYERS=9"),
+        (
+            {"xsa_layers": "0,9"},
+            "XSA_LAYERS='0,9' must list blocks below NUM_LAYERS=9, as 0,2,5-7",
+        ),
+        (
+            {"ve_layers": "a-3"},
+            "VE_LAYERS='a-3' must list blocks below NUM_LAYERS=9, as 0,2,5-7",
+        ),
+        (
+            {"train_seq_schedule": "512@0.5,256@0.4"},
+            "TRAIN_SEQ_SCHEDULE='512@0.5,256@0.4' must be VALUE@SHARE,... with rising shares "
+            "below 1, as 1024@0.1,2048@0.7",
+        ),
+        (
+            {"train_batch_schedule": "0@0.5"},
+            "TRAIN_BATCH_SCHEDULE='0@0.5' must be VALUE@SHARE,... with rising shares "
+            "below 1, as 1024@0.1,2048@0.7",
+        ),
+        (
+            {"train_seq_schedule": "2048@0.5"},
+            "TRAIN_SEQ_SCHEDULE: 2048 is above TRAIN_SEQ_LEN=1024",
+        ),
+        (
+            {"train_batch_schedule": "1536@0.5"},
+            "TRAIN_BATCH_TOKENS=1536 must be a multiple of TRAIN_SEQ_LEN=1024",
+        ),
+        (
+            {"num_loops": 2, "enable_looping_at": "0.5,0.4"},
+            "ENABLE_LOOPING_AT='0.5,0.4' must be one share of progress, or NUM_LOOPS rising ones",
+        ),
+        (
+            {"num_loops": 1, "loop_start": 5, "loop_end": 4},
+            "LOOP_START=5, LOOP_END=4 must be blocks in this order, below NUM_LAYERS=9",
+        ),
+        (
+            {"parallel_residual": "stream", "parallel_start_layer": 9},
+            "PARALLEL_START_LAYER=9 must be below NUM_LAYERS=9",
+        ),
+        (
+            {"qat_groups": "attn,heads"},
+            "QAT_GROUPS='attn,heads' must name groups of attn, mlp, embed, table",
+        ),
+        (
+            {"bigram_vocab_size": 1},
+            "BIGRAM_VOCAB_SIZE and TRIGRAM_VOCAB_SIZE must be 0 or at least 2",
+        ),
+        (
+            {"attn_gate": "window", "gate_window": 513},
+            "GATE_WINDOW=513 must be at most MODEL_DIM=512",
+        ),
     ],
 )
 def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], problem: str):
@@ -347,10 +413,29 @@ def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], prob
         {"train_batch_tokens": 3 * 1024},  # neither a power of two nor a multiple of 8 rows
         {"train_seq_len": 768, "train_batch_tokens": 768},
         {"model_dim": 80, "rope_dims": 10},
+        {"parallel_start_layer": 9},
+        {"loop_start": 9, "loop_end": 4},
+        {"qat_groups": "attn,mlp,embed,table"},
+        {"train_seq_schedule": "512@0.999", "train_batch_schedule": "512@0.999"},
+        {"model_dim": 8, "num_heads": 4},
     ],
 )
 def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any]):
     assert Config(**changes) == dataclasses.replace(Config(), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qat_groups": "control"},
+        {"xsa_layers": "5-2"},
+        {"ve_layers": ","},
+        {"num_loops": 1, "enable_looping_at": "nan"},
+    ],
+)
+def test_a_list_that_selects_nothing_is_refused(changes: dict[str, Any]):
+    with pytest.raises(InputError):
+        Config(**changes)
 
 
 # --- Recipes -------------------------------------------------------------------------------------

@@ -28,13 +28,17 @@ from train_gpt import (
     BatchLoader,
     ByteTable,
     Config,
+    CoprimePlan,
     InputError,
+    Phase,
     ShuffledPlan,
     StreamPlan,
     TokenStream,
     find_shards,
     load_tokenizer,
     load_validation,
+    phase_at,
+    phases,
     read_shard,
     write_shard,
 )
@@ -188,7 +192,7 @@ def test_the_sequential_plan_begins_at_a_document_and_goes_on_without_gaps(tmp_p
     firsts = set()
     for seed in range(40):
         plan = StreamPlan(stream, 4, seed)
-        starts = [plan.start(n) for n in range(20)]
+        starts = [plan.start(4 * n) for n in range(20)]
         assert np.diff(starts).tolist() == [4] * 19
         firsts.add(starts[0] % len(DOCUMENTS))
     assert firsts == {0, 4, 7, 13}  # 40 seeds find each of the four documents
@@ -199,18 +203,19 @@ def test_the_sequential_plan_without_any_document_start_begins_anywhere(tmp_path
     assert len({StreamPlan(stream, 4, seed).start(0) % 30 for seed in range(20)}) > 5
 
 
+@pytest.mark.parametrize("kind", [ShuffledPlan, CoprimePlan])
 @pytest.mark.parametrize("sizes", [(10, 9, 23, 41), (8,), (7, 8), (100, 3, 0, 16)])
 def test_the_shuffled_plan_visits_every_window_of_every_shard_once_an_epoch(
-    tmp_path: Path, sizes: tuple[int, ...]
+    tmp_path: Path, sizes: tuple[int, ...], kind: type[ShuffledPlan]
 ):
     T = 4
     stream = make_stream(tmp_path, *(np.arange(size) for size in sizes))
     first_of_shard = np.cumsum([0, *sizes])
-    plan = ShuffledPlan(stream, T, seed=3)
-    phases = set()
+    plan = kind(stream, T, seed=3)
+    offsets = set()
     for epoch in range(20):
         starts = np.sort(
-            [plan.start(epoch * plan.num_windows + n) for n in range(plan.num_windows)]
+            [plan.start(T * (epoch * plan.num_windows + n)) for n in range(plan.num_windows)]
         )
         num_seen = 0
         for first, size in zip(first_of_shard, sizes, strict=False):
@@ -221,10 +226,10 @@ def test_the_shuffled_plan_visits_every_window_of_every_shard_once_an_epoch(
             if len(own):
                 assert set(np.diff(own)) <= {T}  # a grid, so no two windows share a target
                 assert own[-1] + T + 1 <= first + size  # the last target lies in the shard too
-                phases.add(int(own[0] - first))
+                offsets.add(int(own[0] - first))
         assert num_seen == plan.num_windows
     if sum(sizes) > 50:
-        assert phases == {0, 1, 2, 3}
+        assert offsets == {0, 1, 2, 3}
 
 
 def test_the_shuffled_plan_draws_another_order_each_epoch_and_for_each_seed(tmp_path: Path):
@@ -238,26 +243,28 @@ def test_the_shuffled_plan_draws_another_order_each_epoch_and_for_each_seed(tmp_
         assert np.mean(orders[a] // 4 == orders[b] // 4) < 0.1
 
 
-@pytest.mark.parametrize("name", ["stream", "shuffled"])
+@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
 def test_a_plan_is_a_function_of_seed_and_window_not_of_what_was_asked_before(
     tmp_path: Path, name: str
 ):
     stream = make_stream(tmp_path, np.tile(DOCUMENTS, 10))
     plans = [train_gpt.LOADERS[name](stream, 4, seed) for seed in (7, 7)]
-    in_order = [plans[0].start(n) for n in range(150)]
+    in_order = [plans[0].start(4 * n) for n in range(150)]
     scattered = np.random.default_rng(0).permutation(150)
-    assert all(plans[1].start(int(n)) == in_order[n] for n in scattered)
+    assert all(plans[1].start(4 * int(n)) == in_order[n] for n in scattered)
 
 
 def test_too_little_data_for_a_plan_is_refused_with_the_numbers(tmp_path: Path):
     stream = make_stream(tmp_path, np.arange(7), np.arange(3))
-    assert StreamPlan(stream, 9, 0).start(1) - StreamPlan(stream, 9, 0).start(0) == 9
+    assert StreamPlan(stream, 9, 0).start(9) - StreamPlan(stream, 9, 0).start(0) == 9
     text = "10 training tokens are fewer than TRAIN_SEQ_LEN=10 + 1"
     assert refusal_of(lambda: StreamPlan(stream, 10, 0)) == text
     assert ShuffledPlan(stream, 3, 0).num_windows == 1
-    assert refusal_of(lambda: ShuffledPlan(stream, 4, 0)) == (
-        "no training shard holds two windows of TRAIN_SEQ_LEN=4 tokens, which LOADER=shuffled needs"
-    )
+    for kind in (ShuffledPlan, CoprimePlan):
+        assert refusal_of(lambda kind=kind: kind(stream, 4, 0)) == (  # type: ignore[misc]
+            "no training shard holds two windows of TRAIN_SEQ_LEN=4 tokens, "
+            "which LOADER=shuffled and coprime need"
+        )
 
 
 # --- Batches -------------------------------------------------------------------------------------
@@ -276,68 +283,107 @@ def make_loader(
     return BatchLoader(tiny_config(**changes), stream, rank=rank, world_size=world_size)
 
 
+BATCH_TOKENS = 256  # of every step, unless a test says otherwise
+
+
+def read_step(loader: BatchLoader, step: int, batch_tokens: int = BATCH_TOKENS) -> torch.Tensor:
+    """What the loader reads for step `step` (from 0) of a training whose phase never changes."""
+    return loader.read(step * batch_tokens, 32, batch_tokens)
+
+
 def test_a_batch_of_the_sequential_loader_is_the_next_stretch_of_the_data(
     stream: TokenStream, data: TinyData
 ):
     loader = make_loader(stream)
     ids, T = np.concatenate(data.train), 32
     num_steps = len(ids) // (8 * T) + 2  # past the end of the data, so that it goes round
-    batches = torch.stack([loader.read(step) for step in range(num_steps)])
+    batches = torch.stack([read_step(loader, step) for step in range(num_steps)])
     assert batches.shape == (num_steps, 8, T + 1) and batches.dtype == torch.int64
-    first = loader.plan.start(0) % len(ids)
+    first = loader.plans[T].start(0) % len(ids)
     assert ids[first] == BOS_ID
     inputs, targets = batches[..., :-1].flatten().numpy(), batches[..., 1:].flatten().numpy()
     assert np.array_equal(inputs, np.resize(np.roll(ids, -first), len(inputs)))
     assert np.array_equal(targets, np.resize(np.roll(ids, -first - 1), len(inputs)))
 
 
-@pytest.mark.parametrize("name", ["stream", "shuffled"])
+@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
 def test_the_batches_of_all_ranks_together_are_those_of_one_rank(stream: TokenStream, name: str):
     alone = make_loader(stream, loader=name)
     for world_size in (2, 4, 8):
         ranks = [make_loader(stream, r, world_size, loader=name) for r in range(world_size)]
         for step in (0, 1, 9):
-            joined = torch.cat([loader.read(step) for loader in ranks])
-            assert torch.equal(joined, alone.read(step)), (world_size, step)
+            joined = torch.cat([read_step(loader, step) for loader in ranks])
+            assert torch.equal(joined, read_step(alone, step)), (world_size, step)
 
 
-def test_no_window_is_given_to_two_ranks_or_steps_of_an_epoch(tmp_path: Path):
+@pytest.mark.parametrize("name", ["shuffled", "coprime"])
+def test_no_window_is_given_to_two_ranks_or_steps_of_an_epoch(tmp_path: Path, name: str):
     stream = make_stream(tmp_path, np.arange(5000), np.arange(5000, 12_000))  # ids tell the place
-    loaders = [make_loader(stream, rank, 2, loader="shuffled") for rank in range(2)]
+    loaders = [make_loader(stream, rank, 2, loader=name) for rank in range(2)]
     num_steps = (5000 // 32 - 1 + 7000 // 32 - 1) // 8
-    rows = torch.cat([loader.read(step) for loader in loaders for step in range(num_steps)])
+    rows = torch.cat([read_step(loader, step) for loader in loaders for step in range(num_steps)])
     assert (rows.diff(dim=1) == 1).all()
     assert len(rows[:, 1:].unique()) == 8 * 32 * num_steps
 
 
-@pytest.mark.parametrize("name", ["stream", "shuffled"])
+@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
 def test_the_seed_decides_the_data_order(stream: TokenStream, name: str):
     first, again, other = (
-        make_loader(stream, loader=name, seed=seed).read(0) for seed in (1, 1, 2)
+        read_step(make_loader(stream, loader=name, seed=seed), 0) for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", ["stream", "shuffled"])
+@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
 def test_a_prefetched_batch_is_what_read_returns_also_after_a_jump(stream: TokenStream, name: str):
     loader, plain = make_loader(stream, loader=name), make_loader(stream, loader=name)
+    phase = phase_at(tiny_config(), 0.0, 1.0)
     for step in (0, 1, 2, 7, 8, 3, 3, 4):
-        assert torch.equal(loader.batch(step), plain.read(step)), step
+        assert torch.equal(loader.batch(256 * step, phase), read_step(plain, step)), step
+
+
+@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
+def test_a_batch_after_a_change_of_phase_has_the_new_shape_and_follows_the_old(
+    stream: TokenStream, name: str
+):
+    knobs: dict[str, Any] = dict(train_seq_schedule="8@0.3,16@0.6", train_batch_schedule="64@0.5")
+    cfg = tiny_config(loader=name, **knobs)
+    loader = make_loader(stream, loader=name, **knobs)
+    ids = np.concatenate([stream.read(0, stream.num_tokens)] * 2)
+    position = 0
+    for progress, seq_len, batch_tokens in (
+        (0.0, 8, 64),
+        (0.1, 8, 64),
+        (0.3, 16, 64),
+        (0.5, 16, 256),
+        (0.6, 32, 256),
+        (0.9, 32, 256),
+    ):
+        phase = phase_at(cfg, progress, 1.0)
+        assert phase == Phase(seq_len, batch_tokens, loops=0, qat=False) and phase in phases(cfg)
+        batch = loader.batch(position, phase)
+        assert batch.shape == (batch_tokens // seq_len, seq_len + 1)
+        assert torch.equal(batch, loader.read(position, seq_len, batch_tokens))
+        if name == "stream":  # not a token is left out or seen twice
+            first = loader.plans[32].start(0) % stream.num_tokens + position
+            expected = ids[first : first + batch_tokens]
+            assert np.array_equal(batch[:, :-1].flatten().numpy(), expected)
+        position += batch_tokens
 
 
 def test_batches_asked_for_in_order_are_read_once_and_one_ahead(stream: TokenStream):
-    steps: list[int] = []
+    positions: list[int] = []
 
     class Noted(BatchLoader):
-        def read(self, step: int) -> torch.Tensor:
-            steps.append(step)
-            return super().read(step)
+        def read(self, position: int, seq_len: int, batch_tokens: int) -> torch.Tensor:
+            positions.append(position)
+            return super().read(position, seq_len, batch_tokens)
 
     loader = Noted(tiny_config(), stream, rank=0, world_size=1)
     for step in range(4):
-        loader.batch(step)
+        loader.batch(256 * step, phase_at(tiny_config(), 0.0, 1.0))
     loader.executor.shutdown()  # waits for the one that is read ahead
-    assert steps == [0, 1, 2, 3, 4]
+    assert positions == [0, 256, 512, 768, 1024]
 
 
 def test_rows_that_do_not_divide_over_the_ranks_are_refused_with_the_numbers(stream: TokenStream):
@@ -345,7 +391,12 @@ def test_rows_that_do_not_divide_over_the_ranks_are_refused_with_the_numbers(str
         "TRAIN_BATCH_TOKENS=256 / TRAIN_SEQ_LEN=32 = 8 rows do not divide over 3 ranks; "
         "use a multiple of 96 tokens"
     )
-    assert make_loader(stream, 0, 3, train_batch_tokens=96 * 5).read(0).shape == (5, 33)
+    loader = make_loader(stream, 0, 3, train_batch_tokens=96 * 5)
+    assert read_step(loader, 0, 96 * 5).shape == (5, 33)
+    assert refusal_of(lambda: make_loader(stream, 0, 4, train_batch_schedule="192@0.5")) == (
+        "TRAIN_BATCH_TOKENS=192 / TRAIN_SEQ_LEN=32 = 6 rows do not divide over 4 ranks; "
+        "use a multiple of 128 tokens"
+    )  # 256 / 32 = 8 rows do, of the phase after it
 
 
 # --- Bytes ---------------------------------------------------------------------------------------

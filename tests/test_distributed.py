@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -44,15 +45,18 @@ RUN: dict[str, Any] = {
 TORCHRUN_TIMEOUT_S = 120.0  # three interpreters that import torch, on a busy machine
 
 # Runs the script; each rank leaves the state of its training beside the run. HOOK: `nan` spoils the
-# loss of rank 1 at step 3, `slow` makes the steps of rank 1 longer.
+# loss of the last rank at step 3, `slow` makes the steps of rank 1 longer, `signal` lets the rank
+# hear one when it begins to validate.
 WORKER = f"""
 import os, sys, time
 import safetensors.torch
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import train_gpt
 
-rank, hook = int(os.environ.get("RANK", 0)), os.environ.pop("HOOK", "")
+rank, world_size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+hook = os.environ.pop("HOOK", "")
 train, step, loss = train_gpt.train, train_gpt.Trainer.step, train_gpt.GPT.loss
+evaluate = train_gpt.evaluate
 
 def train_and_keep(run, *args):
     trainer = train(run, *args)
@@ -67,10 +71,16 @@ def bad_loss(self, *args):
     bad_loss.calls += 1
     return loss(self, *args) * (float("nan") if bad_loss.calls == 3 else 1)
 
+def hear_and_evaluate(run, *args):
+    run.signal_received = True
+    return evaluate(run, *args)
+
 train_gpt.train, bad_loss.calls = train_and_keep, 0
+if hook == "signal":
+    train_gpt.evaluate = hear_and_evaluate
 if rank == 1 and hook == "slow":
     train_gpt.Trainer.step = slow_step
-if rank == 1 and hook == "nan":
+if rank == world_size - 1 and hook == "nan":
     train_gpt.GPT.loss = bad_loss
 sys.exit(train_gpt.main())
 """
@@ -195,7 +205,12 @@ def state_of(folder: Path, rank: int) -> dict[str, torch.Tensor]:
 
 
 def test_weights_of_two_processes_are_those_of_one_within_a_few_steps_of_few_weights(pair: Pair):
-    one, two = state_of(pair.one, 0), state_of(pair.two, 0)
+    assert_weights_are_near(state_of(pair.two, 0), state_of(pair.one, 0))
+
+
+def assert_weights_are_near(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor]) -> None:
+    """On average, and all but a few of each tensor."""
+    assert one.keys() == two.keys()
     for name in (name for name in one if name.startswith("model/")):
         off = (one[name] - two[name]).abs()
         assert float(off.mean()) < 1e-3, name  # a step of Adam is 0.05 here
@@ -253,7 +268,7 @@ def checkpoints(folder: Path) -> list[int]:
 
 
 def long_environment(data: TinyData) -> dict[str, str]:
-    """A run that is not over when it is stopped at step 10."""
+    """A run that is not over when it is stopped at step 10, with HOOK=slow on any machine."""
     return run_environment(data, mode="train", iterations=80, train_log_every=5, val_loss_every=0)
 
 
@@ -269,10 +284,10 @@ def assert_stopped_with_a_checkpoint(result: Result, work: Path) -> int:
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_leaves_a_checkpoint_that_one_process_goes_on_from(
-    data: TinyData, work: Path
+    data: TinyData, work: Path, worker: Path
 ):
     env = long_environment(data)
-    with torchrun(SCRIPT, env, work) as started:
+    with torchrun(worker, {**env, "HOOK": "slow"}, work) as started:
         started.wait_for_output("step step:10 ")
         started.process.terminate()
         result = started.wait()
@@ -286,11 +301,11 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_that_one_process_goes_on_from(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_all_processes_of_torchrun_leaves_a_checkpoint(
-    data: TinyData, work: Path, number: int
+    data: TinyData, work: Path, worker: Path, number: int
 ):
     # Ctrl-C in a terminal and job schedulers reach the workers themselves, and torchrun passes the
     # signal on: each worker hears it twice.
-    with torchrun(SCRIPT, long_environment(data), work) as started:
+    with torchrun(worker, {**long_environment(data), "HOOK": "slow"}, work) as started:
         started.wait_for_output("step step:10 ")
         os.killpg(started.process.pid, number)
         result = started.wait()
@@ -300,17 +315,60 @@ def test_signal_to_all_processes_of_torchrun_leaves_a_checkpoint(
 # --- Ranks started by hand -----------------------------------------------------------------------
 
 
-def test_three_processes_with_uneven_shares_give_what_one_gives(data: TinyData, work: Path):
-    # 5 layers and 3 ranks: a stack of equal matrices that the ranks cannot share evenly.
-    env = run_environment(data, mode="train", num_layers=5, train_batch_tokens=192)
-    for name in ("one", "three"):
-        (work / name).mkdir()
-    one = run_script(env, work / "one")
-    assert one.status == 0, one.err
-    results = run_ranks([env] * 3, work / "three")
-    assert [r.status for r in results] == [0, 0, 0], results[0].err
-    assert losses(work / "three" / "run") == pytest.approx(losses(work / "one" / "run"), rel=2e-3)
-    assert results[1].out == results[2].out == "", "rank 0 alone speaks"
+# 5 layers: stacks of 10 and of 5 equal matrices, which neither 2 nor 3 ranks can share evenly.
+UNEVEN: dict[str, Any] = {"mode": "train", "num_layers": 5, "train_batch_tokens": 192}
+CLIP_NORMS = (0.0, 0.05)  # none, and one that every step's gradient is above
+
+
+def run_kept(env: dict[str, str], num_ranks: int, folder: Path, worker: Path) -> Path:
+    """The folder of a whole run whose ranks left their states."""
+    folder.mkdir()
+    results = run_ranks([env] * num_ranks, folder, worker)
+    assert [r.status for r in results] == [0] * num_ranks, results[0].err
+    assert all(r.out == "" for r in results[1:]), "rank 0 alone speaks"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(data: TinyData, worker: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The runs of UNEVEN by one process, for each of CLIP_NORMS."""
+    folder = tmp_path_factory.mktemp("alone")
+    envs = [run_environment(data, **UNEVEN, grad_clip_norm=norm) for norm in CLIP_NORMS]
+    return [run_kept(env, 1, folder / str(i), worker) for i, env in enumerate(envs)]
+
+
+def momenta(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith("muon/")}
+
+
+def test_the_clip_of_these_runs_is_felt(alone: list[Path]):
+    norms = [
+        math.hypot(*(float(m.norm()) for m in momenta(state_of(f, 0)).values())) for f in alone
+    ]
+    assert norms[1] < 6 * CLIP_NORMS[1] < norms[0]  # sums of 6 gradients
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("clip", [0, 1], ids=["free", "clipped"])
+def test_processes_with_uneven_shares_give_what_one_gives(
+    data: TinyData, work: Path, worker: Path, alone: list[Path], *, clip: int, num_ranks: int
+):
+    env = run_environment(data, **UNEVEN, grad_clip_norm=CLIP_NORMS[clip])
+    folder = run_kept(env, num_ranks, work / "several", worker)
+    found, expected = losses(folder / "run"), losses(alone[clip] / "run")
+    assert found[1] == pytest.approx(expected[1], abs=2e-5)
+    assert found == pytest.approx(expected, rel=2e-3)
+    one, states = state_of(alone[clip], 0), [state_of(folder, rank) for rank in range(num_ranks)]
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
+    assert_weights_are_near(states[0], one)
+    for name, momentum in momenta(one).items():
+        several = states[0][name]
+        assert len(several) >= len(momentum) and not several[len(momentum) :].any()
+        for matrix, other in zip(momentum, several, strict=False):
+            # Gradients of weights that are a little apart, in the same direction.
+            assert float((matrix - other).norm()) < 0.05 * float(matrix.norm()), name
 
 
 def test_more_ranks_than_windows_score_all(data: TinyData, work: Path):
@@ -322,10 +380,10 @@ def test_more_ranks_than_windows_score_all(data: TinyData, work: Path):
 
 @pytest.mark.parametrize("heard_by", [[0, 1], [1]])
 def test_sigterm_leaves_a_checkpoint_that_one_process_goes_on_from(
-    data: TinyData, work: Path, heard_by
+    data: TinyData, work: Path, worker: Path, heard_by
 ):
     env = long_environment(data)
-    ranks = start_ranks([env, env], work)
+    ranks = start_ranks([{**env, "HOOK": "slow"}] * 2, work, worker)
     ranks[0].wait_for_output("step step:10 ")
     for rank in heard_by:
         ranks[rank].send(signal.SIGTERM)
@@ -369,13 +427,17 @@ def test_clock_stops_all_ranks_after_the_same_step(data: TinyData, work: Path, w
     assert 1 < end["steps"] < 1.0 / 0.03  # at the pace of the slow one
 
 
-def test_two_ranks_that_were_killed_go_on_to_the_same_bits(data: TinyData, work: Path):
+@pytest.mark.parametrize("knobs", [{}, {"num_layers": 3, "grad_clip_norm": 0.1}])
+def test_two_ranks_that_were_killed_go_on_to_the_same_bits(
+    data: TinyData, work: Path, worker: Path, knobs: dict[str, Any]
+):
+    # With 3 layers each rank keeps another number of momenta than there are matrices.
     env = run_environment(
-        data, mode="train", iterations=12, checkpoint_every_seconds=1e-6, val_loss_every=0
+        data, mode="train", iterations=12, checkpoint_every_seconds=1e-6, val_loss_every=0, **knobs
     )
     for name in ("whole", "killed"):
         (work / name).mkdir()
-    whole = run_ranks([env, env], work / "whole")
+    whole = run_ranks([env, env], work / "whole", worker)
     assert [r.status for r in whole] == [0, 0], whole[0].err
     # Rank 1 dies at step 5; rank 0 then cannot go on either, and must not wait for ever.
     killer = work / "killer.py"
@@ -383,12 +445,48 @@ def test_two_ranks_that_were_killed_go_on_to_the_same_bits(data: TinyData, work:
     killer.write_text(killer.read_text().replace("def bad_loss", DIE + "def bad_loss"))
     killed = run_ranks([{**env, "HOOK": "nan"}] * 2, work / "killed", killer)
     assert killed[1].status == -signal.SIGKILL and killed[0].status != 0
-    resumed = run_ranks([env, env], work / "killed")
+    resumed = run_ranks([env, env], work / "killed", worker)
     assert [r.status for r in resumed] == [0, 0], resumed[0].err
     assert metrics(work / "killed" / "run", "resume")[0]["step"] >= 3
     artifacts = [(work / n / "run" / "artifact.bin").read_bytes() for n in ("whole", "killed")]
     assert artifacts[0] == artifacts[1]
     assert losses(work / "killed" / "run") == losses(work / "whole" / "run")
+    for rank in (0, 1):
+        first, second = (state_of(work / name, rank) for name in ("whole", "killed"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), rank
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+def test_checkpoint_is_gone_on_from_by_another_number_of_ranks(
+    data: TinyData, work: Path, worker: Path, alone: list[Path], *, before: int, after: int
+):
+    env = run_environment(data, **UNEVEN, warmup_steps=0, checkpoint_every_seconds=1e-6)
+    stopped = run_ranks([{**env, "HOOK": "nan"}] * before, work, worker)
+    assert [r.status for r in stopped] == [1] * before and checkpoints(work) == [2]
+    resumed = run_ranks([env] * after, work, worker)
+    assert [r.status for r in resumed] == [0] * after, resumed[0].err
+    assert metrics(work / "run", "resume")[0]["step"] == 2
+    assert losses(work / "run") == pytest.approx(losses(alone[0] / "run"), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "heard_by",
+    [
+        [0, 1],
+        [0],
+    ],
+)
+def test_signal_during_validation_loses_no_step(
+    data: TinyData, work: Path, worker: Path, heard_by: list[int]
+):
+    # A signal finds the ranks at different places: one may have scored its share already.
+    env = run_environment(data, mode="train")  # validates after step 4
+    envs = [{**env, "HOOK": "signal" if rank in heard_by else ""} for rank in (0, 1)]
+    results = wait_for_ranks(start_ranks(envs, work, worker), timeout_s=30)
+    assert results[0].status == 143 and results[1].status != 0, results[0].err
+    assert results[0].err.count("Interrupted: stopped by a signal") == 1
+    assert checkpoints(work) == [4]
 
 
 def test_checkpoint_that_rank_0_refuses_ends_all_ranks(data: TinyData, work: Path):

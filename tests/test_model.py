@@ -367,9 +367,10 @@ def test_under_xsa_the_first_position_of_a_document_gets_nothing_from_attention(
     cfg = config_of("all", xsa_last_n=2)  # layers 3 and 4
     model = random_model(cfg)
     ids = torch.tensor([[BOS_ID, 5, 6, BOS_ID, 7, 8]])
-    mask, rotary = model.prepare(ids, True), model.rotary_for(6)
+    inputs = model.inputs(ids, model.embed(ids))
     for layer, block in enumerate(model.blocks):
-        out = block.attn(rms_norm(torch.randn(1, 6, 16)), rotary, mask)[0]  # type: ignore[operator]
+        stream = rms_norm(torch.randn(1, 6, 16))
+        out = block.attn(stream, inputs, model.mix_of(layer))[0]  # type: ignore[operator]
         alone = out[[0, 3]].abs().max()  # these see only themselves: y = v
         assert (alone < 1e-5) == (layer >= 3) and out[[1, 2, 4, 5]].abs().max() > 0.1
 
@@ -757,7 +758,7 @@ class LargestTensor(TorchDispatchMode):
 def test_logits_never_exist_for_more_than_a_chunk(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ):
-    cfg = tiny_config(vocab_size=1000, model_dim=8, num_heads=2, num_layers=1)
+    cfg = tiny_config(vocab_size=1000, model_dim=8, num_heads=2, num_layers=1, gate_window=8)
     model = random_model(cfg, dtype)
     ids = random_ids(cfg, B=8, T=33)  # N = 256 targets: 256,000 logits; no other tensor has 16,000
     monkeypatch.setattr(train_gpt, "LOSS_CHUNK_NUMBERS", 16_000)
@@ -916,7 +917,7 @@ def test_the_gradient_reaches_every_parameter_after_two_steps(variant: str, make
     # Zero output projections hold back what lies before them for one step.
     run = make_run(**{**SHAPE, **VARIANTS[variant]})
     model = build_model(run)
-    trainer = Trainer(run, model, rows=2)
+    trainer = Trainer(run, model)
     window = random_ids(run.cfg, B=2, T=17)
     for _ in range(2):
         trainer.step(window)

@@ -71,7 +71,12 @@ def open_loader(run: Run) -> BatchLoader:
 
 def open_trainer(run: Run) -> tuple[Trainer, BatchLoader]:
     loader = open_loader(run)
-    return Trainer(run, train_gpt.build_model(run), loader.rows), loader
+    return Trainer(run, train_gpt.build_model(run)), loader
+
+
+def first_batch(loader: BatchLoader, cfg: Config) -> torch.Tensor:
+    """The windows of the first step."""
+    return loader.batch(0, train_gpt.phase_at(cfg, 0.0, 1.0))
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -110,9 +115,10 @@ def test_same_seed_gives_the_same_bits_and_another_seed_others(new_run: MakeRun)
     assert not any(torch.equal(first[name], other[name]) for name in ("tok_emb.weight",))
 
 
-@pytest.mark.parametrize("loader", ["stream", "shuffled"])
+@pytest.mark.parametrize("loader", sorted(train_gpt.LOADERS))
 def test_another_seed_reads_other_windows(new_run: MakeRun, loader):
-    batches = [open_loader(new_run(seed=seed, loader=loader)).batch(0) for seed in (1, 1, 2)]
+    runs = [new_run(seed=seed, loader=loader) for seed in (1, 1, 2)]
+    batches = [first_batch(open_loader(run), run.cfg) for run in runs]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
 
@@ -149,9 +155,20 @@ def test_gradient_accumulation_trains_as_one_big_batch_does(new_run: MakeRun):
 
 
 @pytest.mark.parametrize("rows, micro_rows, passes", [(8, 8, 1), (8, 3, 4), (6, 4, 2), (7, 4, 7)])
-def test_micro_batches_are_equal_and_within_the_limit(rows, micro_rows, passes):
-    cfg = tiny_config(micro_batch_tokens=micro_rows * 32)
-    assert train_gpt.split_micro_batches(rows, cfg) == passes
+@pytest.mark.parametrize("seq_len", [32, 16])  # the limit is in tokens, whatever the context is
+def test_micro_batches_are_equal_and_within_the_limit(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, *, rows, micro_rows, passes, seq_len
+):
+    trainer, _ = open_trainer(new_run(micro_batch_tokens=micro_rows * seq_len, num_layers=1))
+    loss, shapes = GPT.loss, []
+
+    def noted(self: GPT, *args: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(args[0].shape))
+        return loss(self, *args)
+
+    monkeypatch.setattr(GPT, "loss", noted)
+    trainer.accumulate_gradients(torch.randint(320, (rows, seq_len + 1)))
+    assert shapes == [(rows // passes, seq_len)] * passes
     assert rows % passes == 0 and rows // passes <= micro_rows
 
 
@@ -161,7 +178,10 @@ def gradients_at_update(trainer: Trainer, window_BT: torch.Tensor) -> torch.Tens
     step = trainer.adam.step
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(torch.cat([p.grad.flatten() for p in trainer.params]))  # type: ignore[union-attr]
+        # AdamW reads the gradients of the parameters, Muon its own copies of the matrices'.
+        grads = [p.grad for p in trainer.replicated] + trainer.muon.reduced()
+        seen.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
+        assert len(seen[-1]) == sum(p.numel() for p in trainer.params)
         return step(*args, **kwargs)
 
     trainer.adam.step = spy  # type: ignore[method-assign]
@@ -171,10 +191,11 @@ def gradients_at_update(trainer: Trainer, window_BT: torch.Tensor) -> torch.Tens
 
 def test_clip_bounds_the_global_norm_and_keeps_the_direction(new_run: MakeRun):
     trainer, loader = open_trainer(new_run())
-    free = gradients_at_update(trainer, loader.batch(0))
+    window_BT = first_batch(loader, trainer.run.cfg)
+    free = gradients_at_update(trainer, window_BT)
     bound = float(free.norm()) / 3
     trainer, loader = open_trainer(new_run(grad_clip_norm=bound))
-    clipped = gradients_at_update(trainer, loader.batch(0))
+    clipped = gradients_at_update(trainer, window_BT)
     assert float(clipped.norm()) == pytest.approx(bound, rel=1e-4)
     torch.testing.assert_close(clipped, free / 3, rtol=1e-3, atol=1e-8)
 
@@ -282,12 +303,29 @@ def test_without_averaging_the_last_weights_are_exported(
 def test_averages_that_are_of_no_use_are_announced(new_run: MakeRun, trajectory):
     run = new_run(averaging="swa", swa_every=100, warmdown_frac=1.0)
     exported = train_weights(run)
-    assert "SWA collected no weights" in metrics(run.directory, "warning")[-1]["text"]
+    assert "swa averaged no weights" in metrics(run.directory, "warning")[-1]["text"]
     assert all(torch.equal(exported[name].double(), trajectory[10][name]) for name in exported)
     run = new_run(averaging="ema", ema_decay=0.999)
     train_weights(run)
     text = metrics(run.directory, "warning")[-1]["text"]
     assert text.startswith(f"{0.999**10:.1%} of the EMA is still the initial weights")
+
+
+@pytest.mark.parametrize("finished_before", [False, True])
+def test_score_before_quantisation_is_that_of_the_weights_as_they_are(
+    new_run: MakeRun, data: TinyData, finished_before
+):
+    knobs = dict(late_qat_threshold=0.9, attn_bits=4, mlp_bits=4, warmup_steps=1, iterations=4)
+    run = new_run(**knobs)
+    model, other = train_gpt.build_model(run), train_gpt.build_model(run)
+    train_gpt.train(run, model, open_loader(run), no_validation)
+    if finished_before:  # the checkpoint after the last step is all that is left
+        model = train_gpt.build_model(run)
+        train_gpt.train(run, model, open_loader(run), no_validation)
+    other.load_state_dict(model.state_dict())
+    validation = train_gpt.load_validation(run.cfg, data.tokenizer)
+    found, expected = (train_gpt.evaluate(run, m, validation, 32) for m in (model, other))
+    assert found.nats == expected.nats
 
 
 @pytest.mark.parametrize("averaging", ["ema", "swa"])
@@ -326,7 +364,7 @@ class ClockedTrainer(Trainer):
     """A trainer whose steps do nothing but take the next of `durations` seconds."""
 
     def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch):
-        super().__init__(run, train_gpt.build_model(run), rows=8)
+        super().__init__(run, train_gpt.build_model(run))
         self.now_s = 0.0
         self.durations: Iterator[float] = iter(())
         clock = SimpleNamespace(perf_counter=lambda: self.now_s)
@@ -340,7 +378,7 @@ class ClockedTrainer(Trainer):
     def run_for(self, durations: Iterator[float], start: Progress | None = None) -> Progress:
         """Progress after a training with steps of these durations."""
         self.durations, self.progress = durations, start or Progress()
-        loader: Any = SimpleNamespace(batch=lambda step: None)
+        loader: Any = SimpleNamespace(batch=lambda position, phase: None)
         train_gpt.train_loop(self, loader, no_validation)
         return self.progress
 
@@ -427,7 +465,7 @@ def test_validation_is_not_on_the_training_clock(new_run: MakeRun, monkeypatch: 
         trainer.now_s += 1000
         return train_gpt.Score(1.0, 1, 1, False, 1000.0)
 
-    train_gpt.train_loop(trainer, SimpleNamespace(batch=lambda step: None), validate)  # type: ignore[arg-type]
+    train_gpt.train_loop(trainer, SimpleNamespace(batch=lambda position, phase: None), validate)  # type: ignore[arg-type]
     assert trainer.progress == Progress(step=6, train_s=6.0)
 
 
@@ -446,7 +484,7 @@ def test_checkpoint_is_on_the_training_clock_also_before_a_validation(
     monkeypatch.setattr(train_gpt, "save_checkpoint", save_in_10_s)
     train_gpt.train_loop(
         trainer,
-        SimpleNamespace(batch=lambda step: None),  # type: ignore[arg-type]
+        SimpleNamespace(batch=lambda position, phase: None),  # type: ignore[arg-type]
         lambda: train_gpt.Score(1.0, 1, 1, False, 0.0),
     )
     saved = [r["step"] for r in metrics(run.directory, "checkpoint")]
@@ -716,19 +754,64 @@ def steps_of(result: Result) -> list[int]:
     return [int(v["step"].split("/")[0]) for e, v in log_events(result.out) if e == "step"]
 
 
+# Runs the script, which stops before step HOLD_AT, and before each checkpoint if HOLD_SAVING is,
+# until the file go_on_NAME exists: however fast the machine, it cannot get ahead of the test.
+HELD_SCRIPT = f"""
+import os, sys, time
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_gpt
+
+hold_at, hold_saving = int(os.environ.pop("HOLD_AT")), os.environ.pop("HOLD_SAVING", "")
+step, save_checkpoint = train_gpt.Trainer.step, train_gpt.save_checkpoint
+
+def hold(name):
+    print("held", name, flush=True)
+    while not os.path.exists("go_on_" + name):
+        time.sleep(0.002)
+
+def held_step(self, *args):
+    if self.progress.step + 1 == hold_at:
+        hold("step")
+    return step(self, *args)
+
+def held_save(*args):
+    if hold_saving:
+        hold("saving")
+    save_checkpoint(*args)
+
+train_gpt.Trainer.step, train_gpt.save_checkpoint = held_step, held_save
+sys.exit(train_gpt.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def held_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of HELD_SCRIPT."""
+    path = tmp_path_factory.mktemp("held") / "held.py"
+    path.write_text(HELD_SCRIPT)
+    return path
+
+
+def steps_said(result: Result) -> Result:
+    """The result without the lines that HELD_SCRIPT printed."""
+    lines = result.out.splitlines(keepends=True)
+    return result._replace(out="".join(line for line in lines if not line.startswith("held ")))
+
+
 def test_sigterm_writes_a_checkpoint_and_ends_with_143_and_one_line(
-    data: TinyData, work: Path, whole: Whole
+    data: TinyData, work: Path, whole: Whole, held_script: Path
 ):
     env = environment(run_config(data))
-    process = start(env, work)
+    process = start({**env, "HOLD_AT": "8"}, work, held_script)
     process.wait_for_output("step step:4 ")
     process.send(signal.SIGTERM)
-    result = process.wait()
+    (work / "go_on_step").touch()
+    result = steps_said(process.wait())
     assert result.status == 143
     assert len(result.err.splitlines()) == 1, result.err
     assert result.err.startswith("Interrupted: stopped by a signal")
     last = steps_of(result)[-1]
-    assert last < 30
+    assert 4 <= last < 30
     saved = [p.name for p in (work / "run" / "checkpoint").iterdir()]
     assert len(saved) == 1 and last <= int(saved[0].removeprefix("step_")) <= last + 1
     resumed = run_script(env, work)
@@ -737,33 +820,42 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143_and_one_line(
     assert_same_run(work / "run", whole)
 
 
+@pytest.mark.parametrize("moment", ["step", "saving"])
 def test_signal_that_arrives_twice_in_a_moment_still_writes_a_checkpoint(
-    data: TinyData, work: Path
+    data: TinyData, work: Path, held_script: Path, moment
 ):
     # timeout(1) and torchrun pass a signal on to a process that has just had it from the terminal.
-    process = start(environment(run_config(data, iterations=200)), work)
-    process.wait_for_output("step step:2 ")
+    env = environment(run_config(data, iterations=200))
+    process = start({**env, "HOLD_AT": "3", "HOLD_SAVING": "1"}, work, held_script)
+    process.wait_for_output("held step")
     process.send(signal.SIGTERM)
-    time.sleep(0.002)
-    process.send(signal.SIGTERM)
+    if moment == "step":  # both are there before the step that hears of them
+        process.send(signal.SIGTERM)
+    (work / "go_on_step").touch()
+    process.wait_for_output("held saving")
+    if moment == "saving":
+        process.send(signal.SIGTERM)
+    (work / "go_on_saving").touch()
     assert process.wait().status == 143
-    assert list((work / "run" / "checkpoint").iterdir())
+    assert [p.name for p in (work / "run" / "checkpoint").iterdir()] == ["step_000000003"]
 
 
 def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(
-    data: TinyData, work: Path, whole: Whole
+    data: TinyData, work: Path, whole: Whole, held_script: Path
 ):
     env = environment(run_config(data, checkpoint_every_seconds=1e-6))
     rng = np.random.default_rng(0)
     for kill in range(3):
-        process = start(env, work)
-        process.wait_for_output(f"checkpoint step:{3 * kill + 3} ")
+        first = 3 * kill + 3
+        # Killed between the checkpoints of step `first` and of the two after it, or when it waits.
+        process = start({**env, "HOLD_AT": str(first + 3)}, work, held_script)
+        process.wait_for_output(f"checkpoint step:{first} ")
         time.sleep(float(rng.uniform(0, 0.06)))
         process.send(signal.SIGKILL)
         assert process.wait().status == -signal.SIGKILL
     result = run_script(env, work)
     assert result.status == 0, result.err
-    assert metrics(work / "run", "resume")[-1]["step"] >= 9
+    assert 9 <= metrics(work / "run", "resume")[-1]["step"] <= 11
     assert_same_run(work / "run", whole)
 
 

@@ -1,0 +1,569 @@
+"""The ablation runner: grids, runs that are killed, fail and go on, statistics, table and plot.
+
+The runs are those of a stand-in for the script, which starts at once and writes what a run writes;
+its score is 2 less its QUALITY, and the seed adds its hundredth. One test runs the script itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train_gpt
+from records import ablations
+from records.ablations import Job, main, read_grid, read_results
+from tests.conftest import TinyData
+from tests.processes import wait_until
+from train_gpt import InputError
+
+ROOT = Path(ablations.__file__).resolve().parent.parent
+GRIDS = sorted(ROOT.glob("records/*/ablations.toml"))
+
+STAND_IN = """
+import dataclasses, hashlib, json, os, pathlib, sys, time
+
+@dataclasses.dataclass
+class Config:
+    quality: str = "0"
+    wait_for: str = ""
+
+def config_from_env(env):
+    if "MISSPELT" in env:
+        raise ValueError("MISSPELT is not a knob")
+    return {name: env.get(name, "0") for name in ("QUALITY", "FAIL", "OTHER", "WAIT_FOR")}
+
+def run(env):
+    folder, seed = pathlib.Path(env["RUN_DIR"]), int(env["SEED"])
+    (folder / "pid").write_text(str(os.getpid()))
+    while env.get("WAIT_FOR") and not os.path.exists(env["WAIT_FOR"]):
+        time.sleep(0.01)
+    if "FAIL" in env and not os.path.exists(env["FAIL"]):
+        sys.exit("a traceback\\nRunFailed: no luck")
+    bpb = round(2 - float(env.get("QUALITY", 0)) + seed / 100, 8)
+    steps = int(env["ITERATIONS"])
+    source = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+    events = [
+        {"event": "config", "values": dict(env), "changed": sorted(
+            set(env) & {"QUALITY", "ITERATIONS", "SEED", "OMP_NUM_THREADS"})},
+        {"event": "versions", "python": "3.11.7", "torch": "2.13.0", "source_sha256": source},
+        {"event": "hardware", "name": "2 CPU cores, Imaginary 3000"},
+        {"event": "model", "params": 1_000_000 + int(env.get("OTHER", 0))},
+        *({"event": "step", "step": n + 1, "train_loss": 5.0 - n} for n in range(steps)),
+        {"event": "train_end", "steps": steps, "step_avg_ms": 250.0, "tokens": steps * 4096,
+         "train_s": steps / 4},
+        {"event": "final_prequant", "val_bpb": round(bpb - 0.005, 8)},
+        {"event": "size", "artifact_bytes": 900_000 + int(env.get("OTHER", 0))},
+        {"event": "final_quantized", "val_bpb": bpb, "bytes": 10_000, "tokens": 4_000},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\\n" for e in events))
+
+if __name__ == "__main__":
+    run(os.environ)
+"""
+
+GRID = """
+steps = 3
+seeds = [1, 2]
+settings = "OTHER=0"
+data = "python data/prepare.py --input text.jsonl --out data/text"
+[stacks.small]
+[stacks.small.add]
+better = "QUALITY=0.1"
+worse = "QUALITY=-0.1"
+[stacks.large]
+settings = "QUALITY=0.3"
+[stacks.large.leave_out]
+better = "QUALITY=0.2"
+"""
+NUM_RUNS = 2 * (3 + 2)
+
+
+def write_grid(folder: Path, text: str = GRID) -> Path:
+    """A grid file, and beside it the stand-in for the script."""
+    (folder / "script.py").write_text(STAND_IN)
+    path = folder / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def command(grid: Path, *more: str) -> list[str]:
+    """Arguments that run a grid with the stand-in."""
+    folder = grid.parent
+    return ["run", str(grid), "--script", f"{folder}/script.py", "--work", f"{folder}/work", *more]
+
+
+def lines_of(grid: Path) -> list[dict[str, Any]]:
+    """The results, in the order in which they were written."""
+    path = grid.with_suffix(".jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def names(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """Stack, variant and seed of each result."""
+    return [(line["stack"], line["variant"], line["seed"]) for line in lines]
+
+
+# --- Grid ----------------------------------------------------------------------------------------
+
+
+def test_the_first_seed_of_everything_comes_before_the_second_of_anything(tmp_path: Path) -> None:
+    jobs = ablations.list_jobs(read_grid(write_grid(tmp_path)))
+    assert [job.seed for job in jobs] == [1] * 5 + [2] * 5
+    assert [job.name for job in jobs[:5]] == [
+        "small/reference", "small/better", "small/worse", "large/reference", "large/better",
+    ]  # fmt: skip
+
+
+def test_a_run_is_known_by_what_it_is_set_to_and_by_nothing_else(tmp_path: Path) -> None:
+    def key(old: str = "", new: str = "") -> str:
+        grid = read_grid(write_grid(tmp_path, GRID.replace(old, new)))
+        return Job(grid.stacks[0], grid.stacks[0].variants[1], grid.stacks[0].seeds[0]).key
+
+    assert key("QUALITY=0.1", "QUALITY=0.11") != key()
+    assert key("steps = 3", "steps = 4") != key()
+    assert key("seeds = [1, 2]", "seeds = [2]") != key()
+    assert key('"OTHER=0"', '"OTHER=1"') != key()
+    assert key("better = ", "renamed = ") == key("stacks.small", "stacks.tiny") == key()
+
+
+def test_settings_win_over_the_recipe_and_overrides_over_both(tmp_path: Path) -> None:
+    recipe = tmp_path / "run.env"
+    recipe.write_text("# comment\nNUM_LAYERS=2\nMODEL_DIM=64\nSEED=5\nMAX_WALLCLOCK_SECONDS=230\n")
+    text = f"""
+        steps = 3
+        seeds = [1]
+        settings = "MODEL_DIM=96"
+        [stacks.a]
+        recipe = "{recipe}"
+        settings = "RUN_NOTE='two words'"
+        add.wide = "MODEL_DIM=128 MLP_MULT=3"
+    """
+    (stack,) = read_grid(write_grid(tmp_path, text)).stacks
+    expected = {"NUM_LAYERS": "2", "MODEL_DIM": "96", "RUN_NOTE": "two words"}
+    expected |= {**ablations.RUN_SETTINGS, "ITERATIONS": "3", "SEED": "1"}
+    reference, wide = (Job(stack, variant, 1).settings for variant in stack.variants)
+    assert reference == expected and expected["MAX_WALLCLOCK_SECONDS"] == "0"
+    assert wide == {**expected, "MODEL_DIM": "128", "MLP_MULT": "3"}
+
+
+def test_variants_that_come_to_the_same_share_their_runs(tmp_path: Path) -> None:
+    grid = read_grid(write_grid(tmp_path, GRID.replace('"QUALITY=0.2"', '"QUALITY=0.1"')))
+    jobs = ablations.list_jobs(grid)
+    assert [job.name for job in jobs[:4]] == [
+        "small/reference", "small/better", "small/worse", "large/reference",
+    ]  # fmt: skip
+    assert len(jobs) == NUM_RUNS - 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"QUALITY=0.1"', '"QUALITY"', "stacks.small.add.better: 'QUALITY' is not KEY=value"),
+        ('"QUALITY=0.1"', "0.1", "stacks.small.add.better: '0.1' is not KEY=value"),
+        ('"QUALITY=0.1"', '"SEED=3"', "SEED is set by the runner"),
+        ("better =", "reference =", "reference stands there twice or is a reserved name"),
+        ("leave_out", "leave-out", "stacks.large: unknown leave-out; known are recipe"),
+        ("seeds = [1, 2]", "seeds = []", r"seeds = \[\] is not a list of seeds"),
+        ("seeds = [1, 2]", "seeds = [1, true]", "is not a list of seeds"),
+        ("steps = 3", "", "steps = None is not a number of steps"),
+        ("steps = 3", "steps = 3\nstep = 4", "the top level: unknown step"),
+        ("steps = 3", "steps == 3", "line 2"),
+        ("[stacks.large]", '[stacks.large]\nrecipe = "none.env"', "none.env cannot be read"),
+        (GRID, "steps = 3", r"no \[stacks.NAME\]"),
+        (GRID, "steps = 3\nstacks.a = 1", "grid.toml: "),
+    ],
+)  # fmt: skip
+def test_a_grid_that_makes_no_sense_is_refused(
+    old: str, new: str, problem: str, tmp_path: Path
+) -> None:
+    assert old in GRID
+    with pytest.raises(InputError, match=problem):
+        read_grid(write_grid(tmp_path, GRID.replace(old, new)))
+
+
+def test_all_variants_are_tried_on_the_script_before_any_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = GRID.replace('"QUALITY=0.1"', '"MISSPELT=1"').replace('"QUALITY=0.2"', '"QUALITY=0.3"')
+    grid = write_grid(tmp_path, text)
+    assert main(command(grid)) == 2
+    said = capsys.readouterr().err
+    assert "small/better: MISSPELT is not a knob" in said
+    assert "large/better: changes nothing of the stack" in said
+    assert not lines_of(grid)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
+def test_the_script_takes_every_variant_of_the_grids_that_are_here(path: Path) -> None:
+    ablations.refuse_bad_variants(read_grid(path), train_gpt)
+
+
+# --- Running -------------------------------------------------------------------------------------
+
+
+def test_every_run_becomes_a_line_and_is_not_done_again(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path)
+    assert main(command(grid, "--jobs", "3")) == 0
+    lines = lines_of(grid)
+    assert len(set(names(lines))) == len({line["key"] for line in lines}) == NUM_RUNS
+    found = next(line for line in lines if names([line]) == [("large", "better", 2)])
+    expected = {
+        "mode": "leave_out", "overrides": {"QUALITY": "0.2"}, "bpb_quantized": 1.82,
+        "bpb_prequant": 1.815, "train_loss": 3.0, "params": 1_000_000, "artifact_bytes": 900_000,
+        "steps": 3, "tokens": 3 * 4096, "step_avg_ms": 250.0, "side_by_side": 3, "threads": 1,
+        "setting": {"QUALITY": "0.2", "ITERATIONS": "3", "OMP_NUM_THREADS": "1"},
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert list((tmp_path / "work/runs").iterdir()) == []
+    assert main(command(grid)) == 0
+    assert lines_of(grid) == lines
+
+
+def test_of_a_changed_grid_only_what_changed_is_run(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path)
+    assert main(command(grid)) == 0
+    write_grid(tmp_path, GRID.replace('worse = "QUALITY=-0.1"', 'worse = "QUALITY=-0.2"'))
+    assert main(command(grid)) == 0
+    assert names(lines_of(grid)[NUM_RUNS:]) == [("small", "worse", 1), ("small", "worse", 2)]
+
+
+def test_no_run_is_started_after_the_hours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path)
+    assert main(command(grid, "--hours", "0")) == 0
+    assert not lines_of(grid)
+    assert f"0 of {NUM_RUNS} runs done" in capsys.readouterr().out
+
+
+def test_a_run_inherits_no_knob_and_runs_a_copy_of_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUALITY", "1")
+    monkeypatch.setenv("WAIT_FOR", "/nowhere")
+    grid = write_grid(tmp_path, GRID.partition("[stacks.large]")[0])
+    before = ablations.Runner.start
+
+    def edit_and_start(runner: ablations.Runner, job: Job) -> None:
+        (tmp_path / "script.py").write_text("raise RuntimeError('half an edit')")
+        before(runner, job)
+
+    monkeypatch.setattr(ablations.Runner, "start", edit_and_start)
+    assert main(command(grid)) == 0
+    scores = {
+        line["variant"]: line["bpb_quantized"] for line in lines_of(grid) if line["seed"] == 1
+    }
+    assert scores == {"reference": 2.01, "better": 1.91, "worse": 2.11}
+    assert len({line["source_sha256"] for line in lines_of(grid)}) == 1
+
+
+def start_runner(grid: Path) -> subprocess.Popen[bytes]:
+    """A runner in a process of its own, which has done all of a grid that does not wait."""
+    program = [sys.executable, str(ROOT / "records/ablations.py")]
+    process = subprocess.Popen([*program, *command(grid)], stderr=subprocess.PIPE)
+    waiting = tmp_runs(grid)
+    wait_until(
+        lambda: len(lines_of(grid)) == 3 and len(list(waiting.glob("*/pid"))) == 2,
+        timeout_s=60,
+        problem="the runner has not come to the runs that wait",
+    )
+    return process
+
+
+def tmp_runs(grid: Path) -> Path:
+    """The folder of the runs in progress."""
+    return grid.parent / "work/runs"
+
+
+def waiting_grid(folder: Path) -> Path:
+    """The first seed of the first stack runs through, the rest waits for a file `go`."""
+    text = GRID.replace('"QUALITY=0.3"', f'"QUALITY=0.3 WAIT_FOR={folder}/go"')
+    return write_grid(folder, text)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_killed_runner_loses_only_the_runs_in_progress(tmp_path: Path) -> None:
+    grid = waiting_grid(tmp_path)
+    process = start_runner(grid)
+    pids = [int(path.read_text()) for path in tmp_runs(grid).glob("*/pid")]
+    process.kill()
+    process.communicate()
+    for pid in pids:  # nobody is left who could end them
+        os.kill(pid, signal.SIGKILL)
+    before = lines_of(grid)
+    (tmp_path / "go").touch()
+    assert main(command(grid)) == 0
+    assert lines_of(grid)[:3] == before
+    assert len(lines_of(grid)) == len(set(names(lines_of(grid)))) == NUM_RUNS
+
+
+def test_a_runner_that_is_told_to_stop_ends_its_runs(tmp_path: Path) -> None:
+    grid = waiting_grid(tmp_path)
+    process = start_runner(grid)
+    pids = [int(path.read_text()) for path in tmp_runs(grid).glob("*/pid")]
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"the same command goes on" in said
+    assert len(pids) == 2 and not any(map(is_alive, pids))
+    assert len(lines_of(grid)) == 3
+
+
+def test_a_failed_run_is_written_down_and_run_again_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path, GRID.replace('"QUALITY=0.1"', f'"QUALITY=0.1 FAIL={tmp_path}/go"'))
+    assert main(command(grid)) == 1
+    failed = [line for line in lines_of(grid) if "error" in line]
+    assert names(failed) == [("small", "better", 1), ("small", "better", 2)]
+    assert failed[0]["error"] == "exit status 1: a traceback\nRunFailed: no luck"
+    assert 'error:"RunFailed: no luck"' in capsys.readouterr().out
+    assert {path.name for path in tmp_runs(grid).iterdir()} == {line["key"] for line in failed}
+    (tmp_path / "go").touch()
+    assert main(command(grid)) == 1
+    assert len(lines_of(grid)) == NUM_RUNS
+    assert main(command(grid, "--retry")) == 0
+    assert names(lines_of(grid)[NUM_RUNS:]) == names(failed)
+    assert len(read_results(grid.with_suffix(".jsonl"))) == NUM_RUNS
+    assert list(tmp_runs(grid).iterdir()) == []
+
+
+def test_a_run_that_ends_without_its_metrics_has_failed(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path, GRID.partition("[stacks.small.add]")[0])
+    (tmp_path / "script.py").write_text(STAND_IN.replace('"final_quantized"', '"final_other"'))
+    assert main(command(grid)) == 1
+    assert all("has no `final_quantized` event" in line["error"] for line in lines_of(grid))
+
+
+def test_what_a_runner_before_left_behind_does_not_count(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path, GRID.partition("[stacks.small.add]")[0])
+    assert main(command(grid)) == 0
+    (result, _), (key, _) = lines_of(grid), read_results(grid.with_suffix(".jsonl"))
+    stale = tmp_runs(grid) / key
+    stale.mkdir()
+    (stale / "metrics.jsonl").write_text(json.dumps({"event": "final_quantized", **result}))
+    grid.with_suffix(".jsonl").unlink()
+    (tmp_path / "script.py").write_text(STAND_IN.replace("run(os.environ)", "pass"))
+    assert main(command(grid)) == 1
+    assert "metrics.jsonl is missing" in lines_of(grid)[0]["error"]
+
+
+def test_the_runner_stops_when_everything_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = GRID.replace('"OTHER=0"', f'"OTHER=0 FAIL={tmp_path}/go"')
+    grid = write_grid(tmp_path, text)
+    assert main(command(grid, "--jobs", "1")) == 1
+    assert len(lines_of(grid)) == ablations.MAX_FAILURES_IN_A_ROW < NUM_RUNS
+    assert "5 runs in a row failed" in capsys.readouterr().err
+
+
+def test_two_runners_do_not_work_in_the_same_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path)
+    (tmp_path / "work").mkdir()
+    with open(tmp_path / "work/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(command(grid)) == 2
+    assert "another runner is at work" in capsys.readouterr().err
+    assert not lines_of(grid)
+
+
+def test_damaged_results_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "grid.jsonl"
+    for line in ("{}", "[1]", '{"key": "a"', ""):
+        path.write_text(f'{{"key": "b"}}\n{line}\n')
+        with pytest.raises(InputError, match="grid.jsonl:2 is no result"):
+            read_results(path)
+
+
+@pytest.mark.slow
+def test_the_script_itself_can_be_ablated(tmp_path: Path, data: TinyData) -> None:
+    text = f"""
+        steps = 3
+        seeds = [1]
+        settings = \"\"\"
+        DATA_PATH={data.folder} VOCAB_SIZE=320 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
+        TRAIN_SEQ_LEN=32 TRAIN_BATCH_TOKENS=256 VAL_BATCH_SIZE=512 WARMUP_STEPS=0 COMPILE=0
+        TRAIN_LOG_EVERY=1 PRECISION=fp32
+        \"\"\"
+        [stacks.tiny.add]
+        xsa = "XSA_LAST_N=2"
+    """
+    grid = tmp_path / "grid.toml"
+    grid.write_text(text)
+    assert main(["run", str(grid), "--work", f"{tmp_path}/work"]) == 0
+    reference, xsa = sorted(lines_of(grid), key=lambda line: line["variant"])
+    assert reference["params"] == xsa["params"] > 0
+    assert reference["tokens"] == xsa["tokens"] == 3 * 256
+    assert reference["bpb_quantized"] != xsa["bpb_quantized"] > 1
+    assert xsa["setting"]["XSA_LAST_N"] == "2" and "XSA_LAST_N" not in reference["setting"]
+    assert main(["table", str(grid)]) == 0
+    assert "| xsa | `XSA_LAST_N=2` |" in grid.with_suffix(".md").read_text()
+
+
+# --- Statistics ----------------------------------------------------------------------------------
+
+TRIAL = """
+steps = 3
+seeds = [1, 2, 3]
+[stacks.s]
+recipe = ""
+add.gate = "GATE=1"
+add.late = "LATE=1"
+add.worse = "WORSE=1"
+leave_out.leaky = "LEAKY=0"
+"""
+SCORES = {
+    "reference": [2.0, 2.1, 2.2],
+    "gate": [1.9, 2.0, 2.1],
+    "worse": [2.1, 2.23, 2.3],
+    "leaky": [2.04, 2.16, 2.22],
+}
+
+
+def write_results(folder: Path, scores: dict[str, list[float]], **changes: Any) -> Path:
+    """The grid TRIAL, and results with these scores, one a seed, nothing else of interest."""
+    path = write_grid(folder, TRIAL)
+    (stack,) = read_grid(path).stacks
+    for variant in stack.variants:
+        for seed, bpb in enumerate(scores.get(variant.name, []), start=1):
+            is_gate = variant.name == "gate"
+            result = {
+                "key": Job(stack, variant, seed).key, "seed": seed, "bpb_quantized": bpb,
+                "bpb_prequant": bpb - 0.01 - 0.02 * is_gate, "params": 1_000_000 + 24 * is_gate,
+                "step_avg_ms": 200.0 + 10 * is_gate, "artifact_bytes": 900_000 + 1_500 * is_gate,
+                "tokens": 12_288, "scored_bytes": 10_000, "side_by_side": 2, "threads": 1,
+                "hardware": "2 CPU cores, Imaginary 3000", "versions": {"python": "3.11.7"},
+                "source_sha256": "ab12", **changes,
+            }  # fmt: skip
+            ablations.append_result(path.with_suffix(".jsonl"), result)
+    return path
+
+
+def comparisons(path: Path, mode: str) -> dict[str, ablations.Comparison]:
+    """The comparisons of TRIAL's stack by the name of the variant."""
+    grid = read_grid(path)
+    found = ablations.compare(grid.stacks[0], mode, read_results(grid.results))
+    return {c.variant.name: c for c in found}
+
+
+def student_4(t: float) -> float:
+    """Student's distribution with 4 degrees of freedom, above t, in closed form."""
+    share = 1 + t * t / 4
+    return 0.5 - 3 / 8 * t / math.sqrt(share) * (1 - t * t / (12 * share))
+
+
+def student_2(t: float) -> float:
+    """The same with 2 degrees of freedom."""
+    return 0.5 - t / (2 * math.sqrt(2 + t * t))
+
+
+def test_an_added_technique_gains_what_the_scores_fall_by(tmp_path: Path) -> None:
+    found = comparisons(write_results(tmp_path, SCORES), "add")
+    assert list(found) == ["gate", "worse", "late"]  # best first, not run yet last
+    gate, worse, late = found.values()
+    assert gate.differences == pytest.approx([-0.1] * 3) and gate.gains == pytest.approx([0.1] * 3)
+    # Both sides have the variance 0.01, so that Welch's degrees of freedom are 2 * (3 - 1).
+    assert gate.welch == pytest.approx(student_4(0.1 / math.sqrt(0.02 / 3)), abs=1e-4)
+    assert worse.gains == pytest.approx([-0.1, -0.13, -0.1])
+    assert late.gains == [] and late.welch is late.paired is None
+
+
+def test_a_technique_that_is_left_out_gains_what_the_scores_rise_by(tmp_path: Path) -> None:
+    leaky = comparisons(write_results(tmp_path, SCORES), "leave_out")["leaky"]
+    assert leaky.differences == leaky.gains == pytest.approx([0.04, 0.06, 0.02])
+    # Mean 0.04, standard deviation 0.02, three seeds.
+    assert leaky.paired == pytest.approx(student_2(0.04 / (0.02 / math.sqrt(3))), abs=1e-4)
+    assert leaky.welch is not None and leaky.paired is not None
+    assert leaky.paired < leaky.welch < 0.5
+
+
+def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
+    path = write_results(tmp_path, {"reference": [2.0, 2.1], "gate": [1.9, 2.04, 9.0]})
+    gate = comparisons(path, "add")["gate"]
+    assert gate.differences == pytest.approx([-0.1, -0.06])
+    assert statistics.stdev(gate.differences) == pytest.approx(0.04 / math.sqrt(2))
+
+
+def test_without_a_second_seed_there_is_no_test(tmp_path: Path) -> None:
+    gate = comparisons(write_results(tmp_path, {"reference": [2.0], "gate": [1.9]}), "add")["gate"]
+    assert gate.welch is gate.paired is None
+    assert gate.gains == pytest.approx([0.1])
+
+
+# --- Table and plot ------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_each_technique_is_worth(tmp_path: Path) -> None:
+    path = write_results(tmp_path, SCORES)
+    assert main(["table", str(path)]) == 0
+    text = path.with_suffix(".md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0][2:] for row in rows] == [
+        "variant", "---", "reference", "gate", "worse", "late",
+        "variant", "---", "reference", "leaky",
+    ]  # fmt: skip
+    assert rows[2] == rows[8]
+    assert rows[2].startswith("| reference | - | 1,000,000 | 2.10000 | 0.10000 | 3 | - |")
+    p = student_4(0.1 / math.sqrt(0.02 / 3))
+    start = "| gate | `GATE=1` | 1,000,024 | 2.00000 | 0.10000 | 3 | -0.10000 | 0.00000 | "
+    assert rows[3].startswith(start)
+    assert rows[3].endswith(f" | {p:.4f} | -0.12000 | 1.050 | +1,500 |")
+    assert rows[5] == "| late | `LATE=1` | - | - | - | 0 | - | - | - | - | - | - | - |"
+    assert "12 of 15 runs are done." in text
+    assert "Every run: 3 steps (12,288 tokens); seeds 1, 2, 3." in text
+    assert "Made by `python records/ablations.py table grid.toml`: do not edit." in text
+
+
+def test_the_table_names_all_that_the_numbers_depend_on(tmp_path: Path) -> None:
+    path = write_results(tmp_path, {"reference": [2.0, 2.1]})
+    write_results(tmp_path, {"gate": [1.9]}, source_sha256="cd34")
+    text = ablations.format_ablations(read_grid(path), read_results(path.with_suffix(".jsonl")))
+    assert "SHA-256 of `train_gpt.py`: ab12 (2 runs); cd34 (1 runs)." in text
+    assert (
+        "Hardware: 2 CPU cores, Imaginary 3000. Runs side by side: 2; threads of each: 1." in text
+    )
+    assert "Versions: python 3.11.7." in text
+    assert "Scored: 10000 bytes of validation text." in text
+
+
+def test_failed_runs_are_listed_and_not_counted(tmp_path: Path) -> None:
+    path = write_results(tmp_path, SCORES)
+    (stack,) = read_grid(path).stacks
+    failed = {"key": Job(stack, stack.variants[1], 2).key, "error": "exit status 1: a\nno luck"}
+    ablations.append_result(path.with_suffix(".jsonl"), failed)
+    text = ablations.format_ablations(read_grid(path), read_results(path.with_suffix(".jsonl")))
+    assert "11 of 15 runs are done." in text
+    assert text.endswith("## Failed runs\n\n- s/gate, seed 2: no luck\n")
+    assert "| gate | `GATE=1` | 1,000,024 | 2.00000 | 0.14142 | 2 |" in text
+
+
+def test_table_and_plot_can_be_made_at_any_time(tmp_path: Path) -> None:
+    for scores in ({}, {"reference": [2.0]}, {"gate": [2.0]}, SCORES):
+        path = write_results(tmp_path, scores)
+        assert main(["table", str(path)]) == 0
+        assert path.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert path.with_suffix(".md").read_text().startswith("# Ablations\n")
+
+
+def test_a_table_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["run", str(tmp_path / "none.toml"), "--jobs", "0"])

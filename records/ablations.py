@@ -588,14 +588,15 @@ HEADER = [
 NO_COMPARISON = ["-"] * 7
 MODE_TITLES = {"add": "Added, one at a time", "leave_out": "Left out, one at a time"}
 EXPLANATION = """\
-bpb: bits per byte of the artifact, the whole validation text in windows of the training context
-without overlap; mean and standard deviation over n seeds. Difference: variant minus reference, mean
-over the seeds that both have, and its standard deviation; the same before quantization. p: that
-the technique gains as much by chance, one-sided, from the differences of the seeds (paired) and
-from the scores as if the seeds had nothing in common (Welch); the seed also decides the order of
-the data, so that the former sees smaller effects. Step time: the variant's over the reference's,
-compilation not counted. Artifact bytes: variant minus reference. Sorted by what the technique
-gains. The runs are short: what pays only late in a long training shows less here."""
+bpb: bits per byte of the artifact on the validation text that is scored (its bytes are below), in
+windows of the training context without overlap; mean and standard deviation over n seeds.
+Difference: variant minus reference, mean over the seeds that both have, and its standard deviation;
+the same before quantization. p: that the technique gains as much by chance, one-sided, from the
+differences of the seeds (paired) and from the scores as if the seeds had nothing in common (Welch);
+the seed also decides the order of the data, so that the former sees smaller effects. Step time: the
+variant's over the reference's, compilation not counted; it means little where other work ran beside
+the runs. Artifact bytes: variant minus reference. Sorted by what the technique gains. The runs are
+short: what pays only late in a long training shows less here."""
 
 
 def spell_overrides(overrides: Mapping[str, str]) -> str:

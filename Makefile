@@ -5,6 +5,7 @@
 #   make test-slow  the tests that take longer, and those that need a GPU where there is one
 #   make lint       ruff and mypy
 #   make bench      tokens/s and utilisation of this machine
+#   make bench-quant  methods of quantisation compared, on models that it trains first
 #   make clean      remove .venv and caches; data, logs and records stay
 #
 # PYTHON=... names the interpreter that .venv is made from; otherwise it is the first that has torch
@@ -23,7 +24,7 @@ OWN_TORCH := import os, torch; \
 	version >= (2, 9) and print(os.path.dirname(os.path.dirname(torch.__file__)))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint bench clean
+.PHONY: help run test test-slow lint bench bench-quant clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -45,6 +46,9 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(RUN) tests/bench.py
+
+bench-quant: $(READY)
+	@$(RUN) tests/bench_quant.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

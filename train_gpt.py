@@ -4,6 +4,7 @@
     MAX_WALLCLOCK_SECONDS=60 python train_gpt.py               # one GPU, or a CPU, to look around
     MODE=describe python train_gpt.py                          # shape, groups, bytes; needs no data
     MODE=eval ARTIFACT=logs/x/artifact.bin python train_gpt.py # score an artifact, fresh process
+    MODE=audit ARTIFACT=logs/x/artifact.bin python train_gpt.py # is its score a legal one
 
 The environment is the only configuration: every knob is a field of Config, spelled in capitals.
 RECIPE=path/to/run.env reads KEY=value lines as defaults below the real environment. A run trains
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -50,6 +52,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import constriction  # type: ignore[import-untyped]
 import numpy as np
 import safetensors.torch
 import sentencepiece
@@ -79,12 +82,13 @@ def knob(default: Any, doc: str, **meta: Any) -> Any:
     return field(default=default, metadata={"doc": doc, **unset, **meta})
 
 BITS = (4, 5, 6, 7, 8, 16)
+MAX_ORDER = 64  # tokens of context of the longest n-grams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Every knob of the script; an environment variable has the field's name in capitals."""
     # Run
-    mode: str = knob("all", "what to do: train and score, train only, score an artifact, describe", choices=("all", "train", "eval", "describe"))  # noqa: E501
+    mode: str = knob("all", "what to do: train and score, train only, score an artifact, check that its score is legal, describe", choices=("all", "train", "eval", "audit", "describe"))  # noqa: E501
     recipe: str = knob("", "file of KEY=value lines that serve as defaults")
     run_id: str = knob("", "name of the run; empty = date, time and process")
     run_dir: str = knob("", "folder of everything the run writes; empty = logs/RUN_ID")
@@ -187,26 +191,89 @@ class Config:
     qat_groups: str = knob("attn,mlp", "tensor groups that it quantises, of attn, mlp, embed, table")  # noqa: E501
     train_log_every: int = knob(200, "steps between log lines", unit="steps", low=1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = none", unit="steps", low=0)
-    # Artifact
-    attn_bits: int = knob(8, "bits of attention matrices; 16 = float16", unit="bits", choices=BITS)
-    mlp_bits: int = knob(8, "bits of MLP matrices", unit="bits", choices=BITS)
-    embed_bits: int = knob(8, "bits of embedding and head", unit="bits", choices=BITS)
-    table_bits: int = knob(8, "bits of hashed and value embeddings", unit="bits", choices=BITS)
-    compressor: str = knob("zlib", "last stage of the artifact", choices=("zlib", "zstd", "lzma", "brotli"))  # noqa: E501
+    # Quantisation and artifact
+    attn_bits: int = knob(8, "bits of attention matrices: bound of their codes unless ROW_STEPS=solved; 16 = float16", unit="bits", choices=BITS)  # noqa: E501
+    mlp_bits: int = knob(8, "the same of MLP matrices", unit="bits", choices=BITS)
+    embed_bits: int = knob(8, "the same of embedding and head", unit="bits", choices=BITS)
+    table_bits: int = knob(8, "the same of hashed and value embeddings", unit="bits", choices=BITS)
+    gate_bits: int = knob(8, "bits of gates' weights, a scale a row; 16 = float16", unit="bits", choices=(8, 16))  # noqa: E501
+    control_bits: int = knob(16, "bits of vectors, a scale each; 16 = float16", unit="bits", choices=(8, 16))  # noqa: E501
+    prune_frac: float = knob(0.0, "smallest weights of each large matrix set to 0 before", low=0, high=0.99)  # noqa: E501
+    quantizer: str = knob("gptq", "round each weight to nearest, or with GPTQ's error feedback", choices=("rtn", "gptq"))  # noqa: E501
+    quant_grid: str = knob("trellis", "levels of GPTQ's codes: uniform, or chosen by the states of a trellis", choices=("uniform", "trellis"))  # noqa: E501
+    row_steps: str = knob("solved", "step sizes: by curvature so that the artifact fills its budget; or a row's largest weight, its CLIP_PERCENTILE or the best of five percentiles becomes the largest code", choices=("solved", "max", "percentile", "search"))  # noqa: E501
+    clip_sigmas: str = knob("", "steps by hand instead: standard deviations of a row that the largest code stands for; one number, or attn:13,mlp:11.5,embed:14,table:12.85")  # noqa: E501
+    clip_percentile: float = knob(0.9999984, "share of a row within the largest code", low=0.5, high=1)  # noqa: E501
+    hessian_clip_lambda: float = knob(0.0, "how much CLIP_SIGMAS widens with a row's importance", low=0, high=1)  # noqa: E501
+    calibration: str = knob("train", "text that GPTQ's curvature is measured on: training shards, or drawn from the model", choices=("train", "self"))  # noqa: E501
+    gptq_calibration_batches: int = knob(16, "at most so many batches of TRAIN_BATCH_TOKENS, as far as GPTQ_RESERVE_SECONDS allow", low=1)  # noqa: E501
+    gptq_reserve_seconds: float = knob(12.0, "of the training budget for calibration, at most a tenth", unit="s", low=0)  # noqa: E501
+    lqer_rank: int = knob(0, "rank of the stored correction of quantisation errors; 0 = none", low=0, high=64)  # noqa: E501
+    lqer_top_k: int = knob(3, "matrices, of the largest error, that get one", low=1)
+    lqer_group: int = knob(0, "first factor in 2 bits, second in 4 with a scale for so many numbers; 0 = both in 4 bits with a scale a row", low=0)  # noqa: E501
+    compressor: str = knob("ans", "last stage of the artifact", choices=("ans", "zlib", "zstd", "lzma", "brotli", "brotli_shuffled"))  # noqa: E501
     artifact_budget_bytes: int = knob(16_000_000, "most bytes of packed code and artifact", unit="bytes", low=1)  # noqa: E501
-    artifact: str = knob("", "artifact to score in MODE=eval; empty = RUN_DIR/artifact.bin")
+    artifact: str = knob("", "artifact to score in MODE=eval, or to audit; empty = RUN_DIR/artifact.bin")  # noqa: E501
     # Evaluation
     eval_seq_len: int = knob(0, "evaluation context; 0 = TRAIN_SEQ_LEN", unit="tokens", low=0)
     eval_stride: int = knob(64, "targets scored by each sliding window; 0 = no sliding pass", unit="tokens", low=0)  # noqa: E501
     val_batch_size: int = knob(524_288, "tokens of one evaluation step, over all ranks", unit="tokens", low=1)  # noqa: E501
     val_tokens_limit: int = knob(0, "score only the first tokens, marked partial; 0 = all", unit="tokens", low=0)  # noqa: E501
-    eval_max_seconds: float = knob(600.0, "evaluation budget; 0 = none", unit="s", low=0)
+    eval_max_seconds: float = knob(600.0, "evaluation budget; 0 = none; adaptation ends before scoring would not fit", unit="s", low=0)  # noqa: E501
+    ttt_method: str = knob("none", "what learns from scored text in one more pass: the weights after each chunk, or an adapter of each document; pretrain learns before it scores (not compliant)", choices=("none", "pretrain", "chunk", "lora"))  # noqa: E501
+    ttt_lr: float = knob(0.005, "learning rate of the weights, before its cosine", low=0)
+    ttt_optimizer: str = knob("sgd", "what trains the weights", choices=("sgd", "adamw"))
+    ttt_momentum: float = knob(0.9, "its momentum, or AdamW's first beta", low=0, high=0.9999)
+    ttt_wd: float = knob(0.0, "its weight decay", low=0)
+    ttt_grad_clip: float = knob(1.0, "bound of its gradient's norm; 0 = none", low=0)
+    ttt_epochs: int = knob(3, "passes over each scored chunk", low=1, high=1000)
+    ttt_chunk_tokens: int = knob(32_768, "text between two rounds of training the weights", unit="tokens", low=1)  # noqa: E501
+    ttt_batch_seqs: int = knob(32, "most rows of one step on one rank", unit="rows", low=1)
+    ttt_freeze_blocks: int = knob(0, "first blocks whose weights stay", unit="blocks", low=0)
+    ttt_train: str = knob("all", "what of the rest is trained: all, or the blocks and every vector", choices=("all", "blocks"))  # noqa: E501
+    ttt_ramp: float = knob(1.0, "factor that the learning rate gains over the first 30 % of the text", low=0)  # noqa: E501
+    ttt_polyak: float = knob(0.0, "decay a step of the averaged weights that score; 0 = the weights themselves", low=0, high=0.99999)  # noqa: E501
+    ttt_byte_weighted: bool = knob(False, "targets count by their bytes in training")
+    ttt_asym_caps: bool = knob(False, "train two caps of the logits, also of a model that has one")
+    eval_hash_rows: int = knob(0, "rows of a bigram table made for the pass; 0 = none", low=0, high=2**20)  # noqa: E501
+    eval_hash_lr_mult: float = knob(10.0, "its learning rate over TTT_LR", low=0)
+    ttt_context: str = knob("window", "what a chunk of a document reads: a window of it, one of the text that may begin before it, or kept keys and values", choices=("window", "text", "incremental"))  # noqa: E501
+    ttt_chunk_size: int = knob(48, "targets of a document between two steps of its adapter", unit="tokens", low=1)  # noqa: E501
+    ttt_short_chunks: str = knob("", "smaller chunks where a document begins: SIZE@UNTIL,... up to these lengths, then TTT_CHUNK_SIZE")  # noqa: E501
+    ttt_batch_size: int = knob(64, "documents that are scored side by side", low=1)
+    ttt_lora_rank: int = knob(8, "rank of an adapter", low=1, high=4096)
+    ttt_lora_alpha: float = knob(8.0, "its output is scaled by this over the rank", low=0)
+    ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "matrices with adapters, of q, k, v, o, mlp, head")  # noqa: E501
+    ttt_lora_shared: bool = knob(False, "the visits of a looped block share its adapters")
+    ttt_lora_lr: float = knob(0.001, "learning rate of adapters (AdamW)", low=0)
+    ttt_lora_wd: float = knob(0.0, "their weight decay", low=0)
+    ttt_beta1: float = knob(0.0, "their AdamW", low=0, high=0.9999)
+    ttt_beta2: float = knob(0.99, "their AdamW", low=0, high=0.99999)
+    ttt_grad_steps: int = knob(1, "steps of the adapter on each chunk", low=1, high=100)
+    ttt_warm_start_a: bool = knob(False, "adapters begin with the mean matrix A of the batch before; documents come in order")  # noqa: E501
+    ttt_phases: str = knob("", "numbers of documents, as 833,1666, after which the weights learn from all that is scored")  # noqa: E501
+    allow_noncompliant: bool = knob(False, "let methods run that the rules forbid, and mark every score")  # noqa: E501
+    adaptive_temperature: float = knob(1.0, "temperature of a certain prediction, rising to 1 for a uniform one; 1 = none", low=0.9, high=1.05)  # noqa: E501
+    mixer: str = knob("none", "mix in n-grams of scored text: Hedge, Hedge with an expert that is no distribution, or back-off with learned shares", choices=("none", "hedge", "hedge_entropy", "backoff"))  # noqa: E501
+    mixer_orders: str = knob("", "tokens of context of its n-grams, as 0-2; empty = 0-2 for Hedge, 2-6,8 for back-off")  # noqa: E501
+    hedge_eta: float = knob(0.1, "Hedge's step of the log weights a nat", low=0)
+    hedge_min_tokens: int = knob(10_000, "scored text before Hedge mixes", unit="tokens", low=0)
+    ngram_tilt: float = knob(0.0, "nats that the logit of scored text's usual continuation gains; 0 = none", low=0, high=20)  # noqa: E501
+    ngram_tilt_orders: str = knob("16", "tokens of context that call for it; the longest one decides")  # noqa: E501
+    ngram_tilt_share: float = knob(0.8, "least share of the context's continuations", low=0, high=1)
+    ngram_tilt_min_count: int = knob(1, "least number of them", low=1)
+    ngram_table_bits: int = knob(24, "log2 of the rows of the n-gram table, of 24 bytes each", unit="bits", low=4, high=32)  # noqa: E501
 
     def __post_init__(self) -> None:
         problems = [p for f in fields(self) if (p := out_of_range(f, getattr(self, f.name)))]
         with contextlib.suppress(ZeroDivisionError):  # of a 0 that is among the problems already
             problems += contradictions(self)
         require(not problems, "\n  ".join(["invalid configuration:", *problems]))
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is this run's own, not one that an artifact describes."""
+        return self.mode not in ("eval", "audit")
 
     @property
     def head_dim(self) -> int:
@@ -226,6 +293,31 @@ class Config:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def chunk_sizes(self) -> list[int]:
+        """Chunk sizes of documents that occur."""
+        return [*(size for size, _ in parse_sizes(self.ttt_short_chunks)), self.ttt_chunk_size]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adaptive pass follows the plain ones."""
+        return self.ttt_method != "none" or self.needs_mixer
+
+    @property
+    def mixer_contexts(self) -> list[int]:
+        """Lengths of the contexts whose n-grams are mixed in."""
+        usual = {"none": "", "backoff": "2-6,8"}.get(self.mixer, "0-2")
+        return parse_layers(self.mixer_orders or usual) if usual else []
+
+    @property
+    def tilt_contexts(self) -> list[int]:
+        return parse_layers(self.ngram_tilt_orders) if self.ngram_tilt else []
+
+    @property
+    def needs_mixer(self) -> bool:
+        """Whether a Mixer stands between the logits and the score."""
+        return (self.mixer, self.ngram_tilt, self.adaptive_temperature) != ("none", 0, 1)
+
+    @property
     def xsa_blocks(self) -> set[int]:
         last = range(self.num_layers - self.xsa_last_n, self.num_layers)
         return {*last, *parse_layers(self.xsa_layers)}
@@ -234,7 +326,24 @@ class Config:
     def bits(self) -> dict[str, int]:
         """Bits of a stored weight by group of tensors."""
         return {"attn": self.attn_bits, "mlp": self.mlp_bits, "embed": self.embed_bits,
-                "table": self.table_bits, "control": 16}
+                "table": self.table_bits, "gate": self.gate_bits, "control": self.control_bits}
+
+    @property
+    def sigmas(self) -> dict[str, float]:
+        """CLIP_SIGMAS by group of tensors; empty if it is not set."""
+        pairs = [part.rpartition(":") for part in self.clip_sigmas.split(",") if part]
+        groups = self.bits.keys() - {"gate", "control"}
+        return {g: float(k) for group, _, k in pairs for g in ([group] if group else groups)}
+
+    @property
+    def solves_steps(self) -> bool:
+        return self.row_steps == "solved" and not self.clip_sigmas
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of the training loop, 0 = no limit; the rest is kept for calibration."""
+        reserve_s = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
+        return max(self.max_wallclock_seconds - reserve_s, 0.9 * self.max_wallclock_seconds)
 
 def parse_layers(text: str) -> list[int]:
     """The numbers of a list like 0,2,5-7; ValueError if it is not one."""
@@ -245,6 +354,11 @@ def parse_schedule(text: str, last: int) -> list[tuple[int, float]]:
     """(value, share of progress until which it holds) of VALUE@SHARE,...; `last` holds to 1."""
     pairs = (part.split("@") for part in text.split(",") if text)
     return [*((int(value), float(until)) for value, until in pairs), (last, 1.0)]
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """(chunk size, position in a document until which it holds) of SIZE@UNTIL,..."""
+    pairs = (part.split("@") for part in text.split(",") if text)
+    return [(int(size), int(until)) for size, until in pairs]
 
 def malformed(cfg: Config) -> list[str]:
     """What is wrong with the knobs that hold lists."""
@@ -261,14 +375,33 @@ def malformed(cfg: Config) -> list[str]:
         rising = all(a <= b for a, b in itertools.pairwise(shares))  # false for nan
         return len(shares) - 2 in {1, cfg.num_loops} and rising
 
+    def are_sizes(text: str) -> bool:
+        untils = [until for size, until in parse_sizes(text) if size > 0]
+        return untils == sorted(set(untils)) and len(untils) == len(parse_sizes(text))
+
+    def are_orders(text: str) -> bool:
+        orders = parse_layers(text)
+        return orders == sorted({*orders} & {*range(MAX_ORDER + 1)})
+
+    orders = (are_orders, f"list rising lengths of at most {MAX_ORDER}, as 0-2,16")
     blocks = (are_blocks, f"list blocks below NUM_LAYERS={cfg.num_layers}, as 0,2,5-7")
     schedule = (rises, "be VALUE@SHARE,... with rising shares below 1, as 1024@0.1,2048@0.7")
     rules: dict[str, tuple[Callable[[str], bool], str]] = {
         "xsa_layers": blocks, "ve_layers": blocks,
+        "mixer_orders": orders, "ngram_tilt_orders": orders,
         "train_seq_schedule": schedule, "train_batch_schedule": schedule,
         "enable_looping_at": (are_loops, "be one share of progress, or NUM_LOOPS rising ones"),
-        "qat_groups": (lambda text: set(text.split(",")) <= cfg.bits.keys() - {"control"},
-                       "name groups of attn, mlp, embed, table")}
+        "ttt_short_chunks": (are_sizes, "be SIZE@UNTIL,... with rising lengths, as 8@256,24@2000"),
+        "ttt_phases": (lambda text: parse_layers(text) == sorted(set(parse_layers(text)) - {0}),
+                       "be rising numbers of documents, as 833,1666"),
+        "ttt_lora_targets": (lambda text: set(text.split(",")) <= LORA_TARGETS,
+                             f"name matrices of {', '.join(sorted(LORA_TARGETS))}"),
+        "qat_groups": (lambda text: set(text.split(",")) <= cfg.bits.keys() - {"gate", "control"},
+                       "name groups of attn, mlp, embed, table"),
+        "clip_sigmas": (
+            lambda text: not text or (cfg.sigmas.keys() == cfg.bits.keys() - {"gate", "control"}
+                                      and all(0 < k < math.inf for k in cfg.sigmas.values())),
+            "be a number, or one for each of attn, mlp, embed, table")}
     problems = []
     for name, (holds, rule) in rules.items():
         text, good = getattr(cfg, name), False
@@ -276,6 +409,8 @@ def malformed(cfg: Config) -> list[str]:
             good = holds(text)
         problems += [] if good else [f"{name.upper()}={text!r} must {rule}"]
     return problems
+
+LORA_TARGETS = {"q", "k", "v", "o", "mlp", "head"}
 
 def contradictions(cfg: Config) -> list[str]:
     """What is wrong between knobs that are each in range."""
@@ -298,13 +433,29 @@ def contradictions(cfg: Config) -> list[str]:
             cfg.parallel_residual == "none" or cfg.parallel_start_layer < L,
         f"GATE_WINDOW={window} must be at most MODEL_DIM={D}":
             window <= D or not {cfg.attn_gate, cfg.smear_gate} & {"window", "sparse", "lambda"},
+        "MIXER=hedge_entropy mixes in numbers that are no distribution, so that its score is no "
+        "code length; ALLOW_NONCOMPLIANT=1 lets it run": cfg.mixer != "hedge_entropy"
+            or cfg.allow_noncompliant,
         "BIGRAM_VOCAB_SIZE and TRIGRAM_VOCAB_SIZE must be 0 or at least 2":
             1 not in (cfg.bigram_vocab_size, cfg.trigram_vocab_size),
         "TRIGRAM_HASH=polynomial reads over document starts; not with ISOLATE_DOCUMENTS=1":
             cfg.trigram_hash == "mixing" or not cfg.isolate_documents,
+        "QUANTIZER=rtn knows no curvature: not with QUANT_GRID=trellis, CALIBRATION=self, or "
+        "ROW_STEPS=solved without CLIP_SIGMAS": cfg.quantizer == "gptq" or (
+            cfg.quant_grid == "uniform" and cfg.calibration == "train"
+            and (cfg.row_steps != "solved" or bool(cfg.clip_sigmas))),
+        f"CLIP_SIGMAS and ROW_STEPS={cfg.row_steps} both say what the steps are":
+            not cfg.clip_sigmas or cfg.row_steps == "solved",
         "VALUE_RESIDUAL=x0 needs one stream: PARALLEL_RESIDUAL=none or stream":
-            cfg.value_residual != "x0" or cfg.parallel_residual in ("none", "stream")}
-    longest, trains = cfg.train_seq_len, cfg.mode != "eval"
+            cfg.value_residual != "x0" or cfg.parallel_residual in ("none", "stream"),
+        f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} must be a multiple of the evaluation context "
+        f"{context}": cfg.ttt_method != "chunk" or cfg.ttt_chunk_tokens % context == 0,
+        f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} must be below the evaluation context {context}, and "
+        f"{LOOK_BACK} less with TTT_CONTEXT=incremental": cfg.ttt_method != "lora" or
+            max(cfg.chunk_sizes) + LOOK_BACK * (cfg.ttt_context == "incremental") <= context,
+        f"TTT_METHOD={cfg.ttt_method} breaks the rules; it needs ALLOW_NONCOMPLIANT=1":
+            cfg.ttt_method != "pretrain" or cfg.allow_noncompliant}
+    longest, trains = cfg.train_seq_len, cfg.trains
     for T, tokens, *_ in [] if problems else phases(cfg):
         rules |= {
             f"TRAIN_BATCH_TOKENS={tokens} must be a multiple of TRAIN_SEQ_LEN={T}":
@@ -315,7 +466,7 @@ def contradictions(cfg: Config) -> list[str]:
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 # Parts of a name that no foreign variable has: a name with one of them is a misspelt knob.
 OUR_WORDS = {"TTT", "MUON", "GPTQ", "EMA", "SWA", "LORA", "WARMDOWN", "QAT", "XSA", "SOFTCAP",
-             "ROPE", "BIGRAM", "TRIGRAM", "LQER", "STRIDE", "BPB"}
+             "ROPE", "BIGRAM", "TRIGRAM", "LQER", "STRIDE", "BPB", "MIXER", "HEDGE", "NGRAM"}
 
 def out_of_range(f: dataclasses.Field[Any], value: Any) -> str:
     """What is wrong with `value` for this knob, or an empty string."""
@@ -487,6 +638,19 @@ class Run:
         if self.world_size > 1:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on rank 0, on every rank; what it raises there is raised everywhere."""
+        outcome: tuple[Any, Exception | None] = None, None
+        if self.is_main:
+            try:
+                outcome = work(), None
+            except Exception as error:
+                outcome = None, error
+        value, problem = self.share(outcome)
+        if problem is not None:
+            raise problem
+        return value
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signal_received = True
@@ -804,13 +968,18 @@ def document_index(ids_BT: Tensor) -> Tensor:
     return (ids_BT == BOS_ID).cumsum(dim=-1)
 
 class Attention(NamedTuple):
-    """A causal attention kernel. `prepare` turns ids into what `attend` needs to know of them."""
+    """A causal attention kernel. `prepare` turns ids into what `attend` needs to know of them.
+    Keys may begin `past` positions before the queries: rows of a single document each, so far.
+    """
     name: str
-    prepare: Callable[[Tensor, bool], Any]
+    prepare: Callable[..., Any]
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
-def sdpa_prepare(ids_BT: Tensor, isolate: bool) -> Tensor | None:
+def sdpa_prepare(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | None:
     """Boolean mask (B, 1, T, T) of documents, or None for the plain causal one."""
+    if past:
+        T = ids_BT.size(1)
+        return torch.ones(T, past + T, dtype=torch.bool, device=ids_BT.device).tril(past)
     doc_BT = document_index(ids_BT)
     return (doc_BT[:, None, :, None] == doc_BT[:, None, None, :]).tril() if isolate else None
 
@@ -820,9 +989,9 @@ def sdpa_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Tensor | N
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
-def flash_prepare(ids_BT: Tensor, isolate: bool) -> Tensor | None:
+def flash_prepare(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | None:
     """Cumulative sequence lengths of the flattened rows cut at each BOS, or None."""
-    if not isolate:
+    if past or not isolate:  # the kernels align queries with the last keys
         return None
     starts = ids_BT == BOS_ID
     starts[:, 0] = True
@@ -842,12 +1011,12 @@ def flash_attend(kernels: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor,
     y = y[0] if isinstance(y, tuple) else y  # some builds return the log-sum-exp as well
     return y.view_as(q_BTHE)
 
-def flex_prepare(ids_BT: Tensor, isolate: bool) -> Any:
+def flex_prepare(ids_BT: Tensor, isolate: bool, past: int = 0) -> Any:
     """Block mask of what each position sees; blocks that documents empty are skipped."""
     doc_BT, (B, T) = document_index(ids_BT) * isolate, ids_BT.shape
-    return flex_attention.create_block_mask(
-        lambda b, h, q, k: (k <= q) & (doc_BT[b, q] == doc_BT[b, k]), B, None, T, T,
-        device=str(ids_BT.device))
+    sees = ((lambda b, h, q, k: k <= q + past) if past else
+            lambda b, h, q, k: (k <= q) & (doc_BT[b, q] == doc_BT[b, k]))
+    return flex_attention.create_block_mask(sees, B, None, T, past + T, device=str(ids_BT.device))
 
 def flex_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Any) -> Tensor:
     """PyTorch's flex attention: a fused kernel inside a compiled block, slow but exact outside."""
@@ -865,7 +1034,7 @@ ATTENTIONS: dict[str, Callable[[], Attention]] = {
 
 def choose_attention(cfg: Config, device: torch.device, dtype: torch.dtype) -> Attention:
     """The kernel that ATTENTION names, or the best that is installed and suits the device."""
-    on_gpu, trains = device.type == "cuda", cfg.mode in ("all", "train")
+    on_gpu, trains = device.type == "cuda", cfg.trains or cfg.ttt_method != "none"
     require(cfg.attention != "flex" or on_gpu or not trains,
             "ATTENTION=flex has no gradients on a CPU; use ATTENTION=sdpa")
     if cfg.attention != "auto":
@@ -902,10 +1071,25 @@ class Linear(nn.Linear):
         y = F.linear(x, fake_quantize(self.weight, self.qat_bits).to(x.dtype))
         return y if self.adapter is None else y + self.adapter(x)
 
+class LowRank(nn.Module):
+    """LoRA (arXiv:2106.09685), a pair of matrices a row: y_b = alpha / R * (x_b A_b^T) B_b^T.
+    B is zero at first, and with it y; fewer rows than there are pairs take the first ones.
+    """
+    def __init__(self, down_RI: Tensor, num_rows: int, num_outputs: int, alpha: float):
+        super().__init__()
+        R, self.scale = len(down_RI), alpha / len(down_RI)
+        self.down_BRI = nn.Parameter(down_RI.repeat(num_rows, 1, 1))
+        self.up_BOR = nn.Parameter(down_RI.new_zeros(num_rows, num_outputs, R))
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        down_BRI, up_BOR = (w[: len(x_BTI)].to(x_BTI.dtype) for w in (self.down_BRI, self.up_BOR))
+        return x_BTI @ down_BRI.mT @ up_BOR.mT * self.scale
+
 class Embedding(nn.Embedding):
-    """float32 table (V, D), which is also the head if that is tied."""
+    """float32 table (V, D), which is also the head if that is tied; the adapter is the head's."""
     def __init__(self, rows: int, dim: int):
         super().__init__(rows, dim)
+        self.adapter: nn.Module | None = None
         self.qat_bits = 0
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -948,6 +1132,21 @@ class HashEmbedding(nn.Module):
     def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
         y_BTD = self.proj(self.table(self.buckets(ids_BT)).to(dtype))
         return y_BTD if self.scale is None else y_BTD * self.scale.to(dtype)
+
+class DirectHash(nn.Module):
+    """Hashed bigrams in a table as wide as the model, zero at first, made for one pass (#1460)."""
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.isolate = cfg.isolate_documents
+        self.table = Embedding(cfg.eval_hash_rows, cfg.model_dim)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        alone_BT = (ids_BT == BOS_ID) & self.isolate
+        alone_BT[:, 0] = True
+        before_BT = torch.where(alone_BT, ids_BT, shift(ids_BT, 1))
+        # In float32 it would promote the whole stream.
+        return self.table((2039 * before_BT + ids_BT) % self.table.num_embeddings).to(dtype)
 
 class SmearGate(nn.Module):
     """Mix the token before into each, but for the first of a document (#1851).
@@ -996,6 +1195,53 @@ def exclude_self(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     own = (y_BTKGE * unit_BTK1E).sum(dim=-1, keepdim=True)
     return (y_BTKGE - own * unit_BTK1E).view_as(y_BTHE)
 
+# How far embeddings look back: the smeared token before, and the trigram that ends in it.
+LOOK_BACK = 3
+
+class Keys:
+    """Keys (normed, not rotated) and values of one visit, of the positions before."""
+    def __init__(self) -> None:
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, k_BTKE: Tensor, v_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Old and new ones; gradients flow through the new ones only."""
+        if self.pair is not None:
+            old = (x[: len(k_BTKE)] for x in self.pair)
+            k_BTKE, v_BTKE = (torch.cat(xs, dim=1)
+                              for xs in zip(old, (k_BTKE, v_BTKE), strict=True))
+        self.pair = k_BTKE.detach(), v_BTKE.detach()
+        return k_BTKE, v_BTKE
+
+    def keep(self, start: int, stop: int) -> None:
+        """Forget all but the positions from `start` to `stop` of those that are kept."""
+        if self.pair is not None:
+            k_BTKE, v_BTKE = self.pair
+            self.pair = k_BTKE[:, start:stop], v_BTKE[:, start:stop]
+
+class Past:
+    """What a forward pass over the next tokens of each row needs to go on from those before."""
+    def __init__(self, num_visits: int, capacity: int):
+        self.visits, self.capacity = [Keys() for _ in range(num_visits)], capacity
+        self.length, self.ids_BT = 0, torch.zeros(0, 0, dtype=torch.int64)
+
+    def rewind(self, num_last: int) -> None:
+        """Forget the last positions, to run over them once more."""
+        self.forget(0, self.length - num_last)
+
+    def forget(self, start: int, stop: int) -> None:
+        for keys in self.visits:
+            keys.keep(start, stop)
+        self.ids_BT, self.length = self.ids_BT[:, start:stop], stop - start
+
+    def lead_in(self, ids_BT: Tensor) -> Tensor:
+        """The new ids behind the last ones before; the oldest beyond the capacity are forgotten."""
+        T = ids_BT.size(1)
+        self.forget(max(0, self.length + T - self.capacity), self.length)
+        old_BT = self.ids_BT[: len(ids_BT)] if self.length else ids_BT[:, :0]
+        self.ids_BT = torch.cat([old_BT, ids_BT], dim=1)
+        self.length = self.ids_BT.size(1)
+        return self.ids_BT[:, -(T + LOOK_BACK) :]
+
 class Inputs(NamedTuple):
     """What every block reads besides the stream."""
     x0_BTD: Tensor  # the normed embedding
@@ -1003,6 +1249,7 @@ class Inputs(NamedTuple):
     mask: Any  # what the attention kernel's `prepare` returned
     first_BTC: Tensor | None  # values of block 0, if later blocks mix them in
     shared_BTC: Tensor | None  # the shared value embedding
+    keys: Keys | None = None  # those of the positions before, at this visit
 
 class Mix(NamedTuple):
     """A block's rows of the small learned factors that GPT.mixing holds; None where not used."""
@@ -1037,9 +1284,13 @@ class CausalSelfAttention(nn.Module):
         """Attention's output (B, T, D) on the normed stream."""
         heads = (self.c_q(n_BTD), self.c_k(n_BTD), self.values(n_BTD, inputs, mix))
         q_BTHE, k_BTKE, v_BTKE = (x.unflatten(-1, (-1, self.head_dim)) for x in heads)
-        q_BTHE, k_BTKE = (rotate(rms_norm(x), inputs.rotary_2TE) for x in (q_BTHE, k_BTKE))
+        q_BTHE, k_BTKE, all_v_BTKE = rms_norm(q_BTHE), rms_norm(k_BTKE), v_BTKE
+        if inputs.keys is not None:
+            k_BTKE, all_v_BTKE = inputs.keys.extend(k_BTKE, v_BTKE)
+        q_BTHE = rotate(q_BTHE, inputs.rotary_2TE[:, -q_BTHE.size(1) :])
         q_BTHE = q_BTHE * self.q_gain.to(n_BTD.dtype)[:, None]
-        y_BTHE = self.attend(q_BTHE, k_BTKE, v_BTKE, inputs.mask)
+        k_BTKE = rotate(k_BTKE, inputs.rotary_2TE)
+        y_BTHE = self.attend(q_BTHE, k_BTKE, all_v_BTKE, inputs.mask)
         if self.use_xsa:
             y_BTHE = exclude_self(y_BTHE, v_BTKE)
         if self.gate is not None:
@@ -1229,6 +1480,12 @@ class ChunkedLoss(torch.autograd.Function):
         by_cap = None if grad_cap is None else grad_cap * scale
         return grad_x_ND * scale.to(grad_x_ND.dtype), grad_head_VD * scale, by_cap, None, None, None
 
+class Mixed(NamedTuple):
+    """What makes nats of logits in the softmax's place, and what it goes by."""
+    mixer: Any
+    context_BTK: Tensor  # the tokens up to each input
+    keep_BT: Tensor  # which targets are recorded
+
 class GPT(nn.Module):
     """The language model: embedding, visits of blocks, norm, head, softcapped cross-entropy."""
     def __init__(self, cfg: Config, attention: Attention, dtype: torch.dtype):
@@ -1248,6 +1505,9 @@ class GPT(nn.Module):
         self.long_rotary = nn.Buffer(rotary_table(cfg, longest), persistent=False)
         self.run_block: Callable[..., Lanes] = run_block
         self.nll = softcapped_nll
+        self.probe: Callable[..., None] | None = None  # sees what is scored, for an audit
+        # Adapters by visit, each with the matrix that it hangs on while the visit lasts.
+        self.adapters: list[list[tuple[Linear | Embedding, LowRank]]] = []
         self.init_weights_()
 
     def add_options(self) -> None:
@@ -1285,9 +1545,12 @@ class GPT(nn.Module):
             nn.init.orthogonal_(self.ve_proj.weight)
 
     @property
+    def head(self) -> Linear | Embedding:
+        return self.tok_emb if self.lm_head is None else self.lm_head
+
+    @property
     def head_VD(self) -> Tensor:
-        head = self.tok_emb if self.lm_head is None else self.lm_head
-        return fake_quantize(head.weight, head.qat_bits)
+        return fake_quantize(self.head.weight, self.head.qat_bits)
 
     @property
     def cap(self) -> float | Tensor:
@@ -1315,19 +1578,34 @@ class GPT(nn.Module):
         assert num_positions <= table.size(1), "longer than EVAL_SEQ_LEN"
         return table[:, :num_positions]
 
+    def wear(self, adapters: list[list[tuple[Linear | Embedding, LowRank]]]) -> None:
+        """Take these adapters, by visit, in the place of those before."""
+        for matrix, _ in itertools.chain(*self.adapters):
+            matrix.adapter = None
+        self.adapters = adapters
+
+    def hang(self, index: int) -> None:
+        """Hang the adapters of a visit on its matrices; without adapters nothing changes."""
+        for matrix, adapter in self.adapters[index] if self.adapters else ():
+            matrix.adapter = adapter
+
     def embed(self, ids_BT: Tensor) -> Tensor:
         """x0: the sum of all embeddings, normed, then smeared."""
         hashed = (hashed(ids_BT, self.dtype) for hashed in self.hashes)
         x_BTD = rms_norm(sum(hashed, self.tok_emb(ids_BT).to(self.dtype)))
         return x_BTD if self.smear is None else self.smear(x_BTD, ids_BT)
 
-    def inputs(self, ids_BT: Tensor, x0_BTD: Tensor) -> Inputs:
+    def inputs(self, ids_BT: Tensor, x0_BTD: Tensor, past: Past | None = None) -> Inputs:
         """What the blocks read besides the stream."""
-        mask, shared_BTC = self.prepare(ids_BT, self.cfg.isolate_documents), None
+        T = ids_BT.size(1)
+        length, capacity = (T, T) if past is None else (past.length, past.capacity)
+        mask, shared_BTC = self.prepare(ids_BT, self.cfg.isolate_documents, length - T), None
         if self.ve_table is not None and self.ve_proj is not None and self.ve_scale is not None:
             scale, table_BTI = self.ve_scale.to(self.dtype), self.ve_table(ids_BT).to(self.dtype)
             shared_BTC = self.ve_proj(table_BTI) * scale
-        inputs = Inputs(x0_BTD, self.rotary_for(ids_BT.size(1)), mask, None, shared_BTC)
+        # By the capacity, not the length so far: positions must not change their meaning.
+        rotary_2TE = self.rotary_for(capacity)[:, :length]
+        inputs = Inputs(x0_BTD, rotary_2TE, mask, None, shared_BTC)
         if "value" in self.mixing:  # once more what block 0 computes: cheaper than its own graph
             block: Any = self.blocks[0]
             n_BTD = block.norm(block.with_x0(x0_BTD, inputs))
@@ -1341,11 +1619,13 @@ class GPT(nn.Module):
         return Mix(**{name: self.mixing[name][row] for name, row in rows.items()
                       if name in self.mixing and row >= 0})
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        """The normed stream before the head, (B, T, D)."""
-        x_BTD, side_BTD, saved = self.embed(ids_BT), None, list[Tensor]()
-        inputs = self.inputs(ids_BT, x_BTD)
-        for visit in self.plan:
+    def forward(self, ids_BT: Tensor, past: Past | None = None) -> Tensor:
+        """The normed stream before the head, (B, T, D), of tokens that go on from `past`."""
+        lead_BT = ids_BT if past is None else past.lead_in(ids_BT)
+        x_BTD, side_BTD, saved = self.embed(lead_BT)[:, -ids_BT.size(1) :], None, list[Tensor]()
+        self.hang(0)  # for block 0's values, which are computed outside of its visit
+        inputs = self.inputs(ids_BT, x_BTD, past)
+        for index, visit in enumerate(self.plan):
             if visit.skip is not None:
                 skip_BTD = saved.pop()
                 x_BTD = self.mix_skip(x_BTD, skip_BTD, visit.skip)
@@ -1354,6 +1634,9 @@ class GPT(nn.Module):
             if visit.part:
                 side_BTD = x_BTD
             block, mix = self.blocks[visit.block], self.mix_of(visit.block)
+            self.hang(index)
+            if past is not None:
+                inputs = inputs._replace(keys=past.visits[index])
             x_BTD, side_BTD = self.run_block(block, (x_BTD, side_BTD), inputs, mix)
             if visit.save:
                 saved.append(x_BTD)
@@ -1374,20 +1657,51 @@ class GPT(nn.Module):
         args = (x_ND, self.head_VD, self.cap, target_N, weight_N, self.nll)
         return ChunkedLoss.apply(*args)[0]  # type: ignore[no-untyped-call]
 
+    def nats(self, ids_BT: Tensor, target_BT: Tensor, first: int = 0, *, past: Past | None = None,
+             mixed: Mixed | None = None) -> tuple[Tensor, Tensor]:
+        """Nats (B, T - first), float32, of the targets from position `first` on: differentiable
+        ones of the softmax, and those to record, which a mixer may have made of the same logits.
+        """
+        x_BTD, adapter = self(ids_BT, past)[:, first:], self.head.adapter
+        whole = [x_BTD, *(x[:, first:] for x in (target_BT, *(mixed[1:] if mixed else ())))]
+        if adapter is None:  # only adapters tell rows apart
+            whole = [x.flatten(0, 1)[None] for x in whole]
+        head, pieces = self.head_VD.to(self.dtype), list[tuple[Tensor, Tensor]]()
+        chunk = max(1, LOSS_CHUNK_NUMBERS // (len(head) * len(whole[0])))
+        for x, target, *more in zip(*(torch.split(w, chunk, dim=1) for w in whole), strict=True):
+            z = x @ head.T
+            z = (z if adapter is None else z + adapter(x)).flatten(0, 1)
+            nll_N = scored_N = self.nll(z, target.flatten(), None, self.cap)[0]
+            if mixed is not None:
+                context, keep = (tensor.flatten(0, 1) for tensor in more)
+                logits_NV, scored_N = softcapped(z[keep], self.cap)[0], nll_N.detach().clone()
+                scored_N[keep] = mixed.mixer.nll(logits_NV, context[keep], target.flatten()[keep])
+            if self.probe is not None:
+                self.probe(z, target.flatten(), scored_N, mixed and (mixed.mixer, *more))
+            pieces.append((nll_N.view(target.shape), scored_N.view(target.shape)))
+        nll_BT, scored_BT = (torch.cat(both, dim=1).view(len(ids_BT), -1)
+                             for both in zip(*pieces, strict=True))
+        return nll_BT, scored_BT
+
     @torch.no_grad()
-    def score(self, ids_BT: Tensor, target_BT: Tensor, first: int = 0) -> Tensor:
-        """Nats (B, T - first), float32, of the targets from position `first` on."""
-        x_ND = self(ids_BT)[:, first:].flatten(0, 1)
-        target_N, head = target_BT[:, first:].flatten(), self.head_VD.to(self.dtype)
-        chunk = max(1, LOSS_CHUNK_NUMBERS // len(head))
-        pieces = zip(torch.split(x_ND, chunk), torch.split(target_N, chunk), strict=True)
-        nll = [self.nll(x @ head.T, target, None, self.cap)[0] for x, target in pieces]
-        return torch.cat(nll).view(len(ids_BT), -1)
+    def score(self, ids_BT: Tensor, target_BT: Tensor, first: int = 0,
+              mixed: Mixed | None = None) -> Tensor:
+        """The nats to record that `nats` returns."""
+        return self.nats(ids_BT, target_BT, first, mixed=mixed)[1]
 
 class Role(NamedTuple):
     """What a parameter is: its optimizer group and the group of tensors it is quantised with."""
     optimizer: str  # token, head, matrix, scalar or cap
-    tensors: str  # embed, attn, mlp, table or control
+    tensors: str  # embed, attn, mlp, table, gate or control
+
+def role_of(path: str, module: nn.Module) -> Role:
+    """The role of the parameters that a module owns itself; `path` is its name."""
+    if isinstance(module, nn.Embedding):
+        return Role("token", "embed" if path == "tok_emb" else "table")
+    if isinstance(module, Linear):
+        part = next((p for p in ("attn", "mlp") if f".{p}." in path), "table")
+        return Role("head", "embed") if path == "lm_head" else Role("matrix", part)
+    return Role("scalar", "gate" if isinstance(module, OutputGate) else "control")
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """The role of every parameter by name, decided by the module that owns it."""
@@ -1395,15 +1709,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             assert name not in roles and parameter.requires_grad, f"{name} has two owners"
-            if isinstance(module, nn.Embedding):
-                roles[name] = Role("token", "embed" if path == "tok_emb" else "table")
-            elif path == "lm_head":
-                roles[name] = Role("head", "embed")
-            elif isinstance(module, Linear):
-                group = "attn" if ".attn." in name else "mlp" if ".mlp." in name else "table"
-                roles[name] = Role("matrix", group)
-            else:
-                roles[name] = Role("cap" if name == "caps" else "scalar", "control")
+            roles[name] = Role("cap", "control") if name == "caps" else role_of(path, module)
     # The proof that none is left untrained, as tables outside the blocks easily are.
     found = [name for name, _ in model.named_parameters()]
     assert sorted(roles) == sorted(found), "every parameter has exactly one role"
@@ -1637,13 +1943,13 @@ class Progress(NamedTuple):
 
     def fraction(self, cfg: Config) -> float:
         """Share of the budget used, by steps or by the clock, whichever is further."""
-        limit_s = cfg.max_wallclock_seconds or math.inf
+        limit_s = cfg.train_seconds or math.inf
         return min(1.0, max(self.step / cfg.iterations, self.train_s / limit_s))
 
     def is_over(self, cfg: Config, extra_s: float = 0.0) -> bool:
         """Whether the steps are done, or one more, after `extra_s`, would pass the clock."""
         end_s = self.train_s + extra_s + 1.2 * self.train_s / max(1, self.step)  # vary by a fifth
-        return self.step >= cfg.iterations or 0 < cfg.max_wallclock_seconds < end_s
+        return self.step >= cfg.iterations or 0 < cfg.train_seconds < end_s
 
     def pace(self) -> dict[str, float]:
         """Tokens and seconds so far, as they are logged."""
@@ -1941,54 +2247,553 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
     return trainer
 
 # --- 7. Quantization -----------------------------------------------------------------------------
-# Every matrix becomes integer codes and one scale a row; vectors are kept in fp16. The bits depend
-# on the group of tensors a parameter belongs to, which parameter_roles decides.
+# Every matrix becomes integer codes, a step a row and, if steps are solved, a factor a column. What
+# an error costs is measured once (Curvature); GPTQ then rounds column after column and lets later
+# columns make up for earlier ones. parameter_roles decides which knobs a tensor listens to.
 
-PLAIN_BITS = 16
+PLAIN_BITS, LARGEST_CODE = 16, 1023  # bits of what is not coded; bound of codes of solved steps
 # Below the one fp16 loses precision and then is 0, above the other it is infinite.
 SMALLEST_SCALE, LARGEST_SCALE = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
+SCALE_STEPS, SCALE_RANGE = 8, 240  # coded steps are 2^(n / 8), |n| <= 240
 
 class Quantized(NamedTuple):
-    """A tensor as it is stored: integer codes with row scales, or plain fp16 (bits 16)."""
+    """A tensor as it is stored: integer codes with steps, or plain fp16 (bits 16)."""
     bits: int
-    values: np.ndarray  # int8 codes (O, I), or float16 values of any shape
-    scales: np.ndarray | None  # float16 (O,), None if bits is 16
+    values: np.ndarray  # integer codes, or float16 values; shaped as the tensor
+    scales: np.ndarray | None  # step of each row, float16 or powers of 2^(1/8); None if bits is 16
+    columns: np.ndarray | None = None  # float32 factor of the step for each column
+    trellis: bool = False  # codes count half-steps of a trellis
 
     def dequantized(self) -> Tensor:
         """The float32 tensor that a reader of the artifact gets."""
-        values, scales = torch.tensor(self.values).float(), self.scales
-        return values if scales is None else values * torch.tensor(scales).float()[:, None]
+        if self.scales is None:
+            return torch.tensor(self.values).float()
+        levels = trellis_levels(self.values) if self.trellis else self.values
+        rows = torch.tensor(levels).float().view(len(self.scales), -1)
+        steps = torch.tensor(self.scales).float()[:, None] * (0.5 if self.trellis else 1.0)
+        steps = steps if self.columns is None else steps * torch.tensor(self.columns)
+        return (rows * steps).view(self.values.shape)
 
 def row_scales(weight_OI: Tensor, qmax: int) -> Tensor:
     """Step size of each row in fp16, as it is stored: the largest weight becomes qmax."""
     return (weight_OI.abs().amax(dim=1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
 
-def quantize_rows(weight_OI: Tensor, bits: int) -> Quantized:
-    """Round to nearest on a symmetric grid of 2^bits - 1 levels, one scale a row."""
-    qmax, weight_OI = 2 ** (bits - 1) - 1, weight_OI.detach().float().cpu()
-    scale_O = row_scales(weight_OI, qmax)  # in fp16, which is what a reader will multiply by
-    codes_OI = (weight_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
-    return Quantized(bits, codes_OI.to(torch.int8).numpy(), scale_O.numpy())
+def quantize_rows(weight: Tensor, bits: int) -> Quantized:
+    """Round to nearest on a symmetric grid of 2^bits - 1 levels, a scale a row (a vector: one)."""
+    qmax, rows = 2 ** (bits - 1) - 1, weight.detach().float().cpu()
+    rows_OI = rows.flatten(1) if rows.dim() > 1 else rows[None]
+    scale_O = row_scales(rows_OI, qmax)  # in fp16, which is what a reader will multiply by
+    codes_OI = (rows_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
+    return Quantized(bits, codes_OI.to(torch.int8).numpy().reshape(rows.shape), scale_O.numpy())
 
-def quantize_model(cfg: Config, model: nn.Module) -> dict[str, Quantized]:
+class Curvature(NamedTuple):
+    """What errors in a matrix cost: the loss grows by about half of the sum over rows o of
+    outputs[o] * e_o inputs e_o^T, e_o the row's error (the Kronecker form of arXiv:1503.05671).
+    """
+    inputs_II: Tensor
+    outputs_O: Tensor
+
+class Moments:
+    """Sums over calibration tokens, by matrix and kind, of second moments in one forward pass:
+    of a matrix's inputs and of the loss gradient at its outputs; of a table's gradient, and how
+    often each of its rows is read. The visits of a looped block add up.
+    """
+    def __init__(self, model: GPT):
+        self.sums: dict[tuple[str, str], Tensor] = {}
+        self.model, self.num_tokens = model, 0
+
+    def add(self, name: str, kind: str, value: Tensor) -> None:
+        before = self.sums.get((name, kind))
+        self.sums[name, kind] = value if before is None else before.add_(value)
+
+    def add_products(self, name: str, kind: str, x: Tensor) -> None:
+        x_NI = x.detach().flatten(0, -2).float()
+        self.add(name, kind, x_NI.T @ x_NI)
+
+    def watch_linear(self, name: str, _module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        self.add_products(name, "inputs", args[0])
+        y.register_hook(lambda grad: self.add(  # type: ignore[no-untyped-call]
+            name, "outputs", grad.flatten(0, -2).float().square().sum(dim=0)))
+
+    def watch_table(self, name: str, module: nn.Embedding, args: tuple[Tensor], y: Tensor) -> None:
+        counts = torch.bincount(args[0].flatten(), minlength=module.num_embeddings)
+        self.add(name, "reads", counts.float())
+        y.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad: self.add_products(name, "gradients", grad))
+
+    def watch_head(self, name: str, *args: Any) -> Any:
+        """softcapped_nll of a chunk of logits, with a look at the gradient."""
+        found = softcapped_nll(*args)
+        if found[1] is not None:
+            self.add(name, "outputs", found[1].float().square().sum(dim=0))
+        return found
+
+    @contextlib.contextmanager
+    def watching(self) -> Generator[None]:
+        """Run the model uncompiled, with hooks that collect."""
+        model, hooks = self.model, []
+        head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
+        for path, module in model.named_modules():
+            watch: Any = {Linear: self.watch_linear, Embedding: self.watch_table}.get(type(module))
+            if watch is not None and path != "lm_head":
+                watch = functools.partial(watch, f"{path}.weight")
+                hooks.append(module.register_forward_hook(watch))
+        hooks.append(model.register_forward_hook(
+            lambda _, args, x_BTD: self.add_products(head, "inputs", x_BTD)))
+        compiled = model.run_block, model.nll
+        model.run_block, model.nll = run_block, functools.partial(self.watch_head, head)
+        try:
+            yield
+        finally:
+            model.run_block, model.nll = compiled
+            for hook in hooks:
+                hook.remove()
+
+    def take(self, window_BT: Tensor) -> None:
+        """Add what the windows (rows, T + 1) show."""
+        ids_BT, target_BT = window_BT[:, :-1], window_BT[:, 1:]
+        self.model.loss(ids_BT, target_BT, torch.ones_like(target_BT)).backward()  # type: ignore[no-untyped-call]
+        self.model.zero_grad(set_to_none=True)
+        self.num_tokens += target_BT.numel()
+
+    def curvatures(self, run: Run) -> dict[str, Curvature]:
+        """The means over all ranks, by matrix. A tied embedding is a matrix and a table: it gets
+        the Kronecker form that has the sum's trace, by rows and as a whole.
+        """
+        count = run.sum_(torch.tensor(float(self.num_tokens), device=run.device))
+        means = {key: run.sum_(self.sums[key]) / count for key in sorted(self.sums)}
+        found = {}
+        for name in sorted({name for name, _ in means}):
+            parts = [(means[name, a], means[name, b]) for a, b in [
+                ("inputs", "outputs"), ("gradients", "reads")] if (name, a) in means]
+            inputs_II = sum((a * b.mean() for a, b in parts), torch.zeros_like(parts[0][0]))
+            outputs_O = sum((a.trace() * b for a, b in parts), torch.zeros_like(parts[0][1]))
+            found[name] = Curvature(inputs_II, outputs_O / inputs_II.trace().clamp_min(1e-30))
+        return found
+
+@torch.no_grad()
+def sample_windows(model: GPT, rows: int, seq_len: int, generator: torch.Generator) -> Tensor:
+    """Windows (rows, T + 1) that the model writes after BOS, at temperature 0.8 (#1019)."""
+    device = model.tok_emb.weight.device
+    window_BT = torch.full((rows, seq_len + 1), BOS_ID, device=device)
+    for t in range(seq_len):  # what stands right of t is not seen: one shape for all
+        head_VD, x_BD = model.head_VD.to(model.dtype), model(window_BT[:, :-1])[:, t]
+        odds_BV = (softcapped(x_BD @ head_VD.T, model.cap)[0] / 0.8).softmax(dim=-1)
+        window_BT[:, t + 1] = torch.multinomial(odds_BV.cpu(), 1, generator=generator)[:, 0]
+    return window_BT
+
+def calibrate(run: Run, model: GPT, loader: BatchLoader, trained: Progress) -> dict[str, Curvature]:
+    """Curvature of every matrix from training text after what was trained on, or from text of the
+    model's own. Stops early, on all ranks, where the training budget would end before it does.
+    """
+    cfg, moments, started_s = run.cfg, Moments(model), time.perf_counter()
+    model.plan, limit_s = model.plans[-1], cfg.max_wallclock_seconds or math.inf
+    T, batch = cfg.train_seq_len, cfg.train_batch_tokens
+    generator = torch.Generator().manual_seed(cfg.seed + run.rank)
+    for i in range(cfg.gptq_calibration_batches):
+        rows, position = batch // T // run.world_size, trained.tokens + i * batch
+        window_BT = (sample_windows(model, rows, T, generator) if cfg.calibration == "self"
+                     else loader.read(position - position % T, T, batch).to(run.device))
+        with moments.watching():
+            for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
+                run.check_signal()
+                moments.take(rows_BT)
+        run.synchronize()
+        passed_s = torch.tensor(time.perf_counter() - started_s, device=run.device)
+        if trained.train_s + 1.5 * float(run.max_(passed_s)) * (i + 2) / (i + 1) > limit_s:
+            break  # the next batch might end too late
+    run.log("calibrated", tokens=moments.num_tokens * run.world_size, source=cfg.calibration)
+    return moments.curvatures(run)
+
+RATE_PRICE = 0.08  # of a bit, in squared steps
+GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128  # of the mean diagonal; columns whose updates are batched
+
+class HessianFactor(NamedTuple):
+    """What GPTQ needs of the Hessians: columns in order of rounding, and U of H^-1 = U^T U."""
+    order_LI: Tensor  # int64, descending diagonal
+    upper_LII: Tensor  # rows and columns in that order
+    alive_LI: Tensor  # bool, in the weight's own order: False where no input was ever seen
+
+    def conditional_std_LI(self) -> Tensor:
+        """U_jj by the weight's own columns: an error e in column j costs (e / U_jj)^2."""
+        diagonal_LI = self.upper_LII.diagonal(dim1=1, dim2=2)
+        return torch.empty_like(diagonal_LI).scatter_(1, self.order_LI, diagonal_LI)
+
+def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
+    """Order and Cholesky factor for sums of x x^T over calibration inputs (arXiv:2210.17323)."""
+    damped_LII = hessian_LII.float().clone()
+    diagonal_LI = damped_LII.diagonal(dim1=1, dim2=2)
+    alive_LI = diagonal_LI > 0
+    diagonal_LI.masked_fill_(~alive_LI, 1.0)
+    diagonal_LI.add_(GPTQ_DAMPING * diagonal_LI.mean(dim=1, keepdim=True))
+    order_LI = diagonal_LI.argsort(dim=1, descending=True, stable=True)
+    damped_LII = damped_LII.gather(1, order_LI[:, :, None].expand_as(damped_LII))
+    damped_LII = damped_LII.gather(2, order_LI[:, None, :].expand_as(damped_LII))
+    inverse_LII = torch.cholesky_inverse(torch.linalg.cholesky(damped_LII))
+    return HessianFactor(order_LI, torch.linalg.cholesky(inverse_LII, upper=True), alive_LI)
+
+# From a column in units of its steps and each matrix's column number: codes, values in steps.
+RoundColumn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+def round_uniform(target_LO: Tensor, _column_L: Tensor, *, qmax: int) -> tuple[Tensor, Tensor]:
+    """The nearest of the codes -qmax to qmax; each stands for itself."""
+    code_LO = target_LO.round().clamp_(-qmax, qmax)
+    return code_LO, code_LO
+
+def gptq(weight_LOI: Tensor, factor: HessianFactor, step_LO: Tensor, step_LI: Tensor,
+         round_column: RoundColumn) -> Tensor:
+    """int16 codes of L matrices, with each column's error pushed onto the columns still to come.
+    The step of weight (o, i) is step_LO[o] * step_LI[i]. Columns are rounded from the most to the
+    least excited one; those beyond the current block are updated once a block.
+    """
+    order_LI, upper_LII = factor.order_LI, factor.upper_LII
+    # Columns are the second dimension here, so that each lies in one piece.
+    w_LIO = (weight_LOI.float() * factor.alive_LI[:, None]).mT
+    w_LIO = w_LIO.gather(1, order_LI[:, :, None].expand_as(w_LIO)).contiguous()
+    code_LIO, step_LI = torch.empty_like(w_LIO, dtype=torch.int16), step_LI.gather(1, order_LI)
+    for start in range(0, w_LIO.size(1), GPTQ_BLOCK):
+        block_LIO = w_LIO[:, start : start + GPTQ_BLOCK].clone()
+        end = start + block_LIO.size(1)
+        upper_block_LII = upper_LII[:, start:end, start:end]
+        for i in range(end - start):
+            step = step_LO * step_LI[:, start + i, None]
+            target_LO = block_LIO[:, i]
+            code_LO, value_LO = round_column(target_LO / step, order_LI[:, start + i])
+            code_LIO[:, start + i] = code_LO
+            error_LO = (target_LO - value_LO * step) / upper_block_LII[:, i, i, None]
+            block_LIO[:, i] = error_LO  # no longer needed as a weight
+            block_LIO[:, i + 1 :].baddbmm_(upper_block_LII[:, i, i + 1 :, None],
+                                           error_LO[:, None], alpha=-1)
+        w_LIO[:, end:].baddbmm_(upper_LII[:, start:end, end:].mT, block_LIO, alpha=-1)
+    inverse_LI = order_LI.argsort(dim=1)
+    return code_LIO.gather(1, inverse_LI[:, :, None].expand_as(code_LIO)).mT.contiguous()
+
+# Trellis-coded grid: dependent quantisation as in video coding (ITU-T H.266, ISO/IEC 15938-17). A
+# code k is read with Q0, the even numbers of half-steps (2k), in even states and with Q1, the odd
+# ones (2k + 1), in odd states; its parity leads to the next state. Unlike there Q1 has no zero: at
+# one bit a weight and more that costs rate. The trellises are Ungerboeck's (IEEE Trans.
+# Inform. Theory 28(1), 1982), as the parity-check polynomials h0, h1 by number of states.
+TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
+TRELLIS_STATES, TRELLIS_SEGMENT = 32, 256  # rows from one state 0 to the next
+# Levels (in half-steps, each fourth number) of the even and odd codes of Q0 and of Q1.
+SUBSET_OFFSETS = np.array([[0], [2], [1], [3]], np.float32)
+
+@functools.cache
+def next_states(num_states: int) -> np.ndarray:
+    """The state (int8) that follows each state and parity, by 2 * state + parity."""
+    h0, h1 = TRELLISES[num_states]
+    state, parity = np.arange(2 * num_states) >> 1, np.arange(2 * num_states) & 1
+    return ((state >> 1) ^ (state & 1) * (h0 >> 1) ^ parity * (h1 >> 1)).astype(np.int8)
+
+def best_path(cost_T4N: np.ndarray, num_states: int) -> np.ndarray:
+    """Subset of each row on the cheapest path from state 0, for N segments at once (Viterbi)."""
+    num_rows, _, num_segments = cost_T4N.shape
+    # The two branches into each state: first one of every state, then the other.
+    branches = next_states(num_states).argsort(kind="stable").reshape(-1, 2).T.ravel()
+    leaves, subsets = branches >> 1, 2 * (branches >> 1 & 1) + (branches & 1)
+    total_SN = np.full((num_states, num_segments), np.inf, np.float32)
+    total_SN[0] = 0
+    total_BN = np.empty((2 * num_states, num_segments), np.float32)
+    cost_BN, first_SN, second_SN = total_BN.copy(), *np.split(total_BN, 2)
+    is_second_TSN = np.empty((num_rows, num_states, num_segments), bool)
+    for cost_4N, is_second_SN in zip(cost_T4N, is_second_TSN, strict=True):
+        cost_4N.take(subsets, axis=0, out=cost_BN, mode="clip")  # other modes copy `out`
+        total_SN.take(leaves, axis=0, out=total_BN, mode="clip")
+        np.add(total_BN, cost_BN, out=total_BN)
+        np.less(second_SN, first_SN, out=is_second_SN)
+        np.minimum(first_SN, second_SN, out=total_SN)
+    # Back along the survivors: positions in an S x N array, branches in a 2S x N array, both flat.
+    column_N, branch_TN = np.arange(num_segments), np.empty((num_rows, num_segments), np.int64)
+    leaves_BN = (leaves[:, None] * num_segments + column_N).ravel()
+    position_N = total_SN.argmin(axis=0) * num_segments + column_N
+    for branch_N, is_second_SN in zip(branch_TN[::-1], is_second_TSN[::-1], strict=True):
+        np.multiply(is_second_SN.take(position_N), is_second_SN.size, out=branch_N)
+        branch_N += position_N
+        position_N = leaves_BN.take(branch_N)
+    subset_TN: np.ndarray = subsets[branch_TN // num_segments]
+    return subset_TN
+
+def round_trellis(target_LO: Tensor, column_L: Tensor, *, bits_LIV: Tensor, multiplier: float,
+                  segment: int = TRELLIS_SEGMENT, num_states: int = TRELLIS_STATES,
+                  ) -> tuple[Tensor, Tensor]:
+    """The codes of least squared error (in steps) + multiplier * bits, over paths of the trellis.
+    bits_LIV is what the coder pays for the levels +-V (in half-steps; V's parity is the quantiser)
+    in each column; its last entry, odd, belongs to the largest code. Runs in numpy on any device:
+    short dependent operations, so that what counts is the overhead of a call.
+    """
+    (num_matrices, num_rows), largest = target_LO.shape, bits_LIV.size(2) - 1
+    padding = -num_rows % segment
+    column_L = column_L.to(bits_LIV.device)
+    bits_LV = bits_LIV[torch.arange(num_matrices, device=column_L.device), column_L].cpu().numpy()
+    x_LO = F.pad(2 * target_LO.float(), (0, padding)).cpu().numpy()  # half-steps
+    x_TN = np.ascontiguousarray(x_LO.reshape(-1, segment).T)
+    x_T1N = x_TN[:, None]
+    # Levels are within 2 of what is rounded, and so the codes from -K to K, the largest.
+    level_T4N = (x_T1N.clip(3 - largest, largest - 2) - SUBSET_OFFSETS) * 0.25
+    np.rint(level_T4N, out=level_T4N)
+    level_T4N *= 4
+    level_T4N += SUBSET_OFFSETS
+    matrix_N = np.arange(num_matrices).repeat(x_TN.shape[1] // num_matrices)
+    index_T4N = np.abs(level_T4N).astype(np.int64) + matrix_N * bits_LV.shape[1]
+    cost_T4N = (4 * multiplier * bits_LV).ravel().take(index_T4N)
+    cost_T4N += np.square(level_T4N - x_T1N)
+    # Rows that do not exist must not say where a path ends.
+    cost_T4N.reshape(segment, 4, num_matrices, -1)[segment - padding :, :, :, -1] = 0
+    subset_T1N = best_path(cost_T4N, num_states)[:, None]
+    level_TN = np.take_along_axis(level_T4N, subset_T1N, axis=1)[:, 0]
+    level_LO = level_TN.T.reshape(num_matrices, -1)[:, :num_rows]
+    value_LO = torch.from_numpy(level_LO / 2).to(target_LO)
+    return value_LO.floor(), value_LO
+
+def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
+    """bits_LIV for columns that are normal with std_LI (in steps): what to begin with."""
+    level_V = torch.arange(2 * largest_code + 2, device=std_LI.device)
+    scale_LI1 = 8**0.5 * std_LI[:, :, None]  # sqrt(2) std in half-steps
+    mass_LIV = torch.erf((level_V + 1) / scale_LI1) - torch.erf((level_V - 1) / scale_LI1)
+    return -(mass_LIV / 2).clamp_min(1e-9).log2()
+
+def trellis_states(code_OI: np.ndarray, segment: int = TRELLIS_SEGMENT,
+                   num_states: int = TRELLIS_STATES) -> np.ndarray:
+    """State in which each code is read (int8); odd ones read with Q1. The walk runs down rows."""
+    num_rows, num_columns = code_OI.shape
+    parity_OI = np.pad(code_OI & 1, [(0, -num_rows % segment), (0, 0)])
+    parity_NTI = parity_OI.reshape(-1, segment, num_columns)
+    state_NTI, state_NI = np.empty_like(parity_NTI, np.int8), np.zeros_like(parity_NTI[:, 0])
+    for row in range(segment):
+        state_NTI[:, row] = state_NI
+        state_NI = next_states(num_states).take(2 * state_NI + parity_NTI[:, row])
+    return state_NTI.reshape(-1, num_columns)[:num_rows]
+
+def trellis_levels(code_OI: np.ndarray, segment: int = TRELLIS_SEGMENT,
+                   num_states: int = TRELLIS_STATES) -> np.ndarray:
+    """What each code stands for, as int16 multiples of half a step."""
+    is_q1_OI = trellis_states(code_OI, segment, num_states) & 1
+    level_OI: np.ndarray = 2 * code_OI.astype(np.int16) + is_q1_OI
+    return level_OI
+
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # that ROW_STEPS=search tries (GPTQ-lite, #414)
+
+def as_stored(cfg: Config, step: Tensor) -> Tensor:
+    """Steps as the artifact will hold them: in fp16, or as the next power of 2^(1/8) to code."""
+    if cfg.compressor != "ans":
+        return step.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+    index = step.clamp_min(1e-30).log2() * SCALE_STEPS - 1e-3  # which may be 2^(n/8) already
+    index = index.ceil().clamp(-SCALE_RANGE, SCALE_RANGE)
+    return torch.from_numpy(step_values(index.cpu().numpy().astype(np.int16))).to(step)
+
+def step_values(index: np.ndarray) -> np.ndarray:
+    """2^(index / 8) in float32, the same on every machine."""
+    octave, part = np.divmod(index, SCALE_STEPS)
+    powers = np.array([2 ** (i / SCALE_STEPS) for i in range(SCALE_STEPS)], np.float32)
+    values: np.ndarray = np.ldexp(powers[part], octave)
+    return values
+
+def rows_by_hand(cfg: Config, weight_OI: Tensor, group: str, found: Curvature | None) -> Tensor:
+    """Step of each row by the row's own weights: CLIP_SIGMAS, or ROW_STEPS but solved."""
+    qmax, size_OI = 2 ** (cfg.bits[group] - 1) - 1, weight_OI.abs()
+    if cfg.sigmas:  # SDClip (#1394): the same rate for every row
+        step_O = cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
+        if found is not None:  # Hessian-aware (#1412): important rows clip later
+            diagonal_I = found.inputs_II.diagonal()
+            importance_O = (size_OI * diagonal_I / diagonal_I.mean().clamp_min(1e-30)).mean(dim=1)
+            relative_O = importance_O / importance_O.mean().clamp_min(1e-30)
+            step_O = step_O * (1 + cfg.hessian_clip_lambda * (relative_O - 1))
+        return step_O
+    shares = {"max": [1.0], "percentile": [cfg.clip_percentile], "search": PERCENTILES}
+    steps = [size_OI.quantile(share, dim=1) / qmax for share in shares[cfg.row_steps]]
+
+    def error(step_O: Tensor) -> float:
+        step_O1 = step_O[:, None].clamp_min(SMALLEST_SCALE)
+        codes_OI = (weight_OI / step_O1).round().clamp(-qmax, qmax)
+        return float((codes_OI * step_O1 - weight_OI).square().sum())
+
+    return min(steps, key=error) if len(steps) > 1 else steps[0]
+
+def solved_steps(found: Curvature, column_I: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative steps of rows and columns at which a bit saves the same loss everywhere.
+    Rounding costs about outputs[o] (step / U_jj)^2 / 24 a weight, and one bit more three quarters
+    of that less: costs must be equal (reverse water-filling), as steps U_jj / sqrt(outputs[o]) make
+    them. What calibration hardly saw is worth something, too: rows are damped, columns bounded.
+    """
+    mean, middle = found.outputs_O.mean().clamp_min(1e-30), column_I.log().mean().exp()
+    row_O = (found.outputs_O / mean + 0.1).rsqrt() * mean.rsqrt()
+    return row_O * middle, (column_I / middle).clamp(1 / 16, 16)
+
+class Stack(NamedTuple):
+    """Matrices of one shape that are quantised together, and what that takes."""
+    names: list[str]
+    weight_LOI: Tensor
+    factor: HessianFactor | None  # None: round to nearest
+    row_LO: Tensor
+    column_LI: Tensor  # ones, unless steps are solved
+    bits: int
+    spread_LI: Tensor  # standard deviation of a column in steps
+
+def quantile_pruned(weight_OI: Tensor, share: float) -> Tensor:
+    """The weight without its smallest numbers, if it is large (thwu1)."""
+    if not share or weight_OI.numel() <= 65_536:
+        return weight_OI
+    size_OI = weight_OI.abs()
+    least = size_OI.flatten().kthvalue(max(1, int(share * size_OI.numel()))).values
+    return torch.where(size_OI < least, 0, weight_OI)
+
+def plan_stacks(cfg: Config, model: nn.Module, found: Mapping[str, Curvature]) -> list[Stack]:
+    """All matrices to be stored as codes, by shape and bits, with steps (if solved: relative)."""
+    members: dict[Any, list[str]] = {}
+    roles = {name: role.tensors for name, role in parameter_roles(model).items()}
+    for name, group in roles.items():
+        if group not in ("gate", "control") and cfg.bits[group] != PLAIN_BITS:
+            shape = tuple(model.get_parameter(name).shape)
+            members.setdefault((shape, cfg.bits[group], name in found), []).append(name)
+    stacks = []
+    for (_, bits, has_curvature), names in members.items():
+        weights = [quantile_pruned(model.get_parameter(name).detach().float(), cfg.prune_frac)
+                   for name in names]
+        factor = None
+        if has_curvature:
+            factor = factor_hessians(torch.stack([found[name].inputs_II for name in names]))
+        rows, columns = [], []
+        for i, (name, weight_OI) in enumerate(zip(names, weights, strict=True)):
+            if cfg.solves_steps and factor is not None:
+                row_O, column_I = solved_steps(found[name], factor.conditional_std_LI()[i])
+            else:
+                row_O = rows_by_hand(cfg, weight_OI, roles[name], found.get(name))
+                column_I = torch.ones_like(weight_OI[0])
+            rows.append(row_O.clamp_min(1e-30))
+            columns.append(as_stored(cfg, column_I))
+        weight_LOI, row_LO, column_LI = map(torch.stack, (weights, rows, columns))
+        spread_LI = (weight_LOI / row_LO[:, :, None]).square().mean(dim=1).sqrt() / column_LI
+        stacks.append(Stack(names, weight_LOI, factor, row_LO, column_LI, bits, spread_LI))
+    return stacks
+
+def quantize_stack(cfg: Config, stack: Stack, multiplier: float) -> dict[str, Quantized]:
+    """The matrices of a stack, with all steps multiplied, by name."""
+    solved = cfg.solves_steps
+    row_LO, column_LI = as_stored(cfg, stack.row_LO * multiplier), stack.column_LI
+    qmax = LARGEST_CODE if solved else 2 ** (stack.bits - 1) - 1
+    largest_LI = (stack.weight_LOI.abs() / row_LO[:, :, None]).amax(dim=1)  # if columns are 1
+    if solved:  # a column with a few huge weights gets coarser steps, not clipped codes
+        column_LI = as_stored(cfg, torch.maximum(column_LI, largest_LI / (0.8 * qmax)))
+    trellis = cfg.quant_grid == "trellis" and stack.factor is not None
+    if stack.factor is None:
+        step_LOI = row_LO[:, :, None] * column_LI[:, None]
+        codes_LOI = (stack.weight_LOI / step_LOI).round().clamp(-qmax, qmax).to(torch.int16)
+    else:
+        rounding: RoundColumn = functools.partial(round_uniform, qmax=qmax)
+        if trellis:
+            spread_LI = (stack.spread_LI / multiplier).clamp_min(0.05)
+            reach = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
+            bits_LIV = gaussian_code_bits(spread_LI, reach)
+            rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, multiplier=RATE_PRICE)
+        codes_LOI = gptq(stack.weight_LOI, stack.factor, row_LO, column_LI, rounding)
+    kind = np.int16 if solved else np.int8
+    dtype = np.float32 if cfg.compressor == "ans" else np.float16
+    found = {}
+    for i, name in enumerate(stack.names):
+        columns = column_LI[i].cpu().numpy() if solved else None
+        found[name] = Quantized(stack.bits, codes_LOI[i].cpu().numpy().astype(kind),
+                                row_LO[i].cpu().numpy().astype(dtype), columns, trellis)
+    return found
+
+def quantize_groups(weight: Tensor, bits: int, size: int) -> Quantized:
+    """Round to nearest with a scale for each `size` numbers in a line."""
+    stored = quantize_rows(weight.reshape(-1, size), bits)
+    return stored._replace(values=stored.values.reshape(weight.shape))
+
+def low_rank_corrections(cfg: Config, stacks: Sequence[Stack], tensors: Mapping[str, Quantized]
+                         ) -> dict[str, Quantized]:
+    """LQER (arXiv:2402.02446, #1797): the errors of the worst matrices as products of two factors,
+    stored as NAME@0 (O, R) and NAME@1 (R, I).
+    """
+    errors = {name: weight_OI.cpu() - tensors[name].dequantized() for stack in stacks
+              for name, weight_OI in zip(stack.names, stack.weight_LOI, strict=True)}
+    found: dict[str, Quantized] = {}
+    for name in sorted(errors, key=lambda name: -float(errors[name].norm()))[: cfg.lqer_top_k]:
+        u, s, v = torch.linalg.svd(errors[name], full_matrices=False)
+        root_R = s[: cfg.lqer_rank].sqrt()
+        left_OR, right_RI = u[:, : len(root_R)] * root_R, root_R[:, None] * v[: len(root_R)]
+        if cfg.lqer_group:  # asymmetric (#1797)
+            size = math.gcd(right_RI.size(1), cfg.lqer_group)
+            pair = quantize_groups(left_OR, 2, left_OR.numel()), quantize_groups(right_RI, 4, size)
+        else:
+            pair = quantize_rows(left_OR, 4), quantize_rows(right_RI, 4)
+        found |= {f"{name}@{i}": factor for i, factor in enumerate(pair)}
+    return found
+
+def quantize_model(cfg: Config, model: nn.Module, stacks: Sequence[Stack] | None = None,
+                   multiplier: float = 1.0) -> dict[str, Quantized]:
     """Every parameter of the model by name, in the form in which it is stored."""
+    stacks = plan_stacks(cfg, model, {}) if stacks is None else stacks
     tensors: dict[str, Quantized] = {}
+    for stack in stacks:
+        tensors |= quantize_stack(cfg, stack, multiplier)
+    if cfg.lqer_rank:
+        tensors |= low_rank_corrections(cfg, stacks, tensors)
     for name, role in parameter_roles(model).items():
         weight, bits = model.get_parameter(name).detach(), cfg.bits[role.tensors]
-        plain = weight.clamp(-LARGEST_SCALE, LARGEST_SCALE).half().cpu().numpy()
-        tensors[name] = (Quantized(PLAIN_BITS, plain, None) if bits == PLAIN_BITS
-                         else quantize_rows(weight, bits))
+        if bits == PLAIN_BITS or weight.numel() <= 1:
+            plain = weight.clamp(-LARGEST_SCALE, LARGEST_SCALE).half().cpu().numpy()
+            tensors[name] = Quantized(PLAIN_BITS, plain, None)
+        elif name not in tensors:
+            tensors[name] = quantize_rows(weight, bits)
     return tensors
+
+def code_statistics(tensors: Mapping[str, Quantized]) -> dict[str, float]:
+    """How many weights are codes, and the entropy of a code given its tensor, in bits."""
+    codes = [t.values.ravel() for t in tensors.values() if t.scales is not None]
+    counts = [np.unique(values, return_counts=True)[1] for values in codes]
+    bits = [float((n * np.log2(n.sum() / n)).sum()) for n in counts]
+    num_codes = sum(len(values) for values in codes)
+    return {"codes": num_codes, "entropy_bits": round(sum(bits) / max(1, num_codes), 4)}
+
+FINEST_BITS = 6.5  # a weight: steps below that only cost bytes
+FILLED = 0.998  # of the byte budget: near enough
+
+def estimated_bits(stacks: Sequence[Stack], multiplier: float) -> float:
+    """Entropy of all codes if weights were normal: log2 of 4.13 deviations, or nearly nothing."""
+    return sum(stack.weight_LOI.size(1) * float(torch.log2(
+        1 + 17.08 * (stack.spread_LI / multiplier).square()).sum()) / 2 for stack in stacks)
+
+def multiplier_for(stacks: Sequence[Stack], bits: float) -> float:
+    """The multiplier of all steps at which estimated_bits are `bits`."""
+    low, high = -60.0, 60.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if estimated_bits(stacks, 2**middle) > bits else (low, middle)
+    return 2**high
+
+def fill_budget(stacks: Sequence[Stack], encode: Callable[[float], bytes], budget_bytes: int
+                ) -> bytes:
+    """The artifact with the finest steps that `budget_bytes` allow: one multiplier of all steps,
+    found by what normal weights would cost, and corrected by what the artifact really takes.
+    """
+    num_weights = sum(stack.weight_LOI.numel() for stack in stacks)
+    finest = multiplier_for(stacks, FINEST_BITS * num_weights)
+    target_bytes, tried = budget_bytes * (1 + FILLED) / 2, dict[float, bytes]()
+    multiplier = max(finest, multiplier_for(stacks, 8 * target_bytes))
+    while len(tried) < 8 and multiplier not in tried:
+        tried[multiplier] = payload = encode(multiplier)
+        fitting = {m: len(p) for m, p in tried.items() if len(p) <= budget_bytes}
+        if FILLED * budget_bytes <= len(payload) <= budget_bytes or finest in fitting:
+            break
+        wanted = target_bytes / len(payload) * estimated_bits(stacks, multiplier)
+        multiplier = max(finest, multiplier_for(stacks, wanted))
+        if fitting and len(fitting) < len(tried):  # between the nearest two, by logarithms
+            fine, coarse = max(tried.keys() - fitting.keys()), min(fitting)
+            share = math.log(target_bytes / fitting[coarse]) / math.log(
+                len(tried[fine]) / fitting[coarse])
+            multiplier = coarse * (fine / coarse) ** share
+    return max((p for p in tried.values() if len(p) <= budget_bytes), key=len, default=payload)
 
 # --- 8. Artifact ---------------------------------------------------------------------------------
 # One file: magic, version, length of the header; a compressed JSON header (model shape, tokenizer,
 # tensors, streams); the compressed streams; SHA-256 of all before it. Reading checks the checksum
 # first and every length before anything is allocated. Nothing is ever unpickled.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION, CHECKSUM_BYTES = b"PGOLFART", 1, 32
+ARTIFACT_MAGIC, ARTIFACT_VERSION, CHECKSUM_BYTES = b"PGOLFART", 2, 32
 ARTIFACT_PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of the compressed header
 MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
-MAX_STREAM_BYTES = 2**28  # uncompressed; 16 MB hold no more codes than that at half a bit each
+MAX_WEIGHTS = 2**28  # 16 MB hold no more codes than that at half a bit each
 
 class Compressor(NamedTuple):
     """A lossless coder; `unpack` gives at most the stated bytes (at least 1) of what it holds."""
@@ -2003,16 +2808,28 @@ def unbrotli(module: Any, packed: bytes, limit: int) -> bytes:
         raw += more
     return raw[:limit]
 
+def shuffled(raw: bytes) -> bytes:
+    """Bytes at even places, then those at odd ones: high and low bytes of fp16 part (#1394)."""
+    return raw[::2] + raw[1::2]
+
+def unshuffled(raw: bytes) -> bytes:
+    back = bytearray(len(raw))
+    back[::2], back[1::2] = raw[: (len(raw) + 1) // 2], raw[(len(raw) + 1) // 2 :]
+    return bytes(back)
+
 # Name: module, how it packs, how it unpacks at most so many bytes.
+ZLIB: Any = ("zlib", lambda m, raw: m.compress(raw, 9),
+             lambda m, packed, limit: m.decompressobj().decompress(packed, limit))
 COMPRESSORS: dict[str, tuple[str, Callable[..., bytes], Callable[..., bytes]]] = {
-    "zlib": ("zlib", lambda m, raw: m.compress(raw, 9),
-             lambda m, packed, limit: m.decompressobj().decompress(packed, limit)),
+    "ans": ZLIB, "zlib": ZLIB,  # ans: for what is not coded by itself
     "lzma": ("lzma", lambda m, raw: m.compress(raw, preset=9 | m.PRESET_EXTREME),
              lambda m, packed, limit: m.LZMADecompressor(memlimit=2**28).decompress(packed, limit)),
     "zstd": ("zstandard", lambda m, raw: m.ZstdCompressor(level=22).compress(raw),
              lambda m, packed, limit: m.ZstdDecompressor(max_window_size=2**27).stream_reader(
                  packed).read(limit)),
-    "brotli": ("brotli", lambda m, raw: m.compress(raw, quality=11, lgwin=24), unbrotli)}
+    "brotli": ("brotli", lambda m, raw: m.compress(raw, quality=11, lgwin=24), unbrotli),
+    "brotli_shuffled": ("brotli", lambda m, raw: m.compress(shuffled(raw), quality=11, lgwin=24),
+                        lambda m, packed, limit: unshuffled(unbrotli(m, packed, limit)))}
 
 def find_compressor(name: str) -> Compressor:
     """The coder of that name; InputError if its package is missing (never another coder)."""
@@ -2024,20 +2841,248 @@ def find_compressor(name: str) -> Compressor:
                          "another") from error
     return Compressor(*(functools.partial(function, module) for function in functions))
 
+# Entropy coder of codes (asymmetric numeral systems, arXiv:1311.2540, by the library constriction).
+# A code's class is how large it should be: its column's magnitude, learnt from earlier rows, times
+# its row's gain, which is written; and its quantiser. How frequent each code is in a class is
+# learnt, too. Contexts are integers, and floats see only + - * / and roots, so that every machine
+# rebuilds the same models.
+# Tensor suffixes: M matrices, C columns of all matrices, L lanes, N columns of all lanes,
+#                  K classes, W symbols of the alphabet, O x I a matrix.
+
+MAX_CODE, UNIT, COUNT = 1023, 2**12, 1024  # largest magnitude; 1.0 of magnitudes; 1.0 of frequency
+PRIOR_ROWS, PRIOR_CODES, MEMORY_CODES = 32, 128, 2**16  # what a model's start is worth, and its end
+MAGNITUDES = np.array([round(UNIT * 2 ** (j / 8 - 7)) for j in range(128)])  # 1/8 octave apart
+EDGES = np.array([round(UNIT * 2 ** (j / 8 - 7 + 1 / 16)) for j in range(127)])
+GAIN_CLASS, NUMBERS_PER_ROW = 64, 64  # gains are as large as in this class
+
+class CodeGrid(NamedTuple):
+    """Shape of a matrix of codes, and what its reader knows of them beforehand."""
+    rows: int
+    columns: int
+    trellis: bool = False
+    loudness_I: np.ndarray | int = 0  # a column's codes are larger by so many 1/8 octaves
+
+class CodeWriter:
+    """Keeps what is to be coded: the coder is a stack, into which the last code goes first."""
+    def __init__(self) -> None:
+        self.calls: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def payload(self) -> bytes:
+        coder = constriction.stream.stack.AnsCoder()
+        for symbols, counts_W in reversed(self.calls):
+            coder.encode_reverse(symbols, code_model(counts_W))
+        words: np.ndarray = coder.get_compressed()
+        return words.astype("<u4").tobytes()
+
+def code_model(counts_W: np.ndarray) -> Any:
+    """The distribution of these counts (float64: the library is wrong for float32)."""
+    return constriction.stream.model.Categorical(counts_W, perfect=False)
+
+class ClassTables:
+    """Frequencies of -peak - 1 to peak, learnt as they are coded, by 128 * quantiser + magnitude.
+    They are symmetric: about 0, or in the other quantiser, whose level is code + 1/2, about -1/2.
+    """
+    def __init__(self, peak: int) -> None:
+        self.peak, self.counts_KW = peak, np.zeros((256, 2 * peak + 2), np.int64)
+
+    def code(self, coder: Any, kind_N: np.ndarray, symbol_N: np.ndarray) -> np.ndarray:
+        """Write symbols, or read as many, and return them."""
+        order, number_K = kind_N.argsort(kind="stable"), np.bincount(kind_N)
+        flat_N = symbol_N[order].astype(np.int32) + np.int32(self.peak + 1)
+        kinds = number_K.nonzero()[0]
+        for kind in kinds[self.counts_KW[kinds, 0] == 0].tolist():  # a new one: two-sided geometric
+            mean = MAGNITUDES[kind % 128] / UNIT
+            power_W = np.full(self.peak + 2, mean / (1 + math.sqrt(1 + mean * mean))).cumprod()
+            weight_W = power_W[abs(2 * np.arange(-self.peak - 1, self.peak + 1) + kind // 128) // 2]
+            weight_W *= PRIOR_CODES * COUNT / math.fsum(weight_W)
+            self.counts_KW[kind] = weight_W.astype(np.int64) + 1
+        counts_KW, number_K = self.counts_KW[kinds], number_K[kinds]
+        ends = number_K.cumsum().tolist()
+        for counts_W, start, end in zip(counts_KW * 1.0, [0, *ends[:-1]], ends, strict=True):
+            if isinstance(coder, CodeWriter):
+                coder.calls.append((flat_N[start:end], counts_W))
+            else:
+                flat_N[start:end] = coder.decode(code_model(counts_W), end - start)
+        place_N = np.repeat(np.arange(len(kinds)) * counts_KW.shape[1], number_K) + flat_N
+        seen_KW = np.bincount(place_N, minlength=counts_KW.size).reshape(counts_KW.shape)
+        mirrored_KW = seen_KW[:, ::-1].copy()
+        mirrored_KW[kinds < 128] = np.roll(mirrored_KW[kinds < 128], 1, axis=1)
+        counts_KW += (seen_KW + mirrored_KW) * (COUNT // 2)
+        counts_KW -= counts_KW // 2 * (counts_KW.sum(axis=1) > MEMORY_CODES * COUNT)[:, None]
+        self.counts_KW[kinds] = counts_KW
+        symbol_N = np.empty_like(flat_N)
+        symbol_N[order] = flat_N - np.int32(self.peak + 1)
+        return symbol_N
+
+class CodeLanes:
+    """Segments of all matrices side by side, to be coded a row of each at a time.
+    The longest come first, so that those which have a row are the first ones.
+    """
+    def __init__(self, grids: Sequence[CodeGrid], means: bytes) -> None:
+        lanes = sorted(((min(TRELLIS_SEGMENT, grid.rows - first), matrix, first)
+                        for matrix, grid in enumerate(grids) if grid.columns
+                        for first in range(0, grid.rows, TRELLIS_SEGMENT)), reverse=True)
+        self.rows_L, matrix_L, first_L = np.array(lanes, np.int64).reshape(-1, 3).T
+        rows_M, columns_M, trellis_M = np.array([g[:3] for g in grids], np.int64).reshape(-1, 3).T
+        self.end_L = columns_M[matrix_L].cumsum()
+        self.start_L = self.end_L - columns_M[matrix_L]
+        self.lane_N = np.arange(len(lanes)).repeat(columns_M[matrix_L])
+        matrix_N, first_N = matrix_L[self.lane_N], first_L[self.lane_N]
+        self.trellis_N, self.width_N = trellis_M[matrix_N], columns_M[matrix_N]
+        within_N = np.arange(len(matrix_N)) - self.start_L[self.lane_N]
+        self.column_N = within_N + (columns_M.cumsum() - columns_M)[matrix_N]
+        size_M = rows_M * columns_M  # all codes lie one after another
+        self.place_N = within_N + (size_M.cumsum() - size_M)[matrix_N] + first_N * self.width_N
+        class_C = np.concatenate([[], *(np.zeros(grid.columns) + mean + grid.loudness_I
+                                        for grid, mean in zip(grids, means, strict=True))])
+        self.sum_C = PRIOR_ROWS * MAGNITUDES[class_C.astype(np.int64).clip(0, 127)]
+        self.seen_C = np.full(len(class_C), PRIOR_ROWS)
+
+    def code(self, coder: Any, codes: np.ndarray, peak: int) -> None:
+        """Write the codes, or read them into their array."""
+        tables, gains, states = ClassTables(peak), ClassTables(16), next_states(TRELLIS_STATES)
+        state_N, num_columns = np.zeros(len(self.lane_N), np.int8), len(self.sum_C)
+        for step in range(self.rows_L.max(initial=0)):
+            lanes = int((self.rows_L > step).sum())
+            end = self.end_L[lanes - 1]
+            lane_N, column_N, state_N = self.lane_N[:end], self.column_N[:end], state_N[:end]
+            place_N = self.place_N[:end] + step * self.width_N[:end]
+            codes_N, expected_C = codes[place_N], self.sum_C // self.seen_C
+            # The writer's gains, in 1/4 octaves; a reader has zeros here, and ignores them.
+            size_L, expected_L = (np.add.reduceat(x_N, self.start_L[:lanes]) for x_N in (
+                abs(codes_N) * float(UNIT), expected_C[column_N]))
+            gain_L = np.rint(4 * np.log2((size_L + 1) / (expected_L + 1))).clip(-16, 16)
+            gain_L = gains.code(coder, np.full(lanes, GAIN_CLASS), gain_L)
+            kind_N = EDGES.searchsorted(expected_C)[column_N] + 2 * gain_L[lane_N]
+            kind_N = kind_N.clip(0, 127).astype(np.uint8) | (state_N & 1) << np.uint8(7)
+            codes_N = codes[place_N] = tables.code(coder, kind_N, codes_N)  # odd: other quantiser
+            state_N = states[2 * state_N + (codes_N & self.trellis_N[:end])]
+            size_N = abs(codes_N) * MAGNITUDES[56 - 2 * gain_L][lane_N]  # [56]: 1.0
+            self.sum_C += np.bincount(column_N, size_N, num_columns).astype(np.int64)
+            self.seen_C += np.bincount(column_N, minlength=num_columns)
+
+def encode_codes(codes: Sequence[np.ndarray], grids: Sequence[CodeGrid]) -> bytes:
+    """Matrices of integers of magnitude up to MAX_CODE, as bytes that depend on nothing else."""
+    flat = np.concatenate([np.zeros(0, np.int32), *(c.ravel().astype(np.int32) for c in codes)])
+    peak = int(abs(flat).max(initial=0))
+    require(peak <= MAX_CODE, f"a code of magnitude {peak} exceeds {MAX_CODE}")
+    sizes = (abs(codes_OI * 2.0 ** (-grid.loudness_I / 8))
+             for codes_OI, grid in zip(codes, grids, strict=True))
+    means = bytes(int(EDGES.searchsorted(s.sum() / max(s.size, 1) * UNIT)) for s in sizes)
+    writer = CodeWriter()
+    CodeLanes(grids, means).code(writer, flat, peak)
+    return peak.to_bytes(2, "little") + means + writer.payload()
+
+def decode_codes(payload: bytes, grids: Sequence[CodeGrid]) -> list[np.ndarray]:
+    """What encode_codes was given; ValueError if these bytes cannot be of its making."""
+    peak, head = int.from_bytes(payload[:2], "little"), 2 + len(grids)
+    require(len(payload) >= head and peak <= MAX_CODE, "damaged codes: wrong head")
+    flat = np.zeros(sum(grid.rows * grid.columns for grid in grids), np.int32)
+    try:
+        words = np.frombuffer(payload[head:], "<u4").astype(np.uint32)
+        coder = constriction.stream.stack.AnsCoder(words)
+        CodeLanes(grids, payload[2:head]).code(coder, flat, peak)
+        require(coder.is_empty(), "more bytes than the codes need")
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library's panics are no Exceptions
+        raise ValueError(f"damaged codes: {error}") from error
+    parts = np.split(flat.astype(np.int16), np.cumsum([grid.rows * grid.columns for grid in grids]))
+    return [part.reshape(grid[:2]) for part, grid in zip(parts, grids, strict=False)]
+
+def number_grid(length: int) -> CodeGrid:
+    rows = max(-(-length // NUMBERS_PER_ROW), 1)
+    return CodeGrid(rows, -(-length // rows))
+
+def encode_numbers(arrays: Sequence[np.ndarray]) -> bytes:
+    """Vectors of integers within MAX_CODE of their median, coded as one matrix of differences."""
+    centres = np.array([np.median(a) if a.size else 0 for a in arrays]).astype("<i2")
+    differences = np.concatenate([np.zeros(0, np.int64), *map(np.subtract, arrays, centres)])
+    grid = number_grid(len(differences))
+    return centres.tobytes() + encode_codes([np.resize(differences, grid[:2])], [grid])
+
+def decode_numbers(payload: bytes, lengths: Sequence[int]) -> list[np.ndarray]:
+    """What encode_numbers was given; ValueError if these bytes cannot be of its making."""
+    head = 2 * len(lengths)
+    (matrix_OI,) = decode_codes(payload[head:], [number_grid(sum(lengths))])
+    parts = np.split(matrix_OI.ravel().astype(np.int64), np.cumsum(lengths))  # the last: padding
+    return list(map(np.add, parts, np.frombuffer(payload[:head], "<i2")))
+
 SHAPE_KNOBS = [f.name for f in fields(Config) if f.metadata["shape"]]
+# Flags of a stored tensor: factors a column, trellis, two-byte codes, steps 2^(n/8).
+COLUMNS, TRELLIS, WIDE, COARSE = 1, 2, 4, 8
+
+class Spec(NamedTuple):
+    """How a tensor is stored, as the header says it."""
+    bits: int
+    num_scales: int  # 0: plain fp16
+    flags: int  # sum of those above
+
+    def grid(self, shape: Sequence[int], louder_I: np.ndarray | int) -> CodeGrid:
+        """What the coder of codes knows of a tensor."""
+        rows = shape[0] if self.flags & TRELLIS else self.num_scales
+        return CodeGrid(rows, math.prod(shape) // rows, bool(self.flags & TRELLIS), louder_I)
+
+def spec_of(tensor: Quantized) -> Spec:
+    if tensor.scales is None:
+        return Spec(PLAIN_BITS, 0, 0)
+    flags = {COLUMNS: tensor.columns is not None, TRELLIS: tensor.trellis,
+             WIDE: tensor.values.itemsize == 2, COARSE: tensor.scales.itemsize == 4}
+    return Spec(tensor.bits, len(tensor.scales), sum(flag for flag, on in flags.items() if on))
+
+def step_index(values: np.ndarray) -> np.ndarray:
+    """n of the steps 2^(n / 8)."""
+    index: np.ndarray = np.rint(np.log2(values.astype(np.float64)) * SCALE_STEPS).astype(np.int16)
+    return index
+
+def blueprint(cfg: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shape and group of tensors of every parameter of a model, which is not made."""
+    with torch.device("meta"):
+        model = GPT(cfg, ATTENTIONS["sdpa"](), torch.float32)
+    return ({name: tuple(p.shape) for name, p in model.named_parameters()},
+            {name: role.tensors for name, role in parameter_roles(model).items()})
+
+def grouped(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
+    """The stored names by group, in order; factors of corrections are a group of their own."""
+    members: dict[str, list[str]] = {}
+    for name in sorted(names):
+        members.setdefault("lqer" if "@" in name else groups[name], []).append(name)
+    return dict(sorted(members.items()))
+
+def pack_group(stored: Sequence[Quantized], coder: str) -> dict[str, bytes]:
+    """The streams of a group of tensors: its codes, its coarse steps, its fp16 numbers."""
+    coarse: list[np.ndarray] = []
+    halves: list[np.ndarray] = []
+    for tensor in stored:
+        numbers = [x for x in (tensor.scales, tensor.columns) if x is not None] or [tensor.values]
+        is_coarse = spec_of(tensor).flags & COARSE
+        (coarse if is_coarse else halves).extend(numbers)
+    coded = [tensor for tensor in stored if tensor.scales is not None]
+    halves = [x.astype("<f2") for x in halves]
+    streams, compressor = {"half": b"".join(x.tobytes() for x in halves)}, find_compressor(coder)
+    if coder != "ans":
+        streams["codes"] = b"".join(t.values.tobytes() for t in coded)
+    packed = {kind: compressor.pack(raw) for kind, raw in streams.items() if raw}
+    if coder == "ans" and coded:
+        grids = [spec_of(t).grid(t.values.shape, 0 if t.columns is None
+                                 else -step_index(t.columns)) for t in coded]
+        packed["codes"] = encode_codes(
+            [t.values.reshape(g.rows, -1) for t, g in zip(coded, grids, strict=True)], grids)
+    if coarse:
+        packed["steps"] = encode_numbers([step_index(x) for x in coarse])
+    return packed
 
 def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha256: str) -> bytes:
     """The artifact file's content; a function of its arguments to the byte."""
-    ordered = [tensors[name] for name in sorted(tensors)]
-    raw = {"codes": b"".join(t.values.tobytes() for t in ordered if t.scales is not None),
-           "scales": b"".join(t.scales.tobytes() for t in ordered if t.scales is not None),
-           "plain": b"".join(t.values.tobytes() for t in ordered if t.scales is None)}
-    compressor = find_compressor(cfg.compressor)
-    packed = {kind: compressor.pack(payload) for kind, payload in raw.items()}
+    members = grouped(list(tensors), blueprint(cfg)[1])
+    packed = {f"{kind}/{group}": stream for group, names in members.items() for kind, stream in
+              pack_group([tensors[name] for name in names], cfg.compressor).items()}
     header = {"model": {name: getattr(cfg, name) for name in SHAPE_KNOBS},
               "tokenizer_sha256": tokenizer_sha256, "compressor": cfg.compressor,
-              "tensors": [[name, tensors[name].bits] for name in sorted(tensors)],
-              "streams": [[kind, len(packed[kind]), len(raw[kind])] for kind in raw]}
+              "tensors": [[name, *spec_of(tensors[name])] for name in sorted(tensors)],
+              "ranks": {name[:-2]: tensors[name].values.shape[1] for name in sorted(tensors)
+                        if name.endswith("@0")},
+              "streams": [[kind, len(stream)] for kind, stream in packed.items()]}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head))
     body = b"".join([prefix, head, *packed.values()])
@@ -2059,48 +3104,128 @@ def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
     header = json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES))
     return header, body[ARTIFACT_PREFIX.size + head_bytes :]
 
-def decode_tensors(header: Mapping[str, Any], body: bytes,
-                   shapes: Mapping[str, Sequence[int]]) -> dict[str, Quantized]:
+def check_spec(name: str, spec: Spec, shape: Sequence[int], coder: str) -> None:
+    """Refuse what no tensor of this shape can be stored as, before anything is allocated."""
+    (bits, num_scales, flags), size = spec, math.prod(shape)
+    sound = all(type(x) is int for x in spec)
+    if sound and num_scales:
+        by_row = len(shape) == 2 and num_scales == shape[0]
+        sound = (0 < num_scales <= size and size % num_scales == 0 and 0 <= flags < 16
+                 and bits in {*BITS, 2} - {PLAIN_BITS} and (by_row or not flags & 3)
+                 and (coder == "ans" or not flags & COARSE))
+    else:
+        sound = sound and bits == PLAIN_BITS and not flags
+    require(sound, f"{name} of shape {tuple(shape)} cannot be stored as {list(spec)}")
+
+def unpack_raw(packed: Mapping[str, bytes], kind: str, arrays: Sequence[tuple[int, str]],
+               coder: str) -> list[np.ndarray]:
+    """The arrays (size and dtype of each) that a generally compressed stream holds."""
+    num_bytes = [size * np.dtype(dtype).itemsize for size, dtype in arrays]
+    if not arrays:
+        require(kind not in packed, f"a stream {kind} that no tensor needs")
+        return []
+    compressor = find_compressor(coder)
+    raw = compressor.unpack(packed[kind], sum(num_bytes) + 1)
+    require(len(raw) == sum(num_bytes),
+            f"stream {kind} does not hold the {sum(num_bytes)} bytes that its tensors need")
+    ends = itertools.accumulate(num_bytes)
+    return [np.frombuffer(raw, dtype, size, end - count) for (size, dtype), end, count
+            in zip(arrays, ends, num_bytes, strict=True)]
+
+def unpack_steps(packed: Mapping[str, bytes], specs: Sequence[Spec],
+                 shapes: Sequence[tuple[int, ...]], coder: str) -> list[Quantized]:
+    """The plain tensors of a group, and the others still without their codes."""
+    sizes: dict[bool, list[int]] = {False: [], True: []}
+    for spec, shape in zip(specs, shapes, strict=True):
+        steps = [spec.num_scales, *shape[-1:] * (spec.flags & COLUMNS)]
+        sizes[bool(spec.flags & COARSE)] += steps if spec.num_scales else [math.prod(shape)]
+    coarse = decode_numbers(packed["steps"], sizes[True]) if sizes[True] else []
+    require(all(abs(index).max() <= SCALE_RANGE for index in coarse), "steps out of range")
+    numbers = {False: iter(unpack_raw(packed, "half", [(n, "<f2") for n in sizes[False]], coder)),
+               True: iter(map(step_values, coarse))}
+    stored = []
+    for spec, shape in zip(specs, shapes, strict=True):
+        source, plain = numbers[bool(spec.flags & COARSE)], not spec.num_scales
+        first = next(source)
+        require(np.isfinite(first).all(), "numbers that are not finite")
+        columns = next(source).astype(np.float32) if spec.flags & COLUMNS else None
+        stored.append(Quantized(spec.bits, first.reshape(shape if plain else -1),
+                                None if plain else first, columns, bool(spec.flags & TRELLIS)))
+    return stored
+
+def unpack_group(packed: Mapping[str, bytes], specs: Sequence[Spec],
+                 shapes: Sequence[tuple[int, ...]], coder: str) -> list[Quantized]:
+    """The tensors of a group; ValueError if the streams cannot hold them."""
+    stored = unpack_steps(packed, specs, shapes, coder)
+    coded = [(spec, shape, t.columns) for spec, shape, t in zip(specs, shapes, stored, strict=True)
+             if spec.num_scales]
+    if coder == "ans" and coded:
+        codes = decode_codes(packed["codes"], [
+            spec.grid(shape, 0 if columns is None else -step_index(columns))
+            for spec, shape, columns in coded])
+    else:
+        codes = unpack_raw(packed, "codes", [
+            (math.prod(shape), "<i2" if spec.flags & WIDE else "<i1")
+            for spec, shape, _ in coded], coder)
+    remaining = iter(codes)
+    return [with_codes(tensor, next(remaining), spec, shape) if spec.num_scales else tensor
+            for spec, shape, tensor in zip(specs, shapes, stored, strict=True)]
+
+def with_codes(tensor: Quantized, codes: np.ndarray, spec: Spec, shape: tuple[int, ...]
+               ) -> Quantized:
+    """The tensor with its codes; ValueError if they are none that `bits` can have."""
+    largest = LARGEST_CODE if spec.flags & WIDE else 2 ** (spec.bits - 1) - 1
+    require(np.abs(codes.astype(np.int32)).max() <= largest, f"codes beyond {spec.bits} bits")
+    kind = np.int16 if spec.flags & WIDE else np.int8
+    return tensor._replace(values=codes.astype(kind).reshape(shape))
+
+def decode_tensors(header: Mapping[str, Any], body: bytes, shapes: Mapping[str, tuple[int, ...]],
+                   groups: Mapping[str, str]) -> dict[str, Quantized]:
     """The stored tensors by name; names and shapes must be exactly the model's."""
-    bits, sizes = dict(header["tensors"]), {"codes": 0, "scales": 0, "plain": 0}
-    require(bits.keys() == shapes.keys(),
-            f"its tensors are not the model's: {sorted(bits.keys() ^ shapes.keys())}")
-    for name, shape in shapes.items():
-        allowed = BITS if len(shape) == 2 else (PLAIN_BITS,)
-        require(type(bits[name]) is int and bits[name] in allowed,
-                f"{name} of shape {shape} cannot have {bits[name]} bits")
-        if bits[name] == PLAIN_BITS:
-            sizes["plain"] += 2 * math.prod(shape)
-        else:
-            sizes["codes"] += math.prod(shape)
-            sizes["scales"] += 2 * shape[0]
-    compressor, position = find_compressor(header["compressor"]), 0
-    streams: dict[str, io.BytesIO] = {}
-    for kind, packed_bytes, raw_bytes in header["streams"]:
-        require(raw_bytes == sizes[kind] and raw_bytes <= MAX_STREAM_BYTES,
-                f"stream {kind} says {raw_bytes} bytes, its tensors {sizes[kind]}")
-        raw = compressor.unpack(body[position : position + packed_bytes], raw_bytes + 1)
-        require(len(raw) == raw_bytes,
-                f"stream {kind} does not hold the {raw_bytes} bytes that it says")
-        streams[kind], position = io.BytesIO(raw), position + packed_bytes
+    specs, coder = {name: Spec(*rest) for name, *rest in header["tensors"]}, header["compressor"]
+    corrected = sorted({name.partition("@")[0] for name in specs if "@" in name})
+    whole = {*shapes, *(f"{name}@{i}" for name in corrected for i in (0, 1))}
+    require(specs.keys() == whole and {*corrected} <= shapes.keys(),
+            f"its tensors are not the model's: {sorted(specs.keys() ^ whole)}")
+    all_shapes = dict(shapes)
+    for name in corrected:  # the first factor's scales or codes do not tell the rank: the header
+        rank = header["ranks"][name]
+        require(type(rank) is int and 0 < rank <= 64 and len(shapes[name]) == 2,
+                f"{name} cannot have a correction of rank {rank}")
+        rows, columns = shapes[name]
+        all_shapes |= {f"{name}@0": (rows, rank), f"{name}@1": (rank, columns)}
+    size = sum(math.prod(shape) for shape in all_shapes.values())
+    require(size <= MAX_WEIGHTS, f"{size} weights; {MAX_WEIGHTS} are the most")
+    packed: dict[str, dict[str, bytes]] = {}
+    position = 0
+    for key, num_bytes in header["streams"]:
+        kind, _, group = key.partition("/")
+        require(type(num_bytes) is int and num_bytes > 0, f"stream {key} of {num_bytes} bytes")
+        packed.setdefault(group, {})[kind] = body[position : position + num_bytes]
+        position += num_bytes
     require(position == len(body), f"{len(body)} bytes of streams, {position} declared")
-
-    def take(kind: str, dtype: str, shape: Sequence[int]) -> np.ndarray:
-        payload = streams[kind].read(math.prod(shape) * np.dtype(dtype).itemsize)
-        return np.frombuffer(payload, dtype=dtype).reshape(shape)
-
-    tensors: dict[str, Quantized] = {}
-    for name, shape in sorted(shapes.items()):
-        if bits[name] == PLAIN_BITS:
-            numbers, largest = take("plain", "<f2", shape), 0
-            tensors[name] = Quantized(PLAIN_BITS, numbers, None)
-        else:
-            codes, numbers = take("codes", "<i1", shape), take("scales", "<f2", shape[:1])
-            largest = int(np.abs(codes.astype(np.int16)).max())
-            tensors[name] = Quantized(bits[name], codes, numbers)
-        require(np.isfinite(numbers).all() and largest < 2 ** (bits[name] - 1),
-                f"{name} holds numbers that no weight of {bits[name]} bits can have")
+    members, tensors = grouped(list(specs), groups), dict[str, Quantized]()
+    require(packed.keys() == members.keys(), f"streams of {[*packed]} for {[*members]}")
+    for group, names in members.items():
+        for name in names:
+            check_spec(name, specs[name], all_shapes[name], coder)
+        kinds = [specs[name] for name in names], [all_shapes[name] for name in names]
+        tensors |= zip(names, unpack_group(packed[group], *kinds, coder), strict=True)
     return tensors
+
+def assembled(tensors: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    """The weights by name, with their corrections."""
+    weights = {name: tensor.dequantized() for name, tensor in tensors.items()}
+    return {name: weight + weights[f"{name}@0"] @ weights[f"{name}@1"]
+            if f"{name}@0" in weights else weight
+            for name, weight in weights.items() if "@" not in name}
+
+def byte_ledger(payload: bytes) -> dict[str, int]:
+    """Bytes of an artifact by group of tensors, codes and steps apart, and what frames them."""
+    header, body = decode_header(payload)
+    sizes = {f"{group}_{kind}_bytes": count for kind, _, group, count in (
+        (*key.partition("/"), count) for key, count in header["streams"])}
+    return {**sizes, "frame_bytes": len(payload) - len(body)}
 
 def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
     """The model that a file holds, whose shape run.cfg takes on; InputError unless it is sound."""
@@ -2116,14 +3241,11 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
             require(type(value) is kinds[name] and finite,
                     f"{name.upper()}={value!r} is not a valid {kinds[name].__name__}")
         run.cfg = dataclasses.replace(run.cfg, **knobs)
-        with torch.device("meta"):
-            blank = GPT(run.cfg, ATTENTIONS["sdpa"](), run.dtype)
-        shapes = {name: tuple(p.shape) for name, p in blank.named_parameters()}
-        tensors = decode_tensors(header, body, shapes)
+        weights = assembled(decode_tensors(header, body, *blueprint(run.cfg)))
     except Exception as error:  # of the coders, of JSON, of numpy: whatever strange bytes lead to
         raise InputError(f"cannot use the artifact {path}: {error}") from error
     model = build_model(run)
-    model.load_state_dict({name: tensor.dequantized() for name, tensor in tensors.items()})
+    model.load_state_dict(weights)
     return model
 
 def own_source() -> str:
@@ -2148,7 +3270,7 @@ def pack_source(source: str) -> str:
     packed = lzma.compress(ast.unparse(tree).encode(), format=lzma.FORMAT_RAW, filters=filters)
     return PACKED_STUB.format(payload=base64.b85encode(packed).decode())
 
-def account_sizes(run: Run, artifact: Path) -> dict[str, int]:
+def account_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     """Bytes on disk of the packed script and of the artifact; RunFailed if over the budget."""
     files = {"artifact_bytes": artifact, "code_bytes": run.directory / "train_gpt.py"}
     sizes = run.share({k: p.stat().st_size for k, p in files.items()} if run.is_main else {})
@@ -2162,13 +3284,24 @@ def account_sizes(run: Run, artifact: Path) -> dict[str, int]:
 
 # --- 9. Evaluation -------------------------------------------------------------------------------
 # The score is bits per byte: nats over all validation targets / (ln 2 * the bytes they stand for).
-# Every target is scored exactly once: plan_windows decides where, the Scorer refuses anything else.
+# A pass is a plan: for each rank a list of steps that score windows or learn from scored targets,
+# a pure function of integers. One loop runs it; the Scorer keeps the trace and refuses in the end
+# a target that was not scored once, and an update that could have told a score what comes.
 
 class Window(NamedTuple):
     """A stretch of inputs, and which of its predictions are scored."""
     start: int  # first input position
     end: int  # one past the last
     score_from: int  # first scored position, counted from start
+
+class Step(NamedTuple):
+    """What one rank does at one tick of a pass. Ranks have equally many; some may be idle."""
+    action: str  # score; adapt: score, then train each row's adapter; train: the weights; absorb
+    windows: Sequence[Window] = ()  # inputs, and what is scored or learned of each
+    begins: bool = False  # with new adapters, or a new optimizer of the weights
+    learns: int = 0  # adapt: how many of the rows, the first ones, have more to score
+    progress: float = 0.0  # train: how much of it is done
+    text: tuple[int, int] = (0, 0)  # train, absorb: targets that all ranks together learn from
 
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
     """Windows at 0, S, 2S, ...: the first scores all of its targets, each later one its last S.
@@ -2183,6 +3316,115 @@ def share_of(items: Sequence[Any], rank: int, world_size: int) -> Sequence[Any]:
     """The contiguous share of `items` that `rank` works on; shares differ by at most one item."""
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
+class Planner:
+    """The steps of one rank, for each kind of pass."""
+    def __init__(self, cfg: Config, rank: int, world_size: int):
+        self.cfg, self.rank, self.world_size = cfg, rank, world_size
+        self.seq_len, self.stride = cfg.score_seq_len, cfg.eval_stride or cfg.score_seq_len
+        self.score_rows = max(1, cfg.val_batch_size // world_size // self.seq_len)
+
+    def deal(self, step: Step, windows: Sequence[Window], rows: int) -> list[Step]:
+        """Steps like `step` over this rank's share of the windows, as many as on every rank."""
+        own = share_of(windows, self.rank, self.world_size)
+        most = -(-len(windows) // self.world_size)
+        return [step._replace(windows=own[i : i + rows]) for i in range(0, most, rows)]
+
+    def score(self, num_targets: int, stride: int) -> list[Step]:
+        """A pass that only scores."""
+        windows = plan_windows(num_targets, self.seq_len, stride)
+        return self.deal(Step("score"), windows, self.score_rows)
+
+    def train(self, first: int, stop: int, progress: float, begins: bool) -> list[Step]:
+        """One epoch over the targets from `first` to `stop`, in rows of the context."""
+        rows = [Window(s, min(s + self.seq_len, stop), 0) for s in range(first, stop, self.seq_len)]
+        step = Step("train", progress=progress, text=(first, stop))
+        steps = self.deal(step, rows, self.cfg.ttt_batch_seqs)
+        return [steps[0]._replace(begins=begins), *steps[1:]]
+
+    def epochs(self, stop: int) -> list[Step]:
+        """All epochs over the text before `stop`, chunk by chunk: a global phase."""
+        chunks = [*range(0, stop, self.cfg.ttt_chunk_tokens), stop]
+        spans = [*itertools.pairwise(chunks)] * self.cfg.ttt_epochs
+        return [step for i, span in enumerate(spans)
+                for step in self.train(*span, i / max(1, len(spans) - 1), begins=i == 0)]
+
+    def chunks(self, num_targets: int) -> list[Step]:
+        """Score each chunk by sliding windows, then train on it (#461, #1413); the last is not."""
+        K, steps = self.cfg.ttt_chunk_tokens, list[Step]()
+        last, trains = (num_targets - 1) // K, self.cfg.ttt_method == "chunk"
+        windows = plan_windows(num_targets, self.seq_len, self.stride)
+        # A window belongs to the chunk of its first scored target.
+        for chunk, own in itertools.groupby(windows, lambda w: (w.start + w.score_from) // K):
+            steps += self.deal(Step("score"), list(own), self.score_rows)
+            if chunk < last:
+                for epoch in range(self.cfg.ttt_epochs if trains else 0):
+                    steps += self.train(chunk * K, (chunk + 1) * K, chunk / last,
+                                        begins=chunk == epoch == 0)
+                steps.append(Step("absorb", text=(chunk * K, (chunk + 1) * K)))
+        return steps
+
+    def documents(self, bounds: Sequence[int]) -> list[Step]:
+        """Score each document in chunks and train its adapter on each but the last (#77, #1530).
+        `bounds` are the first targets of the documents, and the end. After the numbers of
+        documents that TTT_PHASES lists, the weights are trained on all text that is scored.
+        """
+        num_documents, steps, K = len(bounds) - 1, list[Step](), self.cfg.ttt_chunk_tokens
+        phases = {n for n in parse_layers(self.cfg.ttt_phases) if n < num_documents}
+        ends = phases if not self.cfg.needs_mixer else phases | {  # text enough for the mixer
+            n for n in range(1, num_documents) if bounds[n] // K > bounds[n - 1] // K}
+        for first, last in itertools.pairwise([0, *sorted(ends), num_documents]):
+            shares = self.batches(bounds, range(first, last))
+            own = [step for batch in shares[self.rank] for step in self.batch(bounds, batch)]
+            longest = max(sum(len(self.chunk_bounds(bounds[d], bounds[d + 1])) for d, *_ in share)
+                          for share in shares)
+            steps += own + [Step("score")] * (longest - len(own))
+            if last < num_documents:
+                steps.append(Step("absorb", text=(bounds[first], bounds[last])))
+            if last in phases:
+                steps += self.epochs(bounds[last])
+        return steps
+
+    def chunk_bounds(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The chunks of a document. By position: by its length they would tell of its end."""
+        cuts, sizes = [first], parse_sizes(self.cfg.ttt_short_chunks)
+        while cuts[-1] < stop:
+            place = cuts[-1] - first
+            size = next((n for n, until in sizes if place < until), self.cfg.ttt_chunk_size)
+            cuts.append(min(cuts[-1] + size, stop))
+        return [*itertools.pairwise(cuts)]
+
+    def batches(self, bounds: Sequence[int], documents: Sequence[int]) -> list[list[list[int]]]:
+        """The batches of documents of each rank: of like length, or in order if A is kept."""
+        def length(document: int) -> int:
+            return bounds[document + 1] - bounds[document]
+
+        rows, warm = self.cfg.ttt_batch_size, self.cfg.ttt_warm_start_a
+        rows = min(rows, -(-len(documents) // self.world_size))
+        order = documents if warm else sorted(documents, key=length, reverse=True)
+        batches = [sorted(order[i : i + rows], key=length, reverse=True)
+                   for i in range(0, len(order), rows)]
+        shares: list[list[list[int]]] = [[] for _ in range(self.world_size)]
+        load = [0] * self.world_size
+        for batch in batches:  # to the rank with the least to do: steps, and rows in them
+            rank = load.index(min(load))
+            shares[rank].append(batch)
+            load[rank] += 16 * length(batch[0]) + sum(map(length, batch))
+        return shares
+
+    def batch(self, bounds: Sequence[int], documents: Sequence[int]) -> list[Step]:
+        """The chunks of some documents, the longest first, side by side from their beginnings."""
+        spans = [self.chunk_bounds(bounds[d], bounds[d + 1]) for d in documents]
+
+        def window(document: int, first: int, stop: int) -> Window:
+            earliest = {"window": bounds[document], "text": 0, "incremental": first}
+            start = max(earliest[self.cfg.ttt_context], stop - self.seq_len)
+            return Window(start, stop, first - start)
+
+        return [Step("adapt", [window(d, *own[c]) for d, own in zip(documents, spans, strict=True)
+                               if c < len(own)], begins=c == 0,
+                     learns=sum(c + 1 < len(own) for own in spans))
+                for c in range(len(spans[0]))]
+
 class Score(NamedTuple):
     """Sums over the scored targets."""
     nats: float
@@ -2190,6 +3432,7 @@ class Score(NamedTuple):
     num_bytes: int
     partial: bool
     eval_s: float
+    problems: tuple[str, ...] = ()  # rules that the pass broke
 
     def summary(self) -> dict[str, Any]:
         """Loss in nats a token, bits per byte, and what they were measured on."""
@@ -2198,63 +3441,811 @@ class Score(NamedTuple):
                 "eval_s": round(self.eval_s, 3), "tokens": self.tokens, "bytes": self.num_bytes,
                 "partial": self.partial}
 
+class Update(NamedTuple):
+    """What an update read, and which targets it concerns if they are scored later."""
+    tick: int
+    reads: tuple[int, int]
+    feeds: tuple[int, int]
+    shared: bool  # with all ranks, or only with targets that the same rank scores
+
+def broken_rules(updates: Sequence[Update], scored_at: np.ndarray, own_at: np.ndarray) -> list[str]:
+    """What a trace lacks of score-first in one left-to-right pass; ticks count from 1.
+    Each stream of targets is scored with states that only ever get newer from left to right, and
+    an update reads what was scored before it: so no score knows of anything to its right.
+    """
+    problems, streams = [], dict[tuple[tuple[int, int], bool], list[int]]()
+    for tick, (first, stop), feeds, shared in updates:
+        latest = int(scored_at[first:stop].max(initial=0))
+        if latest > tick:
+            problems.append(f"the update at step {tick} read targets of {first} to {stop} that "
+                            f"were scored at step {latest}")
+        if not feeds[0] <= first <= stop <= feeds[1]:
+            problems.append(f"targets {feeds} learned from {first} to {stop} of another stream")
+        streams.setdefault((feeds, shared), []).append(tick)
+    for ((first, stop), shared), ticks in streams.items():
+        ticks_T = (scored_at if shared else own_at)[first:stop]
+        version_T = np.searchsorted(ticks, ticks_T[ticks_T > 0])
+        if (np.diff(version_T) < 0).any():
+            problems.append(f"targets {first} to {stop} were not scored from left to right")
+    return problems
+
 class Scorer:
     """Adds up nats and bytes in float64; every target must come exactly once, over all ranks."""
     def __init__(self, run: Run, validation: Validation):
-        self.run, self.validation = run, validation
-        self.is_scored = np.zeros(validation.num_targets, dtype=bool)
+        self.run, self.validation, self.tick = run, validation, 1
+        self.scored_at = np.zeros(validation.num_targets, dtype=np.int32)  # tick; 0 = not yet
+        self.nll_T = np.zeros(validation.num_targets, dtype=np.float32)
+        self.updates: list[Update] = []
         self.nats, self.num_bytes = 0.0, 0
 
     def record(self, first: int, nll: np.ndarray) -> None:
         """Take the nats of targets first, first + 1, ...; each must be new."""
         span = slice(first, first + len(nll))
-        assert first >= 0 and span.stop <= len(self.is_scored), f"no targets {span}"
-        assert not self.is_scored[span].any(), f"a target in {span} was scored before"
-        self.is_scored[span] = True
+        assert first >= 0 and span.stop <= len(self.scored_at), f"no targets {span}"
+        assert not self.scored_at[span].any(), f"a target in {span} was scored before"
+        self.scored_at[span], self.nll_T[span] = self.tick, nll
         self.nats += float(nll.sum(dtype=np.float64))
         self.num_bytes += int(self.validation.target_bytes[span].sum())
+
+    def learn(self, reads: tuple[int, int], feeds: tuple[int, int], *, shared: bool = False,
+              ago: int = 0) -> None:
+        """Note an update for the trace, after the scores of this tick or of one before."""
+        self.updates.append(Update(self.tick - ago, reads, feeds, shared))
 
     def finish(self, eval_s: float) -> Score:
         """The sums over all ranks; raises if a target was missed or scored by two ranks."""
         sums = torch.tensor([self.nats, float(self.num_bytes)], dtype=torch.float64)
         nats, num_bytes = self.run.sum_(sums.to(self.run.device)).tolist()
-        times = torch.tensor(self.is_scored, dtype=torch.int32, device=self.run.device)
+        times = torch.tensor(self.scored_at > 0, dtype=torch.int32, device=self.run.device)
         wrong = int((self.run.sum_(times) != 1).sum())
         assert not wrong, f"{wrong} targets not scored once"
-        return Score(nats, len(times), int(num_bytes), self.validation.partial, eval_s)
+        ticks = torch.tensor(self.scored_at, device=self.run.device)
+        scored_at = self.run.sum_(ticks).cpu().numpy()
+        problems = broken_rules(self.updates, scored_at, self.scored_at)
+        found = self.run.max_(torch.tensor(float(bool(problems)), device=self.run.device))
+        problems = problems or ["a rule was broken on another rank"] * int(found)
+        return Score(nats, len(times), int(num_bytes), self.validation.partial, eval_s,
+                     tuple(problems))
 
-def evaluate(run: Run, model: GPT, validation: Validation, stride: int) -> Score:
-    """Score every validation target once, by windows of the evaluation context and `stride`."""
-    started_s, model.plan, seq_len = time.perf_counter(), model.plans[-1], run.cfg.score_seq_len
-    windows = share_of(plan_windows(validation.num_targets, seq_len, stride), run.rank,
-                       run.world_size)
-    rows = max(1, min(run.cfg.val_batch_size // run.world_size // seq_len, len(windows)))
-    scorer = Scorer(run, validation)
-    for i in range(0, len(windows), rows):
-        run.check_signal()
-        batch = windows[i : i + rows]
-        # Zeros stand right of what is scored, where nothing attends to them: one shape for all.
+# What follows predicts better by what was scored before: a Mixer changes the model's distribution
+# by the prefix alone, and it still sums to 1 over the vocabulary (but for MIXER=hedge_entropy).
+# Its tables and weights change in `update` only, and equally on all ranks.
+
+def scramble(bits: Tensor) -> Tensor:
+    """A bijection of 64-bit integers that spreads every bit, by odd factors and shifts."""
+    bits = bits * -7046029254386353131
+    bits = (bits ^ ((bits >> 29) & (2**35 - 1))) * -4417276706812531889  # >> copies the sign bit
+    return bits ^ ((bits >> 32) & (2**32 - 1))
+
+class Seen(NamedTuple):
+    """What the counts say of N contexts, each cut to O lengths."""
+    hash_NO: Tensor
+    total_NO: Tensor  # how often the context was continued; 0 = never seen
+    top_NO: Tensor  # how often by its most frequent continuation
+    token_NO: Tensor  # which is this token
+
+    def of(self, columns: Sequence[int]) -> Seen:
+        return Seen(*(x[:, columns] for x in self))
+
+class NgramCounts:
+    """How often which token followed which context, for contexts of some lengths: a hash table.
+    A row is a context's or that of a context and its continuation. It stores its 63-bit key, by
+    which rows for the same slot are told apart. A table that is half full takes no new rows.
+    """
+    UPDATE_TOKENS = 16_384  # bounds an update's memory
+
+    def __init__(self, orders: Sequence[int], vocab_size: int, bits: int, device: torch.device):
+        self.orders, self.vocab_size, self.mask = orders, vocab_size, 2**bits - 1
+        self.history_K = torch.zeros(max(1, *orders), dtype=torch.int64, device=device)
+        self.num_tokens, self.most_keys, self.has_room = 0, 0, True
+        # The last row takes what has no other; no search ends there.
+        self.keys, self.counts, self.tops = self.history_K.new_zeros(3, 2**bits + 1)
+
+    def find(self, key_N: Tensor, claim: bool = False) -> Tensor:
+        """The row of each key, or the empty one where it belongs, which is then claimed for it."""
+        row_N, todo = key_N & self.mask, torch.arange(len(key_N), device=key_N.device)
+        while len(todo):
+            row, key = row_N[todo], key_N[todo]
+            held = self.keys[row]
+            if claim:  # of several keys the largest gets the row, on any device
+                self.keys.scatter_reduce_(0, row[held == 0], key[held == 0], "amax")
+                held = self.keys[row]
+            todo = todo[(held != 0) & (held != key)]
+            row_N[todo] = (row_N[todo] + 1) & self.mask
+        return row_N
+
+    def hashes(self, context_NK: Tensor) -> Tensor:
+        """A hash (N, O) of the last tokens, as many as each order says."""
+        hashes = [torch.zeros_like(context_NK[:, 0])]
+        for k in range(1, max(self.orders) + 1):
+            hashes.append(scramble(hashes[-1] + context_NK[:, -k] + 1))
+        return torch.stack([hashes[order] for order in self.orders], 1)
+
+    def keys_of(self, hash_: Tensor, token: Tensor | None = None) -> Tensor:
+        """Positive keys of contexts, or of their continuations by `token`."""
+        mixed = hash_ if token is None else scramble(hash_ - token - 1)
+        return (mixed & (2**63 - 1)).clamp_min(1)
+
+    def update(self, ids_N: Tensor) -> None:
+        """Count a stretch of text, which continues that of the last call."""
+        for piece in torch.split(ids_N, self.UPDATE_TOKENS):
+            text = torch.cat([self.history_K, piece])
+            window, self.history_K = text.unfold(0, len(self.history_K) + 1, 1), text[len(piece):]
+            hash_NO = self.hashes(window[:, :-1])
+            token_NO = window[:, -1:].expand_as(hash_NO)
+            key_M = torch.cat([self.keys_of(hash_NO), self.keys_of(hash_NO, token_NO)]).flatten()
+            self.most_keys += len(key_M)
+            if self.has_room and 2 * self.most_keys > self.mask:  # some were no new ones: recount
+                self.most_keys = int(self.keys.count_nonzero()) + len(key_M)
+                self.has_room = 2 * self.most_keys <= self.mask
+            row_M = self.find(key_M, claim=self.has_room)
+            row_M[self.keys[row_M] != key_M] = self.mask + 1
+            context, pair = row_M.chunk(2)
+            # A context counts only the continuations that have a row, or they would not sum to 1.
+            context = torch.where(pair <= self.mask, context, self.mask + 1)
+            self.counts.index_add_(0, torch.cat([context, pair]), torch.ones_like(row_M))
+            best = self.counts[pair] * self.vocab_size + token_NO.flatten()
+            self.tops.scatter_reduce_(0, context, best, "amax")
+            self.num_tokens += len(piece)
+
+    def look_up(self, context_NK: Tensor) -> Seen:
+        hash_NO = self.hashes(context_NK)
+        row_NO = self.find(self.keys_of(hash_NO).flatten()).view_as(hash_NO)
+        top_NO, token_NO = self.tops[row_NO] // self.vocab_size, self.tops[row_NO] % self.vocab_size
+        return Seen(hash_NO, self.counts[row_NO], top_NO, token_NO)
+
+    def count(self, seen: Seen, token_NC: Tensor) -> Tensor:
+        """How often each of the tokens followed each context, (N, C, O)."""
+        key_NCO = self.keys_of(seen.hash_NO[:, None], token_NC[..., None])
+        return self.counts[self.find(key_NCO.flatten())].view_as(key_NCO)
+
+# Evidence is added up in whole numbers of 2^-24: no order of the sum, and no split, changes it.
+WHOLE = 2**24
+
+class Hedge:
+    """One set of weights, which fall exponentially by each expert's mean loss. The experts are
+    the model and an n-gram smoothed to (count + delta) / (total + delta * V) for each length.
+    """
+    def __init__(self, cfg: Config, device: torch.device):
+        orders, self.cfg = cfg.mixer_contexts, cfg
+        self.delta_O = torch.tensor([0.1 if order < 2 else 0.01 for order in orders], device=device)
+        num_models = 1 + (cfg.mixer == "hedge_entropy")
+        self.log_weight_E = torch.zeros(num_models + len(orders), device=device)
+        self.log_weight_E[0] = 2.0  # trust the model first
+        self.evidence = torch.zeros(1 + len(self.log_weight_E), dtype=torch.int64, device=device)
+
+    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """The mixture (N, C); N and the sums over N of the experts' losses on the first token."""
+        total_NO = seen.total_NO + self.delta_O * self.cfg.vocab_size
+        p_NCE = torch.cat([p_NCM, (count_NCO + self.delta_O) / total_NO[:, None]], 2)
+        loss_NE = (-p_NCE[:, 0].log() * WHOLE).long()
+        return p_NCE @ self.log_weight_E.softmax(0).double(), F.pad(loss_NE, (1, 0), value=1).sum(0)
+
+    def step(self, evidence: Tensor) -> None:
+        mean_E = evidence[1:] / evidence[0].clamp_min(1) / WHOLE
+        self.log_weight_E -= self.cfg.hedge_eta * mean_E
+
+class Backoff:
+    """From short to long contexts, p <- (1 - share) * p + share * count / total where one was seen.
+    The share, of a kind of context, is the mean posterior probability that the n-gram made the
+    scored tokens (online EM). Kinds are lengths, by how often and how uniformly it was continued.
+    """
+    PRIOR = (1.0, 21.0)  # as if the n-gram had made 1 of 21 tokens
+
+    def __init__(self, cfg: Config, device: torch.device):
+        size = 9 * len(cfg.mixer_contexts)
+        self.sums_2S, self.evidence = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
+        self.step(self.evidence)
+
+    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """The mixture (N, C); sums over N, by kind, of the posteriors and the contexts seen."""
+        p_NC, total_NO, posteriors = p_NCM[..., 0], seen.total_NO, list[Tensor]()
+        sure_NO = seen.top_NO / total_NO.clamp_min(1).double()
+        kind_NO = 3 * ((total_NO >= 2).long() + (total_NO >= 4))
+        kind_NO += (sure_NO >= 0.6).long() + (sure_NO >= 0.95)
+        kind_NO += 9 * torch.arange(total_NO.size(1), device=total_NO.device)
+        share_NO = torch.where(total_NO > 0, self.share_S[kind_NO], 0.0)
+        part_NCO = count_NCO * (share_NO / total_NO.clamp_min(1))[:, None]
+        for part_NC, share_N in zip(part_NCO.unbind(2), share_NO.unbind(1), strict=True):
+            p_NC = part_NC + (1 - share_N[:, None]) * p_NC
+            posteriors.append(part_NC[:, 0] / p_NC[:, 0] * WHOLE)
+        sums = torch.stack([torch.stack(posteriors, 1).long(), (total_NO > 0).long()]).flatten(1)
+        return p_NC, torch.zeros_like(self.sums_2S).index_add_(1, kind_NO.flatten(), sums)
+
+    def step(self, evidence: Tensor) -> None:
+        self.sums_2S += evidence
+        posterior_S, number_S = self.sums_2S.double()
+        self.share_S = (posterior_S / WHOLE + self.PRIOR[0]) / (number_S + self.PRIOR[1])
+
+def entropy(logits_NV: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats, (N, 1)."""
+    logp_NV = logits_NV.log_softmax(1)
+    return -(logp_NV.exp() * logp_NV).sum(1, keepdim=True)
+
+class Mixer:
+    """The model's distribution after temperature, then tilt, then mixture, as the knobs say.
+    Each target comes with the `num_context` tokens before it; zeros precede the text's first.
+    """
+    def __init__(self, run: Run):
+        self.run, self.cfg, cfg = run, run.cfg, run.cfg
+        orders = sorted({*cfg.mixer_contexts, *cfg.tilt_contexts}) or [0]
+        self.mixed = [orders.index(order) for order in cfg.mixer_contexts]
+        self.tilting = [orders.index(order) for order in cfg.tilt_contexts]
+        bits = cfg.ngram_table_bits if self.mixed or self.tilting else 1
+        self.counts = NgramCounts(orders, cfg.vocab_size, bits, run.device)
+        self.num_context = len(self.counts.history_K)
+        self.weights: Hedge | Backoff | None = None
+        if cfg.mixer != "none":
+            self.weights = (Backoff if cfg.mixer == "backoff" else Hedge)(cfg, run.device)
+
+    def tempered(self, logits_NV: Tensor) -> Tensor:
+        """The logits, sharper or flatter the surer they are, by entropy as a share of log V."""
+        if (coldest := self.cfg.adaptive_temperature) == 1:
+            return logits_NV
+        doubt_N1 = entropy(logits_NV) / math.log(logits_NV.size(1))
+        return logits_NV / (1 - (1 - coldest) * (1 - doubt_N1))
+
+    def hints(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """The token that each context calls for, and the nats that its logit gains, (N, 1)."""
+        cfg, total_NO = self.cfg, seen.total_NO.double()
+        fires_NO = total_NO >= cfg.ngram_tilt_min_count
+        fires_NO &= seen.top_NO >= cfg.ngram_tilt_share * total_NO - 1e-9  # 0.8 * 5 counts as 4
+        ranks_O = torch.arange(1, fires_NO.size(1) + 1, device=fires_NO.device)
+        longest_N1 = (fires_NO * ranks_O).amax(1, keepdim=True)  # 0 where none fires
+        hint_N1 = seen.token_NO.gather(1, (longest_N1 - 1).clamp_min(0))
+        return hint_N1, (longest_N1 > 0).double() * cfg.ngram_tilt
+
+    def predict(self, logits_NV: Tensor, context_NK: Tensor, token_NC: Tensor
+                ) -> tuple[Tensor, Tensor]:
+        """log p (N, C) in float64 of the tokens; the evidence of the first ones, if there is."""
+        logits_NV, cfg = self.tempered(logits_NV), self.cfg
+        norm_N1 = logits_NV.logsumexp(1, keepdim=True)
+        logp_NC = (logits_NV.gather(1, token_NC) - norm_N1).double()
+        if not self.mixed and not self.tilting:
+            return logp_NC, logp_NC.new_zeros(0)
+        seen = self.counts.look_up(context_NK)
+        if self.tilting:
+            hint_N1, tilt_N1 = self.hints(seen.of(self.tilting))
+            p_N1 = (logits_NV.gather(1, hint_N1) - norm_N1).double().exp()
+            # p * exp(tilt * [token is the hint]) / Z, where Z = 1 + p(hint) * (exp(tilt) - 1)
+            logp_NC += tilt_N1 * (token_NC == hint_N1) - torch.log1p(p_N1 * torch.expm1(tilt_N1))
+        if self.weights is None:
+            return logp_NC, logp_NC.new_zeros(0)
+        p_NCM, seen = logp_NC.exp()[..., None], seen.of(self.mixed)
+        if cfg.mixer == "hedge_entropy":  # one number for every token: this is no distribution
+            guess_N1 = torch.exp(-entropy(logits_NV).double())
+            p_NCM = torch.cat([p_NCM, guess_N1[..., None].expand_as(p_NCM)], 2)
+        p_NC, evidence = self.weights.mix(p_NCM, self.counts.count(seen, token_NC), seen)
+        is_early = cfg.mixer != "backoff" and self.counts.num_tokens < cfg.hedge_min_tokens
+        return logp_NC if is_early else p_NC.log(), evidence
+
+    @torch.no_grad()
+    def nll(self, logits_NV: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
+        """Nats of the targets, float32; what they say of the weights waits for `update`."""
+        logp_N1, evidence = self.predict(logits_NV, context_NK, target_N[:, None])
+        if self.weights is not None:
+            self.weights.evidence += evidence
+        return -logp_N1[:, 0].float()
+
+    @torch.no_grad()
+    def log_probs(self, logits_NV: Tensor, context_NK: Tensor) -> Tensor:
+        """The logarithm of the whole distribution, (N, V) in float64."""
+        every = torch.arange(logits_NV.size(1), device=logits_NV.device)
+        return self.predict(logits_NV, context_NK, every.expand(len(logits_NV), -1))[0]
+
+    @torch.no_grad()
+    def update(self, ids: Tensor) -> None:
+        """Learn from text that all ranks together have scored; the same call on every rank.
+        `ids` continue those of the last call; the first call's begin with the text's first token.
+        """
+        if self.weights is not None:
+            self.weights.step(self.run.sum_(self.weights.evidence))
+            self.weights.evidence.zero_()
+        if self.mixed or self.tilting:
+            self.counts.update(ids)
+
+def trained_parameters(cfg: Config, model: GPT) -> dict[str, nn.Parameter]:
+    """The parameters that test-time training of the weights changes, by name."""
+    trained = {}
+    for name, role in parameter_roles(model).items():
+        part, number, *_ = *name.split("."), ""
+        stays = part == "blocks" and int(number) < cfg.ttt_freeze_blocks
+        is_vector = role.optimizer in ("scalar", "cap")
+        if (not stays or (is_vector and cfg.ttt_train == "blocks")) and (
+                part == "blocks" or is_vector or cfg.ttt_train == "all"):
+            trained[name] = model.get_parameter(name)
+    return trained
+
+class WeightTrainer:
+    """Trains the model's own weights on scored text, data-parallel: the sum over all ranks."""
+    def __init__(self, run: Run, model: GPT):
+        self.run, self.cfg, self.model = run, run.cfg, model
+        self.params = trained_parameters(run.cfg, model)
+        averaged = self.params.values() if run.cfg.ttt_polyak else ()
+        self.shadow = [param.detach().clone() for param in averaged]
+        self.begin()
+
+    def begin(self) -> None:
+        """A new optimizer; the hash table made for the pass has a learning rate of its own."""
+        cfg, groups = self.cfg, dict[float, list[nn.Parameter]]()
+        for name, param in self.model.named_parameters():
+            param.requires_grad_(name in self.params)
+        new = {id(param) for module in self.model.hashes if isinstance(module, DirectHash)
+               for param in module.parameters()}
+        for param in self.params.values():
+            mult = cfg.eval_hash_lr_mult if id(param) in new else 1.0
+            groups.setdefault(cfg.ttt_lr * mult, []).append(param)
+        rows = [{"params": params, "base_lr": lr, "lr": lr} for lr, params in groups.items()]
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(rows, momentum=cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+            if cfg.ttt_optimizer == "sgd" else
+            torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=cfg.ttt_wd))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the weights have gradients; those who train adapters switch them off."""
+        return all(param.requires_grad for param in self.params.values())
+
+    def scale(self, progress: float) -> float:
+        """Learning rate multiplier: a cosine to 0, times a ramp over the first 30 %."""
+        ramp = 1 + (self.cfg.ttt_ramp - 1) * min(1.0, progress / 0.3)
+        return 0.5 * (1 + math.cos(math.pi * progress)) * ramp
+
+    def step(self, batch: Batch | None, progress: float) -> None:
+        """One update by the mean loss over the rows of all ranks; None is a rank without rows."""
+        params, total = list(self.params.values()), torch.zeros(1, device=self.run.device)
+        if batch is not None:
+            loss = self.model.loss(batch.ids_BT, batch.target_BT, batch.weight_BT)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += batch.weight_BT.sum()
+        flat = torch.cat([total, *(gradient(param).flatten() for param in params)])
+        self.run.sum_(flat)
+        grads = torch.split(flat[1:] / flat[0].clamp_min(1), [param.numel() for param in params])
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.view_as(param)
+        if self.cfg.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(params, self.cfg.ttt_grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * self.scale(progress)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.shadow:
+            torch._foreach_lerp_(self.shadow, [p.detach() for p in params], 1 - self.cfg.ttt_polyak)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Generator[None]:
+        """Within it the model holds the averaged weights, if there are any."""
+        weights = [param.data for param in self.params.values()]
+        for param, shadow in zip(self.params.values(), self.shadow, strict=False):
+            param.data = shadow
+        yield
+        for param, weight in zip(self.params.values(), weights, strict=True):
+            param.data = weight
+
+class AdapterTrainer:
+    """One adapter a document and visit, all documents of a batch at once; the weights stay."""
+    def __init__(self, run: Run, model: GPT):
+        self.run, self.cfg, self.model = run, run.cfg, model
+        self.sums, self.most_rows = list[Tensor](), 0
+        generator, shared = torch.Generator().manual_seed(run.cfg.seed), dict[Any, LowRank]()
+        self.visits: list[list[tuple[Linear | Embedding, LowRank]]] = []
+        for index in range(len(model.plan)):
+            pairs = list[tuple[Linear | Embedding, LowRank]]()
+            for matrix in self.targets(index):
+                key = (matrix, None if run.cfg.ttt_lora_shared else index)
+                if key not in shared:
+                    shared[key] = self.adapter(matrix, generator)
+                pairs.append((matrix, shared[key]))
+            self.visits.append(pairs)
+        self.adapters = list(shared.values())
+        self.starts = [adapter.down_BRI.detach()[0].clone() for adapter in self.adapters]
+
+    def targets(self, index: int) -> list[Linear | Embedding]:
+        """The matrices that have adapters at a visit; the head belongs to the first."""
+        block: Any = self.model.blocks[self.model.plan[index].block]
+        by_name: dict[str, list[Linear | Embedding]] = {
+            "q": [block.attn.c_q], "k": [block.attn.c_k], "v": [block.attn.c_v],
+            "o": [block.attn.proj], "mlp": [block.mlp.fc, block.mlp.proj],
+            "head": [] if index else [self.model.head]}
+        return [m for name in self.cfg.ttt_lora_targets.split(",") for m in by_name[name]]
+
+    def adapter(self, matrix: Linear | Embedding, generator: torch.Generator) -> LowRank:
+        """Every document begins with the same A, so that their order does not matter."""
+        cfg, (num_outputs, num_inputs) = self.cfg, matrix.weight.shape
+        down_RI = 2 * torch.rand(cfg.ttt_lora_rank, num_inputs, generator=generator) - 1
+        down_RI = (down_RI * num_inputs**-0.5).to(self.run.device)
+        return LowRank(down_RI, 1, num_outputs, cfg.ttt_lora_alpha)
+
+    def begin(self, rows: int) -> None:
+        """Adapters and optimizer for a new batch of documents; B is zero, A as it was at first."""
+        cfg, adapters = self.cfg, self.adapters
+        if cfg.ttt_warm_start_a and self.sums:
+            self.let_go(0)
+            self.starts = [sum_RI / self.most_rows for sum_RI in self.sums]
+        self.model.requires_grad_(False)
+        self.model.wear(self.visits)
+        for adapter, start_RI in zip(adapters, self.starts, strict=True):
+            adapter.requires_grad_(True)
+            adapter.down_BRI.data = start_RI.repeat(rows, 1, 1)
+            adapter.up_BOR.data = adapter.up_BOR.new_zeros(rows, *adapter.up_BOR.shape[1:])
+        self.rows = self.most_rows = rows
+        self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
+        self.params = [param for adapter in adapters for param in adapter.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+            weight_decay=cfg.ttt_lora_wd)
+        self.past = (Past(len(self.model.plan), cfg.score_seq_len)
+                     if cfg.ttt_context == "incremental" else None)
+
+    def let_go(self, rows: int) -> None:
+        """Keep the first rows; the documents of the others have ended."""
+        for adapter, sum_RI in zip(self.adapters, self.sums, strict=True):
+            sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
+        for param in self.params:
+            param.data = param.data[:rows].clone()
+            state = self.optimizer.state[param]
+            state.update({k: x[:rows].clone() for k, x in state.items() if x.dim() == 3})
+        self.rows = rows
+
+    def step(self, batch: Batch, learns: int) -> Tensor:
+        """Nats of the batch before any update; then train the first `learns` rows on them."""
+        if len(batch.ids_BT) <= 0.75 * self.rows:  # a copy of all has to pay
+            self.let_go(len(batch.ids_BT))
+        weight_BT = batch.weight_BT[:, batch.first :]
+        weight_BT = weight_BT[:learns] / weight_BT[:learns].sum(dim=1, keepdim=True).clamp_min(1)
+        scored = None
+        for _ in range(self.cfg.ttt_grad_steps):
+            if scored is not None and self.past is not None:
+                self.past.rewind(batch.ids_BT.size(1))
+            with torch.set_grad_enabled(learns > 0):
+                nll_BT, scored_BT = self.model.nats(*batch[:3], past=self.past, mixed=(
+                    batch.mixed if scored is None else None))
+            scored = scored_BT.detach() if scored is None else scored
+            if learns == 0:
+                break
+            (nll_BT[:learns] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        assert scored is not None, "TTT_GRAD_STEPS is at least 1"
+        return scored
+
+class Batch(NamedTuple):
+    """Windows as tensors, zeros to the right of each, where nothing attends to them."""
+    ids_BT: Tensor
+    target_BT: Tensor
+    first: int  # the first scored position of any row
+    weight_BT: Tensor  # of scored targets in training, 0 elsewhere
+    mixed: Mixed | None
+
+def positions(step: Step) -> int:
+    """Inputs that a step runs the model over, with what pads them."""
+    return len(step.windows) * max((w.end - w.start for w in step.windows), default=0)
+
+class Budget:
+    """What a pass of limited time can still afford. Learning goes before scoring does."""
+    def __init__(self, run: Run, plan: Sequence[Step], limit_s: float, pace_s: float):
+        self.run, self.limit_s, self.started_s = run, limit_s, time.perf_counter()
+        self.num_dropped, scoring = 0, [positions(s) * (s.action != "train") for s in plan]
+        self.to_score = [*np.cumsum(scoring[::-1])[::-1].tolist(), 0]
+        # What calibration says counts as a tenth of the pass, until the pass says more.
+        self.work = 0.1 * self.to_score[0] + 1
+        self.spent_s = pace_s * self.work
+
+    def cut(self, step: Step, tick: int) -> Step:
+        """The step, without its learning if there is no time for it and then to score the rest."""
+        # In scored positions: a backward pass costs as much as two forward ones.
+        share, steps = step.learns / max(1, len(step.windows)), self.run.cfg.ttt_grad_steps
+        factor = 3.0 if step.action == "train" else share * (3 * steps - 1)
+        learning, elapsed_s = factor * positions(step), time.perf_counter() - self.started_s
+        pace_s = (self.spent_s + elapsed_s) / self.work
+        left_s = self.limit_s - elapsed_s - 1.1 * pace_s * (self.to_score[tick - 1] + learning)
+        short = left_s < 0
+        if step.action == "train":  # ranks learn together or not at all
+            short = bool(self.run.max_(torch.tensor(float(short), device=self.run.device)))
+        drop = short and (step.learns > 0 or step.action == "train")
+        self.num_dropped += drop
+        self.work += self.to_score[tick - 1] - self.to_score[tick] + (0.0 if drop else learning)
+        idle = step._replace(learns=0) if step.action == "adapt" else Step("score")
+        return idle if drop else step
+
+class Pass:
+    """Runs a plan: a model, what learns on the way, and the trace of it."""
+    def __init__(self, run: Run, model: GPT, validation: Validation, plan: Sequence[Step], *,
+                 mixer: Mixer | None = None):
+        self.mixer = mixer
+        self.run, self.model, self.validation, self.plan = run, model, validation, plan
+        self.scorer, actions = Scorer(run, validation), {step.action for step in plan}
+        self.bounds = document_bounds(validation.ids)
+        self.rows = max((len(step.windows) for step in plan if step.action == "score"), default=0)
+        self.weights = WeightTrainer(run, model) if "train" in actions else None
+        self.documents = AdapterTrainer(run, model) if "adapt" in actions else None
+        self.last_batch: list[tuple[int, int]] = []  # documents that the adapters come from
+
+    def execute(self, budget: Budget | None = None) -> Score:
+        """Every step in order; a budget may drop the learning of some."""
+        started_s = time.perf_counter()
+        for tick, step in enumerate(self.plan, start=1):
+            self.run.check_signal()
+            self.scorer.tick = tick
+            if budget is not None:
+                step = budget.cut(step, tick)
+            getattr(self, step.action)(step)
+        self.run.synchronize()
+        return self.scorer.finish(time.perf_counter() - started_s)
+
+    def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
+        """The tensors of some windows, padded to rows x seq_len."""
+        run, validation, device = self.run, self.validation, self.run.device
         padded = np.zeros((rows, seq_len + 1), dtype=np.int64)
-        for row, window in zip(padded, batch, strict=False):
-            row[: window.end - window.start + 1] = validation.ids[window.start : window.end + 1]
-        ids = torch.from_numpy(padded).to(run.device)
-        first = min(window.score_from for window in batch)
-        nll = model.score(ids[:, :-1], ids[:, 1:], first).cpu().numpy()
-        for window, nll_T in zip(batch, nll, strict=False):
-            scored = nll_T[window.score_from - first : window.end - window.start - first]
-            scorer.record(window.start + window.score_from, scored)
-    run.synchronize()
-    return scorer.finish(time.perf_counter() - started_s)
+        weight_BT = np.zeros((rows, seq_len), dtype=np.float32)
+        keep_BT = np.zeros((rows, seq_len), dtype=bool)
+        for i, (start, end, score_from) in enumerate(windows):
+            padded[i, : end - start + 1] = validation.ids[start : end + 1]
+            keep_BT[i, score_from : end - start] = True
+            num_bytes = validation.target_bytes[start + score_from : end]
+            weight_BT[i, score_from : end - start] = num_bytes if run.cfg.ttt_byte_weighted else 1
+        ids = torch.from_numpy(padded).to(device)
+        first, weights = min(w.score_from for w in windows), torch.from_numpy(weight_BT).to(device)
+        mixed = None
+        if self.mixer is not None:
+            context = self.context(windows, rows, seq_len, self.mixer.num_context)
+            mixed = Mixed(self.mixer, torch.from_numpy(context).to(device),
+                          torch.from_numpy(keep_BT).to(device))
+        return Batch(ids[:, :-1], ids[:, 1:], first, weights, mixed)
+
+    def context(self, windows: Sequence[Window], rows: int, seq_len: int, K: int) -> np.ndarray:
+        """The last K tokens up to each input, (rows, seq_len, K), zeros before the text."""
+        starts, ids = np.zeros((rows, 1, 1), dtype=np.int64), self.validation.ids
+        starts[: len(windows), 0, 0] = [window.start for window in windows]
+        place = starts + np.arange(seq_len)[:, None] + np.arange(1 - K, 1)
+        return np.where(place < 0, 0, ids[np.clip(place, 0, len(ids) - 1)]).astype(np.int64)
+
+    def record(self, windows: Sequence[Window], nll_BT: Tensor, first: int) -> None:
+        """Hand the nats of each row's scored targets to the scorer."""
+        for (start, end, score_from), nll_T in zip(windows, nll_BT.cpu().numpy(), strict=False):
+            self.scorer.record(start + score_from, nll_T[score_from - first : end - start - first])
+
+    def score(self, step: Step) -> None:
+        """Score windows; one shape for all, so that compiled code is compiled once."""
+        if step.windows:
+            batch = self.batch(step.windows, self.rows, self.run.cfg.score_seq_len)
+            with self.weights.scoring() if self.weights else contextlib.nullcontext():
+                nll_BT = self.model.score(*batch[:3], batch.mixed)
+            self.record(step.windows, nll_BT, batch.first)
+
+    def train(self, step: Step) -> None:
+        """Train the weights on the targets of all ranks' windows."""
+        assert self.weights is not None, "no trainer"
+        self.model.wear([])
+        if step.begins or not self.weights.is_ready:
+            self.weights.begin()
+        batch = None
+        if step.windows:
+            batch = self.batch(step.windows, len(step.windows), self.run.cfg.score_seq_len)
+        self.weights.step(batch, step.progress)
+        self.scorer.learn(step.text, (0, self.validation.num_targets), shared=True)
+
+    def adapt(self, step: Step) -> None:
+        """Score the next chunk of each document, then train its adapter on it."""
+        assert self.documents is not None, "no adapters"
+        extents = [self.document(window.start + window.score_from) for window in step.windows]
+        if step.begins:
+            if self.run.cfg.ttt_warm_start_a and self.last_batch:
+                self.scorer.learn((min(self.last_batch)[0], max(self.last_batch)[1]),
+                                  (0, self.validation.num_targets), ago=1)
+            self.documents.begin(len(step.windows))
+            self.last_batch = extents
+        seq_len = max(window.end - window.start for window in step.windows)
+        batch = self.batch(step.windows, len(step.windows), seq_len)
+        self.record(step.windows, self.documents.step(batch, step.learns), batch.first)
+        for window, extent in zip(step.windows[: step.learns], extents, strict=False):
+            self.scorer.learn((window.start + window.score_from, window.end), extent)
+
+    def document(self, target: int) -> tuple[int, int]:
+        """First target of the document of `target`, and of the next one."""
+        after = bisect.bisect_right(self.bounds, target)
+        return self.bounds[after - 1], self.bounds[after]
+
+    def absorb(self, step: Step) -> None:
+        """Show the mixer a text that is scored."""
+        if self.mixer is not None:
+            first, stop = step.text  # the text's very first token is no target
+            ids = self.validation.ids[first + (first > 0) : stop + 1].astype(np.int64)
+            self.mixer.update(torch.from_numpy(ids).to(self.run.device))
+            self.scorer.learn(step.text, (0, self.validation.num_targets), shared=True)
+
+def document_bounds(ids: np.ndarray) -> list[int]:
+    """The first target of each document, and the end; a document's last target is the next BOS."""
+    starts = np.flatnonzero(ids[:-1] == BOS_ID).tolist()
+    return [0, *(start for start in starts if start), len(ids) - 1]
+
+@contextlib.contextmanager
+def borrowed(cfg: Config, model: GPT) -> Generator[None]:
+    """Let a pass change the model; in the end it is again what it was, to the bit."""
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    caps, hashes, compiled = model.caps, model.hashes, (model.run_block, model.nll)
+    device = model.tok_emb.weight.device
+    if cfg.ttt_method == "lora":  # chunks have too many lengths to compile for
+        model.run_block, model.nll = run_block, softcapped_nll
+    if cfg.eval_hash_rows:
+        model.hashes = nn.ModuleList([*hashes, DirectHash(cfg).to(device)])
+    if cfg.ttt_asym_caps and caps is None:
+        model.caps = nn.Parameter(torch.full((2,), cfg.logit_softcap, device=device))
+    try:
+        yield
+    finally:
+        model.wear([])
+        model.caps, model.hashes, (model.run_block, model.nll) = caps, hashes, compiled
+        model.requires_grad_(True).zero_grad()
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(before[name])
+
+def plan_adaptive(planner: Planner, ids: np.ndarray) -> list[Step]:
+    """The adaptive pass that TTT_METHOD names."""
+    num_targets = len(ids) - 1
+    if planner.cfg.ttt_method == "lora":
+        return planner.documents(document_bounds(ids))
+    if planner.cfg.ttt_method == "pretrain":
+        return planner.epochs(num_targets) + planner.score(num_targets, planner.stride)
+    return planner.chunks(num_targets)
+
+def scoring_pace(run: Run, model: GPT, plan: Sequence[Step]) -> float:
+    """Seconds of scoring a position, measured on random tokens in the shape of a typical step."""
+    step = max(plan, key=positions)
+    seq_len = max((window.end - window.start for window in step.windows), default=1)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(run.cfg.vocab_size, (len(step.windows), seq_len), generator=generator)
+    ids_BT, elapsed_s = ids_BT.to(run.device), 0.0
+    for _ in range(2 if step.windows else 0):  # the first one compiles
+        run.synchronize()
+        started_s = time.perf_counter()
+        model.score(ids_BT, ids_BT)
+        run.synchronize()
+        elapsed_s = time.perf_counter() - started_s
+    return float(run.max_(torch.tensor(elapsed_s / max(1, ids_BT.numel()), device=run.device)))
+
+def sized_plan(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Step], Budget | None]:
+    """The adaptive pass; in longer chunks and strides if it could not even score in time."""
+    cfg, limit_s = run.cfg, run.share(run.cfg.eval_max_seconds - run.ledger["evaluation"])
+    plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
+    if not cfg.eval_max_seconds:
+        return plan, None
+    pace_s = scoring_pace(run, model, plan)
+    while True:
+        budget = Budget(run, plan, limit_s, pace_s)
+        most = run.max_(torch.tensor(float(budget.to_score[0]), device=run.device))
+        size, stride = 2 * cfg.ttt_chunk_size, 2 * cfg.eval_stride
+        if 1.1 * pace_s * float(most) <= limit_s or 2 * max(size, stride) > cfg.score_seq_len:
+            return plan, budget
+        cfg = dataclasses.replace(cfg, ttt_chunk_size=size, eval_stride=stride)
+        plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
+
+def run_pass(run: Run, model: GPT, validation: Validation, *, stride: int, adaptive: bool,
+             learns: bool = True) -> tuple[Score, np.ndarray]:
+    """Score by windows of `stride`, or by the adaptive pass; also the nats that this rank scored.
+    After the pass the model is as before.
+    """
+    model.plan = model.plans[-1]
+    if not adaptive:
+        planner = Planner(run.cfg, run.rank, run.world_size)
+        plain = Pass(run, model, validation, planner.score(validation.num_targets, stride))
+        return plain.execute(), plain.scorer.nll_T
+    with borrowed(run.cfg, model):
+        plan, budget = sized_plan(run, model, validation.ids)
+        budget = budget if learns else Budget(run, plan, -math.inf, 0.0)
+        mixer = Mixer(run) if run.cfg.needs_mixer else None
+        learning = Pass(run, model, validation, plan, mixer=mixer)
+        score = learning.execute(budget)
+    if budget is not None and budget.num_dropped and learns:
+        run.log("warning", text=f"{budget.num_dropped} of {len(plan)} steps learned nothing, for "
+                f"EVAL_MAX_SECONDS={run.cfg.eval_max_seconds}")
+    return score, learning.scorer.nll_T
+
+def evaluate(run: Run, model: GPT, validation: Validation, stride: int, *,
+             adaptive: bool = False) -> Score:
+    """Score every validation target once, by windows of the evaluation context and `stride`, or
+    by the adaptive pass.
+    """
+    return run_pass(run, model, validation, stride=stride, adaptive=adaptive)[0]
 
 def final_score(run: Run, model: GPT, validation: Validation, kind: str) -> None:
-    """Score as `kind` (prequant, quantized, sliding) says; log it, keep it for submission.json."""
-    stride = run.cfg.eval_stride if kind == "sliding" else run.cfg.score_seq_len
+    """Score as `kind` (prequant, quantized, sliding, ttt) says; log and keep it."""
+    cfg = run.cfg
+    stride = cfg.score_seq_len if kind in ("prequant", "quantized") else cfg.eval_stride
     with run.stage(f"evaluate_{kind}", "other" if kind == "prequant" else "evaluation"):
-        score = evaluate(run, model, validation, stride)
+        score = evaluate(run, model, validation, stride, adaptive=kind == "ttt")
     if not math.isfinite(score.nats):
         raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
-    run.scores[f"final_{kind}"] = values = {**score.summary(), "compliant": not score.partial}
+    if score.problems and not cfg.allow_noncompliant:
+        raise RunFailed(f"final_{kind}: {score.problems[0]}")
+    for problem in score.problems[:1]:
+        run.log("warning", text=f"not compliant: {problem}")
+    compliant = not (score.partial or cfg.allow_noncompliant)
+    run.scores[f"final_{kind}"] = values = {**score.summary(), "compliant": compliant}
     run.log(f"final_{kind}", **values)
+
+class Probe:
+    """Looks at what is scored: whether it is of a distribution over the whole vocabulary."""
+    NUM_ROWS = 8
+
+    def __init__(self, model: GPT):
+        self.model, self.num_calls, self.problems = model, 0, list[str]()
+
+    @torch.no_grad()
+    def __call__(self, z_NV: Tensor, target_N: Tensor, scored_N: Tensor, mixed: Any) -> None:
+        """Check some of the targets, at the calls number 1, 2, 4, 8, ..."""
+        self.num_calls += 1
+        keep_N = mixed[2].flatten() if mixed else torch.ones_like(target_N, dtype=torch.bool)
+        rows = keep_N.nonzero().flatten()
+        if self.num_calls & (self.num_calls - 1) or not len(rows):
+            return
+        rows = rows[:: -(-len(rows) // self.NUM_ROWS)]
+        logits_NV = softcapped(z_NV[rows], self.model.cap)[0]
+        logp_NV = (mixed[0].log_probs(logits_NV, mixed[1].flatten(0, 1)[rows]) if mixed
+                   else logits_NV.double().log_softmax(dim=1))
+        excess = (logp_NV.exp().sum(dim=1) - 1).abs().max()
+        recorded = (logp_NV.gather(1, target_N[rows, None])[:, 0] + scored_N[rows]).abs().max()
+        if excess > 1e-5:
+            self.problems.append(f"probabilities sum to 1 +- {float(excess):.3g}")
+        if recorded > 1e-4:
+            self.problems.append(f"the score is {float(recorded):.3g} nats off the distribution")
+
+def audit_scores(run: Run, model: GPT, ids: np.ndarray, target_bytes: np.ndarray,
+                 *, learns: bool = True) -> tuple[Score, np.ndarray]:
+    """The score of a text, and the nats of its targets on every rank."""
+    cfg, text = run.cfg, Validation(ids, target_bytes, partial=True)
+    score, nll_T = run_pass(run, model, text, stride=cfg.eval_stride or cfg.score_seq_len,
+                            adaptive=cfg.adapts, learns=learns)
+    return score, run.sum_(torch.from_numpy(nll_T).to(run.device)).cpu().numpy()
+
+def audit_causality(run: Run, model: GPT, text: Validation, base_T: np.ndarray) -> list[str]:
+    """C1: no other token, and no other continuation, may change a score before it."""
+    # Kernels that add up in any order differ between equal runs; where none does, this is 0.
+    noise = np.abs(audit_scores(run, model, text.ids, text.target_bytes)[1] - base_T).max()
+    problems, is_bos = [], text.ids == BOS_ID
+    for share in (1 / 3, 2 / 3):
+        place = int(share * text.num_targets)
+        place += int(is_bos[place])  # where documents begin stays
+        token, rest = text.ids.copy(), text.ids.copy()
+        token[place] = 2 + (text.ids[place] == 2)
+        rest[place:][~is_bos[place:]] = text.ids[place:][~is_bos[place:]][::-1]
+        for what, ids in (("token", token), ("text from", rest)):
+            nll_T = audit_scores(run, model, ids, text.target_bytes)[1]
+            change = float(np.abs(nll_T - base_T)[: place - 1].max(initial=0))
+            if change > 4 * noise:
+                problems.append(f"another {what} {place} changes earlier scores by {change:.3g}")
+    return problems
+
+def audit(run: Run, model: GPT, validation: Validation) -> None:
+    """Check a pass over the beginning of the text by issue #1017; RunFailed if it is not legal."""
+    # Long enough for a few rounds of learning, and no clock decides what is learned.
+    cfg = run.cfg = dataclasses.replace(run.cfg, eval_max_seconds=0.0)
+    count = min(validation.num_targets, 4 * cfg.ttt_chunk_tokens)
+    text = Validation(validation.ids[: count + 1], validation.target_bytes[:count], partial=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.probe = probe = Probe(model)
+    score, base_T = audit_scores(run, model, *text[:2])
+    model.probe, after = None, model.state_dict()
+    found = {"C1 strict causal dependence": audit_causality(run, model, text, base_T),
+             "C2 full normalised distribution": probe.problems,
+             "C3 score before update": [p for p in score.problems if "were scored" in p],
+             "C4 single left-to-right pass": [p for p in score.problems if "were scored" not in p]}
+    rates = {"ttt_lr": 0.0, "ttt_lora_lr": 0.0}
+    run.cfg = dataclasses.replace(cfg, **rates)  # type: ignore[arg-type]
+    idle_T, none_T = (audit_scores(run, model, *text[:2], learns=on)[1] for on in (True, False))
+    if not np.array_equal(idle_T, none_T):
+        found["C3 score before update"].append("learning rate 0 is not no learning")
+    if (score.tokens, score.num_bytes) != (count, int(text.target_bytes.sum())):
+        found["C4 single left-to-right pass"].append(f"{score.tokens} of {count} targets scored")
+    if any(not torch.equal(before[name], after[name]) for name in before):
+        found["C4 single left-to-right pass"].append("the pass left other weights behind")
+    for condition, problems in found.items():
+        run.log("audit", condition=condition, verdict="fail" if problems else "pass",
+                targets=count, detail=problems[0] if problems else "no problem found")
+    failed = [condition for condition, problems in found.items() if problems]
+    if failed:
+        raise RunFailed(f"not legal: {'; '.join(failed)}")
 
 # --- main ----------------------------------------------------------------------------------------
 def describe(cfg: Config) -> str:
@@ -2266,8 +4257,12 @@ def describe(cfg: Config) -> str:
     for name, role in parameter_roles(model).items():
         sizes[role.tensors] += (count := model.get_parameter(name).numel())
         groups[role.optimizer] += count
-    weight_bits = sum(count * cfg.bits[group] for group, count in sizes.items())
-    stored = {"weights": weight_bits // 8, "code": len(pack_source(own_source()))}
+    code, coded = len(pack_source(own_source())), sizes.keys() - {"gate", "control"}
+    solved = {group for group in coded if cfg.solves_steps and cfg.bits[group] < PLAIN_BITS}
+    bits = {**cfg.bits, **dict.fromkeys(solved, FINEST_BITS)}
+    weights = int(sum(count * bits[group] for group, count in sizes.items()) / 8)
+    most = cfg.artifact_budget_bytes - code if cfg.solves_steps else weights
+    stored = {"weights": min(weights, most), "code": code}
     stored |= {"total": sum(stored.values()), "budget": cfg.artifact_budget_bytes}
     matrices, attention = flops_per_token(cfg)
     return "\n".join([
@@ -2286,16 +4281,40 @@ def train_and_write(run: Run, artifact: Path, validation: Validation, tokenizer_
     num_params = sum(p.numel() for p in model.parameters())
     run.log("model", params=num_params, plan=format_plan(model.plan))
     run.log("data", train_tokens=stream.num_tokens, val_targets=validation.num_targets)
-    train(run, model, loader, lambda: evaluate(run, model, validation, cfg.score_seq_len))
+    trainer = train(run, model, loader, lambda: evaluate(run, model, validation, cfg.score_seq_len))
     final_score(run, model, validation, "prequant")
+    found = dict[str, Curvature]()
+    if cfg.quantizer == "gptq":
+        with run.stage("calibrate", "training"):
+            found = calibrate(run, model, loader, trainer.progress)
     with run.stage("write_artifact"):
-        payload = encode_artifact(cfg, quantize_model(cfg, model), tokenizer_sha)
+        payload = run.on_main(lambda: quantize_and_encode(run, model, found, tokenizer_sha))
         state = {"ledger": run.ledger, "scores": run.scores, "config": dataclasses.asdict(cfg)}
         if run.is_main:  # the state first: a continuation that finds the artifact needs it
             write_atomic(run.directory / "run_state.json", json.dumps(state).encode())
             write_atomic(artifact, payload)
 
-def finish(run: Run, sizes: Mapping[str, int]) -> None:
+def encode_model(run: Run, model: GPT, stacks: Sequence[Stack], tokenizer_sha: str,
+                 multiplier: float) -> bytes:
+    """The artifact of the model with steps by this multiplier."""
+    run.check_signal()
+    tensors = quantize_model(run.cfg, model, stacks, multiplier)
+    payload = encode_artifact(run.cfg, tensors, tokenizer_sha)
+    run.log("quantized", multiplier=multiplier, artifact_bytes=len(payload),
+            **code_statistics(tensors))
+    return payload
+
+def quantize_and_encode(run: Run, model: GPT, found: Mapping[str, Curvature], tokenizer_sha: str
+                        ) -> bytes:
+    """Rank 0: the artifact of the model, by steps that fill the byte budget if they are solved."""
+    cfg, stacks = run.cfg, plan_stacks(run.cfg, model, found)
+    encode = functools.partial(encode_model, run, model, stacks, tokenizer_sha)
+    if not cfg.solves_steps or not stacks:
+        return encode(1.0)
+    code_bytes = (run.directory / "train_gpt.py").stat().st_size
+    return fill_budget(stacks, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
+
+def finish(run: Run, sizes: Mapping[str, Any]) -> None:
     """Log the ledger, write submission.json, and raise RunFailed for every bound passed."""
     cfg, spent = run.cfg, {name: round(elapsed_s, 3) for name, elapsed_s in run.ledger.items()}
     limits = {"training": cfg.max_wallclock_seconds, "evaluation": cfg.eval_max_seconds}  # 0 = none
@@ -2304,12 +4323,14 @@ def finish(run: Run, sizes: Mapping[str, int]) -> None:
     run.log("ledger", **times, other_s=spent["other"])
     problems = [f"{name} took {spent[name]:.1f} s of {limit:.1f}"
                 for name, limit in limits.items() if 0 < limit < spent[name]]
-    score = run.scores.get("final_sliding") or run.scores["final_quantized"]
+    score = run.scores[next(name for name in ("final_ttt", "final_sliding", "final_quantized")
+                            if name in run.scores)]
     train_end = run.scores.get("train_end", {"steps": 0, "train_s": 0.0})
     result = {"val_bpb": score["val_bpb"], "val_loss": score["val_loss"],
               "steps": train_end["steps"], "train_s": train_end["train_s"],
               "eval_s": spent["evaluation"], "artifact_bytes": sizes["artifact_bytes"]}
-    total = {"total_bytes_max": sizes["total_bytes"], "budget_bytes": sizes["budget_bytes"]}
+    total = {"total_bytes_max": sizes["total_bytes"],
+             **{key: sizes[key] for key in ("budget_bytes", "groups")}}
     report = {
         "author": cfg.submission_author, "date": f"{datetime.date.today()}",
         "name": cfg.submission_name or run.directory.name, "track": cfg.track,
@@ -2328,7 +4349,7 @@ def finish(run: Run, sizes: Mapping[str, int]) -> None:
 
 def prepare_directory(run: Run, artifact: Path) -> None:
     """Refuse a finished run's folder, recall what a run cut short there has done, open the log."""
-    cfg, folder, trains = run.cfg, run.directory, run.cfg.mode != "eval"
+    cfg, folder, trains = run.cfg, run.directory, run.cfg.trains
     code, state_path = folder / "train_gpt.py", folder / "run_state.json"
     require(not (run.share((folder / "submission.json").exists()) and trains),
             f"{folder} holds a finished run; set another RUN_ID or RUN_DIR")
@@ -2356,7 +4377,7 @@ def prepare_directory(run: Run, artifact: Path) -> None:
 
 def execute(run: Run) -> None:
     """The run as a table of contents."""
-    cfg, trains = run.cfg, run.cfg.mode != "eval"
+    cfg, trains = run.cfg, run.cfg.trains
     artifact = Path(cfg.artifact) if cfg.artifact and not trains else run.directory / "artifact.bin"
     require(trains or run.share(artifact.exists()),
             f"ARTIFACT={artifact} does not exist; MODE=train makes one")
@@ -2371,9 +4392,15 @@ def execute(run: Run) -> None:
         return
     with run.stage("read_artifact", "evaluation"):
         model = read_artifact(artifact, run, tokenizer_sha)
+    sizes["groups"] = run.on_main(lambda: byte_ledger(artifact.read_bytes()))
+    run.log("bytes", **sizes["groups"])
     if validation is None:  # the artifact, not the environment, says which vocabulary it is
         validation = load_validation(run.cfg, processor)
-    for kind in ("quantized", "sliding") if cfg.eval_stride else ("quantized",):
+    if cfg.mode == "audit":
+        audit(run, model, validation)
+        return
+    kinds = {"quantized": True, "sliding": cfg.eval_stride > 0, "ttt": cfg.adapts}
+    for kind in (kind for kind, is_on in kinds.items() if is_on):
         final_score(run, model, validation, kind)
     finish(run, sizes)
 

@@ -69,11 +69,17 @@ TINY: dict[str, Any] = {
     "checkpoint_every_seconds": 0.0,
     "precision": "fp32",
     "compile": False,
+    "quantizer": "rtn",
+    "quant_grid": "uniform",
+    "row_steps": "max",
+    "gate_bits": 16,
+    "control_bits": 16,
+    "compressor": "zlib",
 }
 
 
 def tiny_config(**changes: Any) -> Config:
-    """A model of 3 layers x 32 channels in float32, not compiled, trained for 10 steps."""
+    """A model of 3 layers x 32 channels in float32, not compiled, trained for 10 steps, rounded."""
     return Config(**{**TINY, **changes})
 
 

@@ -100,6 +100,16 @@ LISTS = {
     "ve_layers": "7,8",
     "enable_looping_at": "0.35",
     "qat_groups": "embed",
+    "clip_sigmas": "attn:13,mlp:11.5,embed:14,table:12.85",
+    "ttt_short_chunks": "8@256,24@2000",
+    "ttt_phases": "833,1666",
+    "ttt_lora_targets": "q,head",
+    "mixer_orders": "0-3,8",
+    "ngram_tilt_orders": "4,16",
+}
+# Settings without which a knob's other value contradicts the defaults.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "quantizer": {"quant_grid": "uniform", "row_steps": "max"},
 }
 
 
@@ -110,8 +120,8 @@ def another_value(name: str) -> Any:
     if kind is bool:
         return not default
     if kind is str:
-        free = LISTS.get(name, "some/where else")
-        return f.metadata["choices"][-1] if f.metadata["choices"] else free
+        others = [choice for choice in f.metadata["choices"] if choice != default]
+        return others[-1] if others else LISTS.get(name, "some/where else")
     candidates = [*f.metadata["choices"], 2 * default, default / 2, f.metadata["high"], 64, 1]
     for value in (kind(c) for c in candidates if c is not None and c != default):
         with contextlib.suppress(ValueError, ZeroDivisionError):
@@ -122,10 +132,10 @@ def another_value(name: str) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "recipe"])
 def test_a_variable_sets_the_field_of_its_name_and_no_other(name: str):
-    value = another_value(name)
-    cfg = config_from_env({name.upper(): str(value)})
+    value, companions = another_value(name), COMPANIONS.get(name, {})
+    cfg = config_from_env({k.upper(): str(v) for k, v in {name: value, **companions}.items()})
     assert getattr(cfg, name) == value and type(getattr(cfg, name)) is KINDS[name]
-    assert changed_knobs(cfg) == [name.upper()]
+    assert changed_knobs(cfg) == sorted(k.upper() for k in {name, *companions})
 
 
 @pytest.mark.parametrize(
@@ -209,9 +219,9 @@ def test_the_config_cannot_be_changed():
         ({"COMPILE": "yes"}, "COMPILE='yes' is not a valid bool"),
         (
             {"COMPRESSOR": "gzip"},
-            "COMPRESSOR='gzip' must be one of zlib, zstd, lzma, brotli",
+            "COMPRESSOR='gzip' must be one of ans, zlib, zstd, lzma, brotli, brotli_shuffled",
         ),
-        ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, describe"),
+        ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, audit, describe"),
         (
             {"NUM_LAYERS": "257"},
             "NUM_LAYERS=257 must be in [1, 256] (distinct transformer blocks)",
@@ -390,6 +400,43 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
             {"attn_gate": "window", "gate_window": 513},
             "GATE_WINDOW=513 must be at most MODEL_DIM=512",
         ),
+        *(
+            (
+                {"quantizer": "rtn", "row_steps": "max", "quant_grid": "uniform", **changes},
+                "QUANTIZER=rtn knows no curvature: not with QUANT_GRID=trellis, CALIBRATION=self, "
+                "or ROW_STEPS=solved without CLIP_SIGMAS",
+            )
+            for changes in (
+                {"quant_grid": "trellis"},
+                {"calibration": "self"},
+                {"row_steps": "solved"},
+            )
+        ),
+        *(
+            (
+                {"clip_sigmas": "12", "row_steps": steps},
+                f"CLIP_SIGMAS and ROW_STEPS={steps} both say what the steps are",
+            )
+            for steps in ("max", "percentile", "search")
+        ),
+        *(
+            (
+                {"clip_sigmas": sigmas},
+                f"CLIP_SIGMAS={sigmas!r} must be a number, or one for each of attn, mlp, embed, "
+                "table",
+            )
+            for sigmas in (
+                "0",
+                "-3",
+                "attn:13",
+                "attn:13,mlp:11,embed:14",
+                "attn:13,mlp:11,embed:14,table:0",
+                "attn:13,mlp:11,embed:14,table:12,gate:9",
+                "attn=13",
+                ",",
+                "nan",
+            )
+        ),
     ],
 )
 def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], problem: str):
@@ -418,6 +465,8 @@ def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], prob
         {"qat_groups": "attn,mlp,embed,table"},
         {"train_seq_schedule": "512@0.999", "train_batch_schedule": "512@0.999"},
         {"model_dim": 8, "num_heads": 4},
+        {"quantizer": "rtn", "quant_grid": "uniform", "clip_sigmas": "12"},
+        {"clip_sigmas": "12.85"},
     ],
 )
 def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any]):
@@ -436,6 +485,46 @@ def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any
 def test_a_list_that_selects_nothing_is_refused(changes: dict[str, Any]):
     with pytest.raises(InputError):
         Config(**changes)
+
+
+@pytest.mark.parametrize(
+    "sigmas", ["attn:13,mlp:11,embed:14,tables:12", "a:1,b:2,c:3,d:4", "inf", "12,attn:inf"]
+)
+def test_clip_sigmas_of_unknown_groups_or_without_bound_are_refused(sigmas: str):
+    with pytest.raises(InputError):
+        Config(clip_sigmas=sigmas)
+
+
+def test_clip_sigmas_are_one_number_for_all_or_one_for_each_group():
+    assert Config().sigmas == {} and Config().solves_steps
+    one = Config(clip_sigmas="12.85")
+    assert one.sigmas == dict.fromkeys(("attn", "mlp", "embed", "table"), 12.85)
+    each = Config(clip_sigmas="table:12,attn:13,mlp:11.5,embed:14")
+    assert each.sigmas == {"attn": 13.0, "mlp": 11.5, "embed": 14.0, "table": 12.0}
+    assert not one.solves_steps and not each.solves_steps
+    assert not Config(row_steps="search").solves_steps
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "limit_s", "reserve_s", "expected_s"),
+    [
+        ("gptq", 600.0, 12.0, 588.0),
+        ("gptq", 60.0, 12.0, 54.0),  # never more than a tenth
+        ("gptq", 0.0, 12.0, 0.0),  # no limit stays no limit
+        ("rtn", 600.0, 12.0, 600.0),
+    ],
+)
+def test_calibration_is_kept_a_share_of_the_training_budget(
+    quantizer: str, limit_s: float, reserve_s: float, expected_s: float
+):
+    cfg = Config(
+        quantizer=quantizer,
+        row_steps="max",
+        quant_grid="uniform",
+        max_wallclock_seconds=limit_s,
+        gptq_reserve_seconds=reserve_s,
+    )
+    assert cfg.train_seconds == expected_s
 
 
 # --- Recipes -------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,9 +182,12 @@ def test_counted_size_is_that_of_the_files_on_the_disk(done: Done):
     assert size["total_bytes"] == artifact + code
     assert report["artifact_bytes_max"] == report["seeds"]["1337"]["artifact_bytes"] == artifact
     assert report["code_bytes"] == code
-    assert report["budget"]["bytes"] == {
-        "total_bytes_max": artifact + code, "budget_bytes": 16_000_000,
-    }  # fmt: skip
+    counted = dict(report["budget"]["bytes"])
+    groups = counted.pop("groups")
+    assert counted == {"total_bytes_max": artifact + code, "budget_bytes": 16_000_000}
+    assert sum(groups.values()) == artifact
+    logged = metrics(done.folder, "bytes")[0]
+    assert groups == {name: logged[name] for name in groups}
 
 
 def test_ledger_counts_every_stage_of_the_evaluation(done: Done):
@@ -239,6 +244,45 @@ def test_packed_script_alone_scores_the_artifact_to_the_same_bits(done: Done, sh
     assert final_scores(shipped / "again") == final_scores(done.folder)
     assert not [event for event, _ in log_events(result.out) if event == "step"]
     assert metrics(shipped / "again", "size") == metrics(done.folder, "size")
+
+
+DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by plainer ones
+    name: getattr(train_gpt.Config(), name)
+    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "control_bits", "compressor")
+}
+OTHER_EXPORTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "corrected, self-calibrated": {"lqer_rank": 2, "lqer_group": 8, "calibration": "self"},
+    "seed": {
+        "quant_grid": "uniform", "clip_sigmas": "12.85", "attn_bits": 6, "mlp_bits": 6,
+        "compressor": "brotli_shuffled", "control_bits": 16, "gate_bits": 16,
+        "num_layers": 3, "num_loops": 1, "loop_start": 1, "loop_end": 1, "attn_gate": "head",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("export", OTHER_EXPORTS)
+def test_what_any_export_wrote_scores_to_the_same_bits_without_training_data(
+    export: str, data: TinyData, tmp_path: Path
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    knobs = {"gptq_calibration_batches": 2, **DEFAULT_EXPORT, **OTHER_EXPORTS[export]}
+    result = run_script(run_environment(data, **knobs), first)
+    assert result.status == 0, result.err
+    done = first / "run"
+    for path in (done / "train_gpt.py", done / "artifact.bin", data.folder / "tokenizer.model",
+                 data.folder / "tiny_val_000000.bin"):  # fmt: skip
+        shutil.copy(path, second)
+    assert not list(second.glob("*_train_*"))
+    result = run_script({**base_environment(), **EVALUATE}, second, second / "train_gpt.py")
+    assert result.status == 0, result.err
+    assert final_scores(second / "again") == final_scores(done)
+    quantized, before = metrics(done, "final_quantized")[0], metrics(done, "final_prequant")[0]
+    assert quantized["val_loss"] == pytest.approx(before["val_loss"], rel=0.02)
+    events = [event for event, _ in log_events(result.out)]
+    assert not {"step", "calibrated", "quantized"} & set(events)
 
 
 def test_artifact_alone_says_what_shape_its_model_has(done: Done, shipped: Path):
@@ -302,6 +346,16 @@ def test_damaged_artifact_is_refused(shipped: Path):
     )
 
 
+@pytest.mark.parametrize("head", [zlib.compress(b"7"), zlib.compress(b"[]"), zlib.compress(b"{}")])
+def test_artifact_with_a_strange_header_is_refused_without_a_traceback(shipped: Path, head: bytes):
+    start = struct.pack("<8sHI", b"PGOLFART", 2, len(head)) + head
+    (shipped / "artifact.bin").write_bytes(start + hashlib.sha256(start).digest())
+    env = {**base_environment(), **EVALUATE, "VOCAB_SIZE": str(VOCAB_SIZE)}
+    assert_refused(
+        run_script(env, shipped, shipped / "train_gpt.py"), "cannot use the artifact artifact.bin"
+    )
+
+
 def test_missing_artifact_is_refused(shipped: Path):
     (shipped / "artifact.bin").unlink()
     env = {**base_environment(), **EVALUATE, "VOCAB_SIZE": str(VOCAB_SIZE)}
@@ -332,7 +386,7 @@ def test_bad_environment_ends_with_all_problems_in_one_message(work: Path):
     problems = sorted(line.strip() for line in result.err.splitlines()[1:])
     assert problems[0].startswith("MATRIX_LR='fast' is not a valid float")
     assert problems[1].startswith("MAX_WALLCLOCK_SECONDS=-1.0 must be at least 0")
-    assert problems[2].startswith("MODE='dance' must be one of all, train, eval, describe")
+    assert problems[2].startswith("MODE='dance' must be one of all, train, eval, audit, describe")
     assert problems[3] == "MUON_LRS is not a knob of this script"
     assert problems[4] == "NUM_LAYER is not a knob; did you mean NUM_LAYERS?"
     assert problems[5].startswith("SEED='1e3' is not a valid int")

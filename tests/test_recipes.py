@@ -6,6 +6,7 @@ them comes from the script.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -263,38 +264,86 @@ SMALL_RUN = {
     "MICRO_BATCH_TOKENS": "64", "ITERATIONS": "8", "MAX_WALLCLOCK_SECONDS": "0",
     "WARMUP_STEPS": "0", "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "1", "COMPILE": "0",
     "PRECISION": "fp32", "CHECKPOINT_EVERY_SECONDS": "0", "VAL_BATCH_SIZE": "2048",
-    "VAL_TOKENS_LIMIT": "500",
+    "EVAL_MAX_SECONDS": "0",
 }  # fmt: skip
 
 
 def shrink(cfg: Config) -> dict[str, str]:
     """Overrides that make a recipe small: sizes alone, and steps where steps are counted."""
     changes = {**SMALL_RUN, "NUM_KV_HEADS": str(cfg.num_kv_heads // 2)}
-    smaller = {"bigram_vocab_size": 64, "trigram_vocab_size": 64, "rope_dims": 4,
-               "eval_stride": 8, "eval_seq_len": 40, "warmdown_iters": 4}  # fmt: skip
+    smaller: dict[str, object] = {
+        "bigram_vocab_size": 64, "trigram_vocab_size": 64, "rope_dims": 4, "eval_stride": 8,
+        "eval_seq_len": 40, "warmdown_iters": 4, "eval_hash_rows": 64, "ttt_phases": "9",
+    }  # fmt: skip
     changes |= {k.upper(): str(size) for k, size in smaller.items() if getattr(cfg, k)}
+    if cfg.solves_steps:
+        changes |= {"ARTIFACT_BUDGET_BYTES": str(CODE_BYTES + SMALL_ARTIFACT)}
+    if cfg.adapts:
+        changes |= {
+            "TTT_CHUNK_TOKENS": "1280", "TTT_CHUNK_SIZE": "24", "TTT_LORA_RANK": "4",
+            "TTT_BATCH_SEQS": "8", "HEDGE_MIN_TOKENS": "1000", "NGRAM_TABLE_BITS": "16",
+        }  # fmt: skip
     return changes | ({"SWA_EVERY": "1"} if cfg.averaging == "swa" else {})
+
+
+CODE_BYTES = len(train_gpt.pack_source(train_gpt.own_source()))
+SMALL_ARTIFACT = 62_000  # bytes: some 5 bits a weight of the small frontier model
+
+
+def check_export(cfg: Config, folder: Path) -> None:
+    """The artifact in `folder` is as the recipe wants it, and fills a budget that it is to fill."""
+    header, _ = train_gpt.decode_header((folder / "artifact.bin").read_bytes())
+    specs = {name: train_gpt.Spec(*rest) for name, *rest in header["tensors"]}
+    assert header["compressor"] == cfg.compressor
+    matrix = specs["blocks.0.mlp.fc.weight"]
+    assert matrix.bits == cfg.mlp_bits
+    assert bool(matrix.flags & train_gpt.TRELLIS) == (cfg.quant_grid == "trellis")
+    assert bool(metrics(folder, "calibrated")) == (cfg.quantizer == "gptq")
+    if cfg.solves_steps:
+        assert 0.98 < metrics(folder, "size")[0]["total_bytes"] / cfg.artifact_budget_bytes <= 1
+
+
+def small_run(data: TinyData, tmp_path: Path, name: str) -> tuple[Config, Path]:
+    """The small Config of a recipe, and the folder of a run of it."""
+    cfg = recipe(name)
+    changes = {**shrink(cfg), "DATA_PATH": str(data.folder)}
+    env = {**environment(Config()), **changes, "RECIPE": str(FOLDER / name / "run.env")}
+    result = run_script(env, tmp_path)
+    assert result.status == 0, result.err
+    return recipe(name, **{k: v for k, v in changes.items() if k != "MODE"}), tmp_path / "run"
 
 
 @each_recipe
 def test_the_recipe_trains_writes_and_scores_in_small(
     data: TinyData, tmp_path: Path, name: str
 ) -> None:
-    cfg = recipe(name)
-    env = {**environment(Config()), **shrink(cfg), "DATA_PATH": str(data.folder)}
-    result = run_script({**env, "RECIPE": str(FOLDER / name / "run.env")}, tmp_path)
-    assert result.status == 0, result.err
-    folder = tmp_path / "run"
+    cfg, folder = small_run(data, tmp_path, name)
     losses = [event["train_loss"] for event in metrics(folder, "step")]
     assert len(losses) == 8 and all(map(math.isfinite, losses))
     assert losses[0] == pytest.approx(math.log(VOCAB_SIZE), abs=0.1)
     (raw,), (quantized,) = metrics(folder, "final_prequant"), metrics(folder, "final_quantized")
-    assert math.isfinite(quantized["val_loss"])
     assert quantized["val_loss"] == pytest.approx(raw["val_loss"], abs=0.5)
     assert bool(metrics(folder, "final_sliding")) == bool(cfg.eval_stride)
-    assert submission(folder)["artifact_bytes_max"] == (folder / "artifact.bin").stat().st_size
+    check_export(cfg, folder)
+    learned = metrics(folder, "final_ttt")
+    assert len(learned) == (name != NAIVE) == cfg.adapts
+    assert all(event["tokens"] == quantized["tokens"] for event in learned)
+    assert all(event["val_loss"] < quantized["val_loss"] + 0.2 for event in learned)
+    report = submission(folder)
+    assert report["val_bpb"] == (learned or [quantized])[-1]["val_bpb"]
+    assert report["artifact_bytes_max"] == (folder / "artifact.bin").stat().st_size
+    scores = [quantized, *learned, report]
+    assert {score["compliant"] for score in scores} == {name != TRIGRAM}
     texts = [event["text"] for event in metrics(folder, "warning")]
-    assert [text for text in texts if "averaged no weights" in text] == []
+    assert not re.search("averaged no weights|learned nothing", "\n".join(texts))
+
+
+def test_what_breaks_the_rules_needs_the_flag() -> None:
+    with pytest.raises(ValueError, match="TTT_METHOD=pretrain breaks the rules"):
+        recipe(TRIGRAM, ALLOW_NONCOMPLIANT="0")
+    with pytest.raises(ValueError, match="MIXER=hedge_entropy"):
+        recipe(GATED, MIXER="hedge_entropy")
+    assert recipe(GATED, MIXER="hedge_entropy", ALLOW_NONCOMPLIANT="1").mixer == "hedge_entropy"
 
 
 # --- Full size -----------------------------------------------------------------------------------
@@ -303,6 +352,20 @@ def test_the_recipe_trains_writes_and_scores_in_small(
 def seconds(started_s: float) -> str:
     """Time since then."""
     return f"{time.perf_counter() - started_s:.1f} s"
+
+
+def chunks_to_score(cfg: Config) -> tuple[Config, Validation]:
+    """Random text of a few chunks, and the evaluation of `cfg` at its shape with such chunks."""
+    T, chunk = cfg.score_seq_len, cfg.ttt_chunk_size
+    changes = {"eval_stride": cfg.eval_stride and T // 2, "ttt_chunk_tokens": T, "ttt_epochs": 1,
+               "hedge_min_tokens": T, "ngram_table_bits": 16, "eval_max_seconds": 0.0,
+               "ttt_phases": cfg.ttt_phases and "1"}  # fmt: skip
+    is_lora = cfg.ttt_method == "lora"
+    length = 6 * chunk + 64 if is_lora else T + 65 + T * cfg.adapts
+    ids = np.random.default_rng(0).integers(4, cfg.vocab_size, length)
+    ids[[0, 3 * chunk + 20] if is_lora else 0] = train_gpt.BOS_ID  # two documents
+    ones = np.ones(length - 1, dtype=np.int64)
+    return dataclasses.replace(cfg, **changes), Validation(ids, ones, partial=False)
 
 
 @pytest.mark.slow
@@ -320,16 +383,19 @@ def test_the_recipe_runs_at_its_full_shape(
     assert sum(parameter.numel() for parameter in model.parameters()) == STATED[name]
     trainer, built = Trainer(run, model), seconds(started_s)
     trainer.enter(train_gpt.phases(cfg)[-1])  # with all loops, and on quantised weights
-    ids = np.random.default_rng(0).integers(4, cfg.vocab_size, T + cfg.score_seq_len + 65)
+    ids = np.random.default_rng(0).integers(4, cfg.vocab_size, T + 1)
     started_s = time.perf_counter()
-    loss = trainer.step(torch.from_numpy(ids[None, : T + 1])).item()
+    loss = trainer.step(torch.from_numpy(ids[None])).item()
     stepped = seconds(started_s)
     assert loss == pytest.approx(loss_before, abs=0.05)
-    targets = np.ones(cfg.score_seq_len + 64, dtype=np.int64)
-    validation = Validation(ids=ids[T:], target_bytes=targets, partial=False)
-    started_s = time.perf_counter()
-    score = train_gpt.evaluate(run, model, validation, cfg.eval_stride or T)
-    assert math.isfinite(score.nats) and score.tokens == len(targets)
-    scored = f"{score.tokens} targets scored in {seconds(started_s)}"
+    del trainer
+    started_s, model = time.perf_counter(), train_gpt.build_model(run)  # as read from a file
+    run.cfg, validation = chunks_to_score(cfg)
+    stride = run.cfg.eval_stride or run.cfg.score_seq_len
+    score = train_gpt.evaluate(run, model, validation, stride, adaptive=cfg.adapts)
+    assert score.tokens == validation.num_targets
+    assert score.nats / score.tokens == pytest.approx(loss_before, abs=0.5)
+    assert bool(score.problems) == cfg.allow_noncompliant == (name == TRIGRAM)
+    scored = f"{score.tokens} targets scored by {cfg.ttt_method} in {seconds(started_s)}"
     with capsys.disabled():
         print(f"\n{name}: built in {built}, a step of {T} tokens in {stepped}, {scored}")

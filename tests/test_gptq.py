@@ -1,0 +1,882 @@
+"""Export: curvature by brute force, GPTQ and steps by formulas, the byte budget, round trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
+from tests.processes import SCRIPT, run_ranks, run_script
+from train_gpt import (
+    BOS_ID,
+    FINEST_BITS,
+    GPT,
+    Config,
+    Curvature,
+    Embedding,
+    InputError,
+    Linear,
+    Moments,
+    Progress,
+    Quantized,
+    Run,
+    Stack,
+    assembled,
+    blueprint,
+    calibrate,
+    decode_header,
+    decode_tensors,
+    encode_artifact,
+    fill_budget,
+    low_rank_corrections,
+    parameter_roles,
+    plan_stacks,
+    quantile_pruned,
+    quantize_and_encode,
+    quantize_model,
+    read_artifact,
+    rows_by_hand,
+    sample_windows,
+)
+
+GPTQ: dict[str, Any] = {"quantizer": "gptq", "vocab_size": 48, "model_dim": 16, "num_layers": 2}
+CODED = ("attn", "mlp", "embed", "table")
+SHA = "0" * 64
+TRIES = 8  # most encodings that the search for steps may take
+
+
+def windows_of(cfg: Config, rows: int, seed: int = 0) -> torch.Tensor:
+    """Random windows, (rows, T + 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=generator)
+
+
+def lone_run(cfg: Config) -> Run:
+    """One process that writes nothing."""
+    device = torch.device("cpu")
+    return Run(
+        cfg=cfg, directory=Path(), rank=0, world_size=1, device=device, dtype=torch.float32
+    )  # fmt: skip
+
+
+def curvatures_of(run: Run, model: GPT, *windows: torch.Tensor) -> dict[str, Curvature]:
+    """What the script finds on these windows, each a pass of its own."""
+    moments = Moments(model)
+    with moments.watching():
+        for window_BT in windows:
+            moments.take(window_BT)
+    return moments.curvatures(run)
+
+
+# --- Curvature -----------------------------------------------------------------------------------
+
+
+def brute_force(model: GPT, window_BT: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+    """By matrix: E[x x^T] of inputs and E[g^2] by output; by table: E[g g^T] and share of reads.
+
+    A zero is added to the output of every visit; the gradient at it is that at the output.
+    """
+    ids_BT, target_BT = window_BT[:, :-1], window_BT[:, 1:]
+    visits: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    hooks = []
+
+    def watch(name: str) -> Callable[..., torch.Tensor]:
+        def hook(_: Any, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+            zero = torch.zeros_like(y).requires_grad_()
+            visits.setdefault(name, []).append((args[0].detach(), zero))
+            return y + zero
+
+        return hook
+
+    for path, module in model.named_modules():
+        if isinstance(module, Linear | Embedding) and path != "lm_head":
+            hooks.append(module.register_forward_hook(watch(f"{path}.weight")))
+    x_BTD = model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
+    z_BTV = x_BTD @ model.get_parameter(head).T
+    zero_BTV = torch.zeros_like(z_BTV).requires_grad_()
+    cap = model.cfg.logit_softcap
+    logits_BTV = cap * torch.tanh((z_BTV + zero_BTV) / cap)
+    nats = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), reduction="sum")
+    zeros = [zero for seen in visits.values() for _, zero in seen]
+    grads = iter(torch.autograd.grad(nats, [*zeros, zero_BTV]))
+    count, found = ids_BT.numel(), dict[str, tuple[torch.Tensor, ...]]()
+    for name, seen in visits.items():
+        a = b = torch.zeros((), dtype=torch.float64)
+        for x, _ in seen:
+            g = next(grads).flatten(0, -2).double()
+            if "table" in name or name == "tok_emb.weight":
+                rows = model.get_parameter(name).shape[0]
+                a, b = a + g.T @ g, b + F.one_hot(x.flatten(), rows).sum(dim=0).double()
+            else:
+                x = x.flatten(0, -2).double()
+                a, b = a + x.T @ x, b + (g * g).sum(dim=0)
+        found[name] = (a / count, b / count)
+    x, g = x_BTD.detach().flatten(0, 1).double(), next(grads).flatten(0, 1).double()
+    pair = (x.T @ x / count, (g * g).sum(dim=0) / count)
+    found[head] = (*found.get(head, ()), *pair)
+    return found
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "loops": {"num_layers": 3, "num_loops": 2, "loop_start": 1, "loop_end": 1},
+    "tables": {"bigram_vocab_size": 20, "bigram_dim": 6, "trigram_vocab_size": 30,
+               "trigram_dim": 4, "ve_layers": "0,1", "ve_dim": 6},
+    "values": {"value_residual": "resformer", "attn_gate": "sparse", "gate_window": 4,
+               "smear_gate": "lambda", "skip_gates": True},
+    "lanes": {"parallel_residual": "routed", "parallel_start_layer": 1, "num_layers": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_curvature_is_the_brute_force_mean_of_products(shape: str, make_run: MakeRun):
+    cfg = tiny_config(**GPTQ | SHAPES[shape])
+    model, window_BT = random_model(cfg), windows_of(cfg, 3)
+    found = curvatures_of(make_run(), model, window_BT)
+    expected = brute_force(model, window_BT)
+    assert found.keys() == expected.keys()
+    for name, pairs in expected.items():
+        a, b = sum_of_forms(list(zip(pairs[::2], pairs[1::2], strict=True)))
+        # Sums of a hundred products in float32 against float64.
+        torch.testing.assert_close(
+            found[name].inputs_II.double(), a, rtol=1e-3, atol=1e-5 * float(a.abs().max())
+        )
+        torch.testing.assert_close(
+            found[name].outputs_O.double(), b, rtol=1e-3, atol=1e-5 * float(b.abs().max())
+        )
+
+
+def sum_of_forms(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """The form with the trace of a pair, or of the sum of two (as matrix, as table), by rows and
+    as a whole; its outputs are 1 in the mean.
+    """
+    a = torch.stack([inputs * outputs.mean() for inputs, outputs in pairs]).sum(dim=0)
+    by_row = torch.stack([inputs.trace() * outputs for inputs, outputs in pairs]).sum(dim=0)
+    return a, by_row / by_row.mean()
+
+
+def test_a_tied_embedding_s_form_has_the_trace_of_the_sum_row_by_row(make_run: MakeRun):
+    cfg = tiny_config(**GPTQ)
+    model, window_BT = random_model(cfg), windows_of(cfg, 3)
+    found = curvatures_of(make_run(), model, window_BT)["tok_emb.weight"]
+    table, reads, inputs, outputs = brute_force(model, window_BT)["tok_emb.weight"]
+    for row in range(cfg.vocab_size):
+        exact = table.trace() * reads[row] + inputs.trace() * outputs[row]
+        trace = found.inputs_II.double().trace() * found.outputs_O[row].double()
+        assert float(trace) == pytest.approx(float(exact), rel=1e-3)
+
+
+def test_watching_changes_neither_the_weights_nor_what_the_model_computes(make_run: MakeRun):
+    cfg = tiny_config(**GPTQ)
+    model, window_BT = random_model(cfg), windows_of(cfg, 2)
+    before, logits = dict(model.state_dict()), model.logits(window_BT[:, :-1])
+    curvatures_of(make_run(), model, window_BT)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(model.logits(window_BT[:, :-1]), logits)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_two_passes_are_one_and_two_ranks_are_one(make_run: MakeRun):
+    cfg = tiny_config(**GPTQ | SHAPES["tables"])
+    model, window_BT = random_model(cfg), windows_of(cfg, 4)
+    whole = curvatures_of(make_run(), model, window_BT)
+    both = curvatures_of(make_run(), model, window_BT[:1], window_BT[1:])
+    sent: list[torch.Tensor] = []
+
+    class Second(Run):
+        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+            sent.append(tensor.clone())
+            return tensor
+
+    class First(Run):
+        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.add_(sent.pop(0))  # fails if the ranks send in another order
+
+    own = {f.name: getattr(make_run(), f.name) for f in dataclasses.fields(Run)}
+    ranks = [kind(**own) for kind in (Second, First)]
+    curvatures_of(ranks[0], model, window_BT[:1])
+    summed = curvatures_of(ranks[1], model, window_BT[1:])
+    assert not sent
+    for other in (both, summed):
+        for name, curvature in whole.items():
+            for a, b in zip(curvature, other[name], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_coded_matrix_has_a_hessian(shape: str, make_run: MakeRun):
+    cfg = tiny_config(**GPTQ | SHAPES[shape])
+    model = random_model(cfg)
+    found = curvatures_of(make_run(), model, windows_of(cfg, 2))
+    roles = {name: role.tensors for name, role in parameter_roles(model).items()}
+    assert found.keys() == {name for name, group in roles.items() if group in CODED}
+    for name, (inputs_II, outputs_O) in found.items():
+        rows, columns = model.get_parameter(name).shape
+        assert inputs_II.shape == (columns, columns) and outputs_O.shape == (rows,)
+        assert inputs_II.isfinite().all() and (outputs_O >= 0).all()
+        assert float(inputs_II.trace()) > 0 and float(outputs_O.sum()) > 0
+        lowest = torch.linalg.eigvalsh(inputs_II.double())[0]
+        assert lowest > -1e-5 * inputs_II.trace()
+    stacks = plan_stacks(cfg, model, found)
+    names = [name for stack in stacks for name in stack.names]
+    assert sorted(names) == sorted(found) and all(stack.factor is not None for stack in stacks)
+
+
+# --- Calibration ---------------------------------------------------------------------------------
+
+
+class Text:
+    """A loader that notes what is read."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.reads = cfg, list[tuple[int, int, int]]()
+
+    def read(self, position: int, seq_len: int, batch_tokens: int) -> torch.Tensor:
+        self.reads.append((position, seq_len, batch_tokens))
+        return windows_of(self.cfg, batch_tokens // seq_len, seed=position)
+
+
+class NoText:
+    """A loader that must not be asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError("training data was read")
+
+
+def test_calibration_reads_the_text_after_what_was_trained_on(make_run: MakeRun):
+    run = make_run(**GPTQ, gptq_calibration_batches=3)
+    text = Text(run.cfg)
+    found: Any = calibrate(run, random_model(run.cfg), text, Progress(7, 1.0, 7 * 256 + 5))  # type: ignore[arg-type]
+    assert text.reads == [(1792 - 1792 % 32 + i * 256, 32, 256) for i in range(3)]
+    windows = [windows_of(run.cfg, 8, seed=read[0]) for read in text.reads]
+    exact = curvatures_of(run, random_model(run.cfg), *windows)
+    for name, curvature in found.items():
+        torch.testing.assert_close(curvature.inputs_II, exact[name].inputs_II, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("train_s", "batches"), [(0.0, 5), (99.9999, 1), (200.0, 1)])
+def test_calibration_ends_where_the_training_budget_would(
+    train_s: float, batches: int, make_run: MakeRun
+):
+    run = make_run(**GPTQ, gptq_calibration_batches=5, max_wallclock_seconds=100.0)
+    text = Text(run.cfg)
+    calibrate(run, random_model(run.cfg), text, Progress(1, train_s, 0))  # type: ignore[arg-type]
+    assert len(text.reads) == batches
+
+
+def test_self_calibration_needs_no_data_and_is_deterministic(make_run: MakeRun):
+    run = make_run(**GPTQ, gptq_calibration_batches=2, calibration="self", train_batch_tokens=64)
+    first, second = (
+        calibrate(run, random_model(run.cfg), NoText(), Progress(1, 1.0, 256))  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    roles = parameter_roles(random_model(run.cfg))
+    assert first.keys() == {name for name, role in roles.items() if role.tensors in CODED}
+    for name, curvature in first.items():
+        assert all(map(torch.equal, curvature, second[name]))
+
+
+def test_sampled_windows_begin_with_bos_and_follow_the_model():
+    cfg = tiny_config(**GPTQ)
+    model = random_model(cfg)
+    generator = torch.Generator().manual_seed(0)
+    window_BT = sample_windows(model, 600, 2, generator)
+    assert window_BT.shape == (600, 3) and (window_BT[:, 0] == BOS_ID).all()
+    # The second token is drawn at temperature 0.8: 600 draws against the exact odds.
+    z_V = model.logits(window_BT[:1, :1])[0, 0].double() / 0.8
+    shares_V = torch.bincount(window_BT[:, 1], minlength=cfg.vocab_size) / 600
+    deviation_V = (z_V.softmax(dim=0) * (1 - z_V.softmax(dim=0)) / 600).sqrt()
+    assert ((shares_V - z_V.softmax(dim=0)).abs() < 5 * deviation_V + 1e-3).all()
+    assert window_BT[:, 2].unique().numel() > 5
+
+
+# --- GPTQ and steps ------------------------------------------------------------------------------
+
+
+def cost(
+    model: GPT, tensors: dict[str, Quantized], found: dict[str, Curvature]
+) -> dict[str, float]:
+    """tr(E H E^T) of each matrix's error, in float64."""
+    weights, costs = assembled(tensors), {}
+    for name, (inputs_II, _) in found.items():
+        error_OI = (weights[name] - model.get_parameter(name).detach()).double()
+        costs[name] = float((error_OI @ inputs_II.double() * error_OI).sum())
+    return costs
+
+
+@pytest.fixture
+def calibrated(make_run: MakeRun) -> tuple[GPT, dict[str, Curvature]]:
+    """A random model with all kinds of matrices, and its curvature."""
+    cfg = tiny_config(**GPTQ | SHAPES["tables"])
+    model = random_model(cfg)
+    return model, curvatures_of(make_run(), model, windows_of(cfg, 8))
+
+
+@pytest.mark.parametrize("steps", ["max", "percentile", "search"])
+def test_gptq_s_error_in_the_hessian_s_norm_is_below_rounding_s(
+    steps: str, calibrated: tuple[GPT, dict[str, Curvature]]
+):
+    model, found = calibrated
+    bits: dict[str, Any] = {f"{group}_bits": 4 for group in CODED}
+    costs = []
+    for quantizer in ("rtn", "gptq"):
+        cfg = dataclasses.replace(model.cfg, quantizer=quantizer, row_steps=steps, **bits)
+        stacks = plan_stacks(cfg, model, found if quantizer == "gptq" else {})
+        costs.append(cost(model, quantize_model(cfg, model, stacks), found))
+    for name, rounded in costs[0].items():
+        assert costs[1][name] <= 1.02 * rounded, name  # greedy: nearly always, not always, below
+    assert sum(costs[1].values()) < 0.9 * sum(costs[0].values())
+
+
+@pytest.mark.parametrize("sigmas", ["12.85", "attn:12.85,mlp:5,embed:20,table:3"])
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_clip_sigmas_make_steps_of_so_many_standard_deviations(
+    sigmas: str, quantizer: str, calibrated: tuple[GPT, dict[str, Curvature]]
+):
+    model, found = calibrated
+    cfg = dataclasses.replace(
+        model.cfg, clip_sigmas=sigmas, row_steps="solved", quantizer=quantizer, mlp_bits=6
+    )
+    tensors = quantize_model(cfg, model, plan_stacks(cfg, model, found))
+    for name in found:
+        group = parameter_roles(model)[name].tensors
+        k = {"attn": 12.85, "mlp": 5, "embed": 20, "table": 3}[group] if ":" in sigmas else 12.85
+        std_O = model.get_parameter(name).detach().double().numpy().std(axis=1, ddof=1)
+        expected_O = k * std_O / (2 ** (cfg.bits[group] - 1) - 1)
+        np.testing.assert_allclose(tensors[name].scales.astype(float), expected_O, rtol=1e-3)  # type: ignore[union-attr]
+        assert tensors[name].columns is None
+
+
+def test_rows_of_zero_deviation_do_not_divide_by_zero():
+    cfg = tiny_config(clip_sigmas="12.85", row_steps="solved")
+    model = random_model(cfg)
+    with torch.no_grad():
+        model.tok_emb.weight[0] = 0.3
+        model.tok_emb.weight[1] = 0.0
+    stored = quantize_model(cfg, model)["tok_emb.weight"]
+    assert stored.scales is not None and (stored.scales > 0).all()
+    assert stored.dequantized().isfinite().all()
+    assert (stored.dequantized()[1] == 0).all()
+
+
+def test_percentiles_are_the_quantiles_of_each_row():
+    weight_OI = torch.randn(5, 400)
+    for share in (0.9, 0.999, 1.0):
+        cfg = tiny_config(row_steps="percentile", clip_percentile=share, attn_bits=6)
+        expected_O = np.quantile(np.abs(weight_OI.numpy()), share, axis=1) / 31
+        step_O = rows_by_hand(cfg, weight_OI, "attn", None)
+        np.testing.assert_allclose(step_O.numpy(), expected_O, rtol=1e-5)
+    cfg = tiny_config(row_steps="max", attn_bits=6)
+    torch.testing.assert_close(
+        rows_by_hand(cfg, weight_OI, "attn", None), weight_OI.abs().amax(1) / 31
+    )
+
+
+def test_the_search_takes_the_percentile_of_the_least_squared_error_of_the_matrix():
+    # One row has an outlier, for which 4 bits would give up all others.
+    weight_OI = torch.randn(6, 3000)
+    weight_OI[2, 7] = 30.0
+    cfg = tiny_config(row_steps="search", attn_bits=4)
+    errors = {}
+    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):  # GPTQ-lite's, techniques.md 6.3
+        step_O1 = torch.quantile(weight_OI.abs(), share, dim=1)[:, None] / 7
+        back = (weight_OI / step_O1).round().clamp(-7, 7) * step_O1
+        errors[share] = (float((back - weight_OI).square().sum()), step_O1[:, 0])
+    best = min(errors.values(), key=lambda pair: pair[0])[1]
+    assert not torch.equal(best, errors[1.0][1])
+    torch.testing.assert_close(rows_by_hand(cfg, weight_OI, "attn", None), best)
+
+
+def test_hessian_clip_lambda_widens_the_steps_of_important_rows():
+    weight_OI, inputs_II = torch.randn(8, 30), torch.diag(torch.rand(30) * 5)
+    found = Curvature(inputs_II, torch.ones(8))
+    plain, aware = (
+        tiny_config(clip_sigmas="10", row_steps="solved", hessian_clip_lambda=value, attn_bits=6)
+        for value in (0.0, 0.175)
+    )
+    column_I = inputs_II.diagonal() / inputs_II.diagonal().mean()  # techniques.md 6.5
+    row_O = (weight_OI.abs() * column_I).mean(dim=1)
+    factor_O = 1 + 0.175 * (row_O / row_O.mean() - 1)
+    expected_O = 10 * weight_OI.std(dim=1) / 31
+    torch.testing.assert_close(rows_by_hand(plain, weight_OI, "attn", found), expected_O)
+    torch.testing.assert_close(rows_by_hand(aware, weight_OI, "attn", found), expected_O * factor_O)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.5])
+def test_pruning_zeroes_the_smallest_share_of_large_matrices_alone(share: float):
+    cfg = tiny_config(vocab_size=2200, prune_frac=share)  # 2200 x 32 > 65,536 > the others
+    model = random_model(cfg)
+    for stack in plan_stacks(cfg, model, {}):
+        for name, weight_OI in zip(stack.names, stack.weight_LOI, strict=True):
+            exact_OI = model.get_parameter(name).detach()
+            zeros = weight_OI == 0
+            if name == "tok_emb.weight":
+                assert float(zeros.float().mean()) == pytest.approx(share, abs=1e-3)
+                assert exact_OI[zeros].abs().max() <= exact_OI[~zeros].abs().min()
+            assert torch.equal(weight_OI[~zeros], exact_OI[~zeros])
+            assert name == "tok_emb.weight" or not zeros.any()
+    small = torch.randn(256, 256)  # of exactly 65,536 numbers
+    assert torch.equal(quantile_pruned(small, 0.5), small)
+
+
+# --- Corrections of low rank ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [0, 4, 5])
+@pytest.mark.parametrize("compressor", ["ans", "zlib"])
+def test_corrections_lower_the_error_of_the_worst_matrices_and_survive_the_file(
+    group: int, compressor: str, make_run: MakeRun, tmp_path: Path
+):
+    knobs = dict(lqer_rank=4, lqer_top_k=2, lqer_group=group, compressor=compressor)
+    cfg = tiny_config(model_dim=32, vocab_size=48, attn_bits=4, mlp_bits=4, **knobs)
+    model = random_model(cfg)
+    with torch.no_grad():  # so that there is something of low rank to be corrected
+        for p in model.parameters():
+            if p.dim() == 2:
+                p[:, 0] *= 30
+    stacks = plan_stacks(cfg, model, {})
+    tensors = quantize_model(cfg, model, stacks)
+    corrected = {name[:-2] for name in tensors if "@" in name}
+    assert len(corrected) == 2 and {f"{n}@{i}" for n in corrected for i in (0, 1)} <= tensors.keys()
+    plain = {name: t for name, t in tensors.items() if "@" not in name}
+    errors = {
+        name: [float((w[name] - model.get_parameter(name)).detach().norm()) for w in (rough, fine)]
+        for rough, fine in [(assembled(plain), assembled(tensors))]
+        for stack in stacks
+        for name in stack.names
+    }
+    worst = sorted(errors, key=lambda name: -errors[name][0])[:2]
+    assert corrected == set(worst)
+    for name, (before, after) in errors.items():
+        assert after < before if name in corrected else after == before, name
+    path = tmp_path / "a.bin"
+    path.write_bytes(encode_artifact(cfg, tensors, SHA))
+    assert_is_assembled(read_artifact(path, make_run(), SHA), tensors)
+
+
+def test_a_correction_of_full_rank_in_many_bits_would_be_the_error_itself():
+    # The factors are those of the singular value decomposition: 4 bits leave a tenth of an error
+    # that has rank 1.
+    cfg = tiny_config(lqer_rank=1, lqer_top_k=1)
+    exact_OI = torch.outer(torch.randn(20), torch.randn(30))
+    codes = np.zeros((20, 30), dtype=np.int8)
+    tensors = {"x": Quantized(8, codes, np.ones(20, dtype=np.float16))}
+    stack = Stack(["x"], exact_OI[None], None, torch.ones(1, 20), torch.ones(1, 30), 8,
+                  torch.ones(1, 30))  # fmt: skip
+    found = low_rank_corrections(cfg, [stack], tensors)
+    back = found["x@0"].dequantized() @ found["x@1"].dequantized()
+    assert float((back - exact_OI).norm() / exact_OI.norm()) < 0.15
+
+
+# --- The byte budget -----------------------------------------------------------------------------
+
+
+def normal_stack(rows: int = 100, columns: int = 80) -> Stack:
+    """A stack of one matrix whose columns' deviations vary by a factor of 20."""
+    spread_LI = torch.logspace(-0.65, 0.65, columns)[None]
+    weight_LOI = torch.randn(1, rows, columns) * spread_LI[:, None]
+    return Stack(["x"], weight_LOI, None, torch.ones(1, rows), torch.ones(1, columns), 8, spread_LI)
+
+
+def size_of(stack: Stack, multiplier: float) -> float:
+    """Bytes of the rounded weights by their exact entropy, column by column."""
+    bits = 0.0
+    for column_O in (stack.weight_LOI[0] / multiplier).round().T:
+        counts = torch.unique(column_O, return_counts=True)[1].double()
+        bits += float((counts * (counts.sum() / counts).log2()).sum())
+    return bits / 8
+
+
+class Encoder:
+    """Makes payloads of a size that depends on the multiplier, and counts."""
+
+    def __init__(self, size: Callable[[float], float]):
+        self.size, self.calls = size, list[tuple[float, int]]()
+
+    def __call__(self, multiplier: float) -> bytes:
+        payload = bytes(max(1, int(self.size(multiplier))))
+        self.calls.append((multiplier, len(payload)))
+        return payload
+
+
+@pytest.mark.parametrize("budget", [2_500, 3_000, 4_000, 5_000])
+@pytest.mark.parametrize(("factor", "extra"), [(1.0, 0), (1.15, 300), (0.9, 900)])
+def test_the_budget_is_filled_by_an_encoder_that_costs_more_or_less_than_estimated(
+    budget: int, factor: float, extra: int
+):
+    stack = normal_stack(rows=300, columns=40)
+    encoder = Encoder(lambda multiplier: factor * size_of(stack, multiplier) + extra)
+    payload = fill_budget([stack], encoder, budget)
+    assert 0.998 * budget <= len(payload) <= budget, encoder.calls
+    assert len(encoder.calls) <= TRIES
+
+
+def test_an_encoder_with_noise_never_passes_the_budget():
+    stack, budget = normal_stack(), 3_000
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+
+        def noisy(m: float, rng: np.random.Generator = rng) -> float:
+            return size_of(stack, m) * (1 + 0.01 * rng.standard_normal())
+
+        encoder = Encoder(noisy)
+        payload = fill_budget([stack], encoder, budget)
+        below = [size for _, size in encoder.calls if size <= budget]
+        assert len(encoder.calls) <= TRIES and len(payload) == max(below), encoder.calls
+        assert len(payload) > 0.97 * budget
+
+
+@pytest.mark.parametrize("budget", [-5, 0, 1, 200])
+def test_a_budget_that_cannot_be_reached_gives_an_artifact_that_is_too_large(budget: int):
+    # account_sizes fails the run then, with the numbers.
+    encoder = Encoder(lambda multiplier: size_of(normal_stack(), multiplier) + 250)
+    payload = fill_budget([normal_stack()], encoder, budget)
+    assert len(payload) > budget and 0 < len(encoder.calls) <= TRIES
+    assert all(math.isfinite(multiplier) for multiplier, _ in encoder.calls)
+
+
+def test_a_budget_beyond_the_finest_steps_is_not_filled():
+    stack = normal_stack()
+    encoder = Encoder(lambda multiplier: size_of(stack, multiplier))
+    payload = fill_budget([stack], encoder, 10**7)
+    (_, size), *more = encoder.calls
+    assert not more and len(payload) == size
+    # Empirical entropy of 100 samples a column is less than the true one: never above.
+    assert size < FINEST_BITS / 8 * stack.weight_LOI.numel()
+    fine = size_of(stack, encoder.calls[0][0])
+    assert fine > 0.8 * min(FINEST_BITS, math.log2(100)) / 8 * stack.weight_LOI.numel()
+
+
+@pytest.fixture(scope="module")
+def larger() -> tuple[GPT, dict[str, Curvature]]:
+    """A random model of 40,000 weights and its curvature on random text."""
+    cfg = tiny_config(quantizer="gptq", gate_bits=8, control_bits=8, vocab_size=256)
+    model = random_model(cfg)
+    moments = Moments(model)
+    with moments.watching():
+        moments.take(windows_of(cfg, 16))
+    return model, moments.curvatures(lone_run(cfg))
+
+
+def export(run: Run, model: GPT, found: dict[str, Curvature]) -> tuple[bytes, int]:
+    """The artifact, and how often one was made."""
+    payload = quantize_and_encode(run, model, found, SHA)
+    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+    events = [record for line in lines if (record := json.loads(line))["event"] == "quantized"]
+    assert len(payload) in [event["artifact_bytes"] for event in events]
+    return payload, len(events)
+
+
+EXPORT = {"vocab_size": 256, "quantizer": "gptq", "row_steps": "solved", "gate_bits": 8,
+          "control_bits": 8}  # fmt: skip
+CODE_BYTES = 777
+
+
+@pytest.mark.parametrize(
+    ("grid", "compressor", "budget"),
+    [("uniform", "ans", 9_000), ("uniform", "ans", 16_000), ("uniform", "ans", 22_000),
+     ("uniform", "brotli", 16_000), ("trellis", "ans", 12_000), ("trellis", "ans", 18_000)],
+)  # fmt: skip
+def test_solved_steps_fill_the_budget_with_code_and_artifact(
+    grid: str, compressor: str, budget: int, larger: Any, make_run: MakeRun
+):
+    run = make_run(**EXPORT, quant_grid=grid, compressor=compressor,
+                   artifact_budget_bytes=budget + CODE_BYTES)  # fmt: skip
+    (run.directory / "train_gpt.py").write_bytes(bytes(CODE_BYTES))
+    payload, times = export(run, *larger)
+    assert 0.998 * budget <= len(payload) <= budget and times <= TRIES
+
+
+def test_clip_sigmas_switch_the_solver_off(larger: Any, make_run: MakeRun):
+    run = make_run(**EXPORT, clip_sigmas="12.85", artifact_budget_bytes=10**6, attn_bits=6)
+    (run.directory / "train_gpt.py").write_bytes(bytes(CODE_BYTES))
+    payload, times = export(run, *larger)
+    assert times == 1
+    exact = quantize_model(run.cfg, larger[0], plan_stacks(run.cfg, *larger))
+    assert payload == encode_artifact(run.cfg, exact, SHA)
+
+
+def test_a_large_budget_is_not_filled_with_noise(larger: Any, make_run: MakeRun):
+    run = make_run(**EXPORT, compressor="ans")
+    (run.directory / "train_gpt.py").write_bytes(bytes(CODE_BYTES))
+    payload, times = export(run, *larger)
+    weights = sum(larger[0].get_parameter(name).numel() for name in larger[1])
+    assert times == 1 and len(payload) < 1.1 * FINEST_BITS / 8 * weights + 3000
+    model = train_gpt.GPT(run.cfg, train_gpt.choose_attention(run.cfg, run.device, run.dtype),
+                          run.dtype)  # fmt: skip
+    header, body = decode_header(payload)
+    model.load_state_dict(assembled(decode_tensors(header, body, *blueprint(run.cfg))))
+    window_BT = windows_of(run.cfg, 4, seed=5)
+    losses = [
+        float(m.score(window_BT[:, :-1], window_BT[:, 1:]).mean()) for m in (model, larger[0])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_solved_steps_cost_less_at_equal_bytes_than_equal_clipping(larger: Any, make_run: MakeRun):
+    model, found = larger
+    six = {"attn_bits": 6, "mlp_bits": 6, "embed_bits": 6}
+
+    def loss(payload: bytes, cfg: Config) -> float:
+        """Half of this is what the Kronecker form says that the loss grows by."""
+        header, body = decode_header(payload)
+        weights, total = assembled(decode_tensors(header, body, *blueprint(cfg))), 0.0
+        for name, (inputs_II, outputs_O) in found.items():
+            error_OI = (weights[name] - model.get_parameter(name).detach()).double()
+            by_row_O = (error_OI @ inputs_II.double() * error_OI).sum(dim=1)
+            total += float((by_row_O * outputs_O).sum())
+        return total
+
+    by_hand = make_run(**EXPORT | six, compressor="ans", clip_sigmas="10")
+    exact = quantize_model(by_hand.cfg, model, plan_stacks(by_hand.cfg, model, found))
+    reference = encode_artifact(by_hand.cfg, exact, SHA)
+    run = make_run(**EXPORT, compressor="ans", artifact_budget_bytes=len(reference))
+    (run.directory / "train_gpt.py").write_bytes(b"")
+    solved, _ = export(run, model, found)
+    assert len(solved) <= len(reference)
+    # A random model knows no rows that matter much more than others: a trained one gains more.
+    assert loss(solved, run.cfg) < 0.9 * loss(reference, by_hand.cfg)
+
+
+# --- Round trips of every combination ------------------------------------------------------------
+
+
+def assert_is_assembled(model: GPT, tensors: dict[str, Quantized]) -> None:
+    """The model's parameters are, bit for bit, what the stored tensors say."""
+    expected = assembled(tensors)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(parameters[name].detach(), weight), name
+
+
+COMPRESSORS = ("ans", "zlib", "zstd", "lzma", "brotli", "brotli_shuffled")
+
+
+def allowed(**knobs: Any) -> bool:
+    try:
+        tiny_config(**knobs)
+    except InputError:
+        return False
+    return True
+
+
+COMBINATIONS = [
+    knobs
+    for quantizer, grid, (steps, sigmas), compressor in itertools.product(
+        ("rtn", "gptq"),
+        ("uniform", "trellis"),
+        [("solved", ""), ("max", ""), ("percentile", ""), ("search", ""), ("solved", "9")],
+        COMPRESSORS,
+    )
+    if allowed(
+        **(
+            knobs := {
+                "quantizer": quantizer, "quant_grid": grid, "row_steps": steps,
+                "clip_sigmas": sigmas, "compressor": compressor,
+            }
+        )
+    )
+]  # fmt: skip
+
+
+def test_config_allows_rounding_in_4_ways_and_gptq_in_10_for_each_compressor():
+    assert len(COMBINATIONS) == 6 * (4 + 10)
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[tuple[GPT, dict[str, Curvature]]]:
+    """A random model that has every kind of tensor, and its curvature."""
+    cfg = tiny_config(**GPTQ | SHAPES["tables"] | SHAPES["values"])
+    model = random_model(cfg)
+    moments = Moments(model)
+    with moments.watching():
+        moments.take(windows_of(cfg, 2))
+    yield model, moments.curvatures(lone_run(cfg))
+
+
+def in_turn(knobs: dict[str, Any]) -> Any:
+    """The combination; slow if its coder is general and another of its kind stands for it."""
+    name = "-".join(filter(None, knobs.values()))
+    rounds = knobs["quantizer"] == "rtn"
+    plain = knobs["row_steps"] == ("max" if rounds else "solved") and not knobs["clip_sigmas"]
+    stands = knobs["compressor"] in ("ans", "zlib") or plain
+    stands &= knobs["compressor"] != "lzma" or rounds
+    return pytest.param(knobs, id=name, marks=[] if stands else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("knobs", [*map(in_turn, COMBINATIONS)])
+def test_a_model_read_back_is_what_was_stored_and_is_stored_to_the_same_bytes(
+    knobs: dict[str, Any], small: Any, make_run: MakeRun, tmp_path: Path
+):
+    model, found = small
+    plain = len(str(knobs)) % 2 * 8 + 8  # both ways to store vectors and gates, some of each
+    lqer = {"lqer_rank": 2, "lqer_group": 4 * (plain == 8)}
+    cfg = dataclasses.replace(model.cfg, **knobs, **lqer, gate_bits=plain, control_bits=plain)
+
+    def stored() -> dict[str, Quantized]:
+        stacks = plan_stacks(cfg, model, found if cfg.quantizer == "gptq" else {})
+        spread = float(torch.cat([stack.spread_LI.flatten() for stack in stacks]).median())
+        return quantize_model(cfg, model, stacks, spread / 15 if cfg.solves_steps else 1.0)
+
+    tensors = stored()
+    payload = encode_artifact(cfg, tensors, SHA)
+    assert encode_artifact(cfg, stored(), SHA) == payload
+    path = tmp_path / "a.bin"
+    path.write_bytes(payload)
+    assert_is_assembled(read_artifact(path, make_run(), SHA), tensors)
+    header, body = decode_header(payload)
+    back = decode_tensors(header, body, *blueprint(cfg))
+    assert encode_artifact(cfg, back, SHA) == payload
+    weights = assembled(tensors)
+    for name in found:  # 8 bits, or 15 steps a deviation: near the model itself
+        exact = model.get_parameter(name).detach()
+        assert float((weights[name] - exact).norm() / exact.norm()) < 0.35, name
+
+
+ODD_SHAPES: dict[str, dict[str, Any]] = {
+    "one block": {"num_layers": 1},
+    "lanes": {"parallel_residual": "lanes", "parallel_start_layer": 1},
+    "routed": {"parallel_residual": "routed", "parallel_start_layer": 1},
+    "merge": {"parallel_residual": "merge", "parallel_start_layer": 1},
+    "x0": {"value_residual": "x0"},
+    "vrl": {"value_residual": "vrl"},
+    "two caps": {"asym_logit_rescale": True},
+    "one head": {"num_heads": 1, "num_kv_heads": 1},
+    "loops": SHAPES["loops"] | {"skip_gates": True},
+    "narrow": {"model_dim": 2, "num_heads": 1, "num_kv_heads": 1, "mlp_mult": 0.5},
+    "blend": {"smear_gate": "blend", "attn_gate": "input"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compressor", ["ans", "zlib"])
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_every_shape_of_model_is_written_and_read_with_vectors_in_8_bits(
+    shape: str, compressor: str, make_run: MakeRun, tmp_path: Path
+):
+    cfg = tiny_config(
+        **{**GPTQ, "quantizer": "rtn", **ODD_SHAPES[shape]},
+        compressor=compressor,
+        gate_bits=8,
+        control_bits=8,
+    )
+    model = random_model(cfg)
+    tensors = quantize_model(cfg, model)
+    path = tmp_path / "a.bin"
+    path.write_bytes(encode_artifact(cfg, tensors, SHA))
+    back = read_artifact(path, make_run(), SHA)
+    assert_is_assembled(back, tensors)
+    for name, exact in model.named_parameters():
+        error = (back.get_parameter(name) - exact).detach().abs()
+        step = exact.detach().abs().max() / 127 if exact.numel() else torch.tensor(0.0)
+        # Coded steps are the nearest power of 2^(1/8), so that the largest may be cut by 4.4 %.
+        bound = torch.maximum(0.55 * step, 0.045 * exact.detach().abs())
+        assert (error <= bound + 1e-6).all(), name
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+KEEP = f"""
+import os, sys
+import torch
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_gpt
+from tests.conftest import randomize_
+
+build, calibrate = train_gpt.build_model, train_gpt.calibrate
+
+def build_random(run):
+    model = build(run)
+    randomize_(model)
+    return model
+
+def calibrate_and_keep(run, *args):
+    found = calibrate(run, *args)
+    torch.save({{k: tuple(v) for k, v in found.items()}}, f"found_{{run.rank}}.pt")
+    return found
+
+train_gpt.build_model, train_gpt.calibrate = build_random, calibrate_and_keep
+sys.exit(train_gpt.main())
+"""
+STILL = dict.fromkeys(["embed_lr", "head_lr", "tied_embed_lr", "scalar_lr", "matrix_lr"], 0.0)
+DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by plainer ones
+    name: getattr(Config(), name)
+    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "control_bits", "compressor")
+}
+
+
+def test_two_processes_find_the_curvature_that_one_finds(data: TinyData, tmp_path: Path):
+    script = tmp_path / "keep.py"
+    script.write_text(KEEP)
+    knobs = dict(STILL, run_dir="run", num_layers=2, iterations=1, gptq_calibration_batches=2)
+    cfg = tiny_config(**{**DEFAULT_EXPORT, **knobs, "data_path": str(data.folder)})
+    env, found = {**environment(cfg), "MODE": "train"}, {}
+    for count in (1, 2):
+        work = tmp_path / f"work_{count}"
+        work.mkdir()
+        results = run_ranks([env] * count, work, script) if count > 1 else [
+            run_script(env, work, script)]  # fmt: skip
+        assert [result.status for result in results] == [0] * count, results[0].err
+        found[count] = [torch.load(work / f"found_{rank}.pt") for rank in range(count)]
+    one, (first, second) = found[1][0], found[2]
+    assert one.keys() == first.keys() == second.keys()
+    for name, pair in one.items():
+        for a, b, c in zip(pair, first[name], second[name], strict=True):
+            torch.testing.assert_close(b, a, rtol=2e-3, atol=1e-4 * float(a.abs().max()))
+            assert torch.equal(b, c), "replicas differ"
+
+
+RAISE = f"""
+import os, sys
+import torch
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_gpt
+
+def no_decomposition():
+    torch.linalg.cholesky(-torch.eye(3))
+
+def interrupted():
+    raise train_gpt.Interrupted("a signal")
+
+def refused():
+    raise train_gpt.InputError("a file")
+
+cfg = train_gpt.config_from_env(os.environ)
+with train_gpt.start_run(cfg, os.environ) as run:
+    assert run.on_main(lambda: {{"rank": run.rank}}) == {{"rank": 0}}
+    for work in (no_decomposition, interrupted, refused, lambda: 1 // 0):
+        try:
+            run.on_main(work)
+        except Exception as error:
+            print(type(error).__name__, str(error)[:20], flush=True)
+    print(run.on_main(lambda: "goes on"))
+"""
+
+
+def test_what_rank_0_raises_is_raised_on_all_ranks_and_they_go_on(tmp_path: Path):
+    script, work = tmp_path / "raise.py", tmp_path / "work"
+    script.write_text(RAISE)
+    work.mkdir()
+    env = environment(tiny_config(run_dir="run"))
+    results = run_ranks([env, env], work, script)
+    assert [result.status for result in results] == [0, 0], results[0].err + results[1].err
+    lines = [result.out.splitlines() for result in results]
+    assert lines[0] == lines[1]
+    names = [line.split()[0] for line in lines[0]]
+    assert names == ["_LinAlgError", "Interrupted", "InputError", "ZeroDivisionError", "goes"]

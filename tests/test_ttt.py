@@ -1,0 +1,708 @@
+"""Evaluation that learns: what each method computes, and that none can know what it has to predict.
+
+The rules are those of the challenge's issue 1017: C1 a score depends on the tokens before it alone;
+C2 it comes from a full normalised distribution; C3 it stands before anything learns from it; C4
+there is one pass from left to right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
+from tests.processes import SCRIPT, log_events, run_ranks, run_script, submission
+from train_gpt import (
+    BOS_ID,
+    GPT,
+    Pass,
+    Planner,
+    Run,
+    Scorer,
+    Step,
+    Update,
+    Validation,
+    Window,
+    broken_rules,
+    document_bounds,
+    evaluate,
+    plan_adaptive,
+)
+
+T, C = 32, 8  # context, and targets between two updates of a document's adapter
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}  # float32 sums of other shapes
+SMALL: dict[str, Any] = {"num_layers": 2, "val_batch_size": 4 * T}
+CHUNK: dict[str, Any] = {
+    **SMALL, "ttt_method": "chunk", "ttt_chunk_tokens": 2 * T, "ttt_epochs": 2, "ttt_lr": 0.05,
+}  # fmt: skip
+LORA: dict[str, Any] = {
+    **SMALL, "ttt_method": "lora", "ttt_chunk_size": C, "ttt_lora_lr": 0.02, "ttt_batch_size": 3,
+    "ttt_chunk_tokens": 2 * T, "ttt_epochs": 1, "ttt_lr": 0.05,
+}  # fmt: skip
+RICH: dict[str, Any] = {  # whatever moves information along the text
+    "smear_gate": "blend", "bigram_vocab_size": 50, "trigram_vocab_size": 60,
+    "value_residual": "vrl", "xsa_last_n": 1, "num_loops": 1, "loop_start": 0, "loop_end": 1,
+    "ve_layers": "1", "ve_dim": 8,
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "sliding": SMALL,
+    "chunk": CHUNK,
+    "chunk_adamw": {
+        **CHUNK, "ttt_optimizer": "adamw", "ttt_lr": 0.01, "ttt_polyak": 0.5, "ttt_ramp": 3.0,
+        "ttt_byte_weighted": True, "ttt_freeze_blocks": 1, "ttt_train": "blocks",
+    },
+    "chunk_hash": {**CHUNK, "eval_hash_rows": 64, "ttt_asym_caps": True, "ttt_wd": 0.1},
+    "lora_window": {**LORA, "ttt_grad_steps": 2},
+    "lora_text": {**LORA, "ttt_context": "text"},
+    "lora_incremental": {**LORA, **RICH, "ttt_context": "incremental", "ttt_grad_steps": 2},
+    "lora_warm": {**LORA, "ttt_warm_start_a": True, "ttt_lora_wd": 0.5, "ttt_short_chunks": "4@12"},
+    "mixer": {
+        **SMALL, "mixer": "backoff", "mixer_orders": "0-2", "ngram_tilt": 1.0,
+        "ngram_tilt_orders": "2", "ttt_chunk_tokens": 2 * T, "ngram_table_bits": 12,
+    },
+    "chunk_hedge": {
+        **CHUNK, "mixer": "hedge", "hedge_min_tokens": 50, "ngram_table_bits": 12, "hedge_eta": 0.5,
+    },
+    "lora_mixer": {
+        **LORA, "mixer": "backoff", "mixer_orders": "0-2", "ttt_context": "incremental",
+        "ttt_chunk_tokens": T, "ngram_table_bits": 12,
+    },
+    "lora_phases": {**LORA, "ttt_phases": "2,4", "ttt_asym_caps": True, "tie_embeddings": False},
+}  # fmt: skip
+LEARNING = [name for name in METHODS if name != "sliding"]
+each_method = pytest.mark.parametrize("name", METHODS)
+each_learner = pytest.mark.parametrize("name", LEARNING)
+
+
+def text_of(data: TinyData, num_targets: int = 230) -> np.ndarray:
+    """The beginning of the validation text, cut into six documents of known bounds."""
+    ids = data.val[: num_targets + 1].copy()
+    ids[ids == BOS_ID] = 50
+    ids[[place for place in (0, 90, 100, 141, 142, 200) if place < num_targets]] = BOS_ID
+    return ids
+
+
+def validation_of(ids: np.ndarray) -> Validation:
+    return Validation(ids=ids, target_bytes=np.arange(len(ids) - 1) % 4 + 1, partial=False)
+
+
+@contextlib.contextmanager
+def recorded(found: dict[int, float]) -> Iterator[None]:
+    """Within it, whatever a scorer is given is written down, by target."""
+    record = Scorer.record
+
+    def spy(self: Scorer, first: int, nll: np.ndarray) -> None:
+        record(self, first, nll)
+        found.update(enumerate(nll.tolist(), start=first))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "record", spy)
+        yield
+
+
+def nats_of(run: Run, model: GPT, ids: np.ndarray) -> np.ndarray:
+    """Nats of each target in the adaptive pass, or in sliding windows where nothing learns."""
+    found: dict[int, float] = {}
+    with recorded(found):
+        score = evaluate(run, model, validation_of(ids), 8, adaptive=run.cfg.adapts)
+    assert score.problems == ()
+    assert score.nats == pytest.approx(math.fsum(found.values()), rel=1e-12)
+    assert score.num_bytes == validation_of(ids).target_bytes.sum()
+    assert sorted(found) == list(range(len(ids) - 1))
+    return np.array([found[target] for target in range(len(ids) - 1)])
+
+
+# --- C1: strict causal dependence ----------------------------------------------------------------
+
+
+@each_method
+def test_a_changed_token_changes_no_score_before_it_by_a_bit(make_run: MakeRun, data, name):
+    run = make_run(**METHODS[name])
+    model, ids = random_model(run.cfg), text_of(data)
+    before = nats_of(run, model, ids)
+    for place in (70, 150):  # an id; as a target it is one less
+        changed = ids.copy()
+        changed[place] = 60 + (changed[place] == 60)
+        after = nats_of(run, model, changed)
+        np.testing.assert_array_equal(after[: place - 1], before[: place - 1])
+        assert after[place - 1] != before[place - 1]
+        assert (after[place:] != before[place:]).any()
+
+
+@each_method
+def test_another_continuation_changes_no_score_before_it_by_a_bit(make_run: MakeRun, data, name):
+    run = make_run(**METHODS[name])
+    model, ids, place = random_model(run.cfg), text_of(data), 121
+    other = np.where(ids == BOS_ID, BOS_ID, np.roll(ids, 3) % 200 + 50)
+    changed = np.concatenate([ids[:place], other[place:]])
+    before, after = nats_of(run, model, ids), nats_of(run, model, changed)
+    np.testing.assert_array_equal(after[: place - 1], before[: place - 1])
+    assert (after[place:] != before[place:]).mean() > 0.9
+
+
+@each_method
+def test_where_later_documents_begin_and_end_does_not_matter(make_run: MakeRun, data, name):
+    run = make_run(**METHODS[name])
+    model, ids, place = random_model(run.cfg), text_of(data), 125  # inside a document
+    changed = ids.copy()
+    changed[place:] = np.where(ids[place:] == BOS_ID, 70, ids[place:])
+    changed[[130, 160, 222]] = BOS_ID
+    before, after = nats_of(run, model, ids), nats_of(run, model, changed)
+    # Other documents stand side by side: products of other shapes, so not the same to the bit.
+    np.testing.assert_allclose(after[: place - 1], before[: place - 1], rtol=1e-4, atol=1e-4)
+
+
+# --- C2: a full normalised distribution ----------------------------------------------------------
+
+
+@each_method
+def test_probabilities_of_all_tokens_sum_to_one_when_they_are_scored(
+    make_run: MakeRun, data, monkeypatch: pytest.MonkeyPatch, name
+):
+    run = make_run(**METHODS[name])
+    totals: list[torch.Tensor] = []
+    nats = GPT.nats
+
+    calls = itertools.count(1)
+
+    def probe(self: GPT, ids_BT: torch.Tensor, target_BT: torch.Tensor, first: int = 0, **more):
+        """What was asked for; on the way, every token in the place of each target."""
+        past, every = more.pop("past", None), []
+        # The first call scores with the model as it was, the ninth with what it has become.
+        if next(calls) in (1, 9):
+            with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+                stream = self(ids_BT, None if past is None else copy_of(past))
+                patch.setattr(GPT, "forward", lambda *args: stream)  # no target goes into it
+                for token in range(self.cfg.vocab_size):
+                    target = torch.full_like(target_BT, token)
+                    every.append(nats(self, ids_BT, target, first, **more)[1])
+        if every:
+            probability = (-torch.stack(every).double()).exp()
+            keep = more["mixed"].keep_BT[:, first:] if more.get("mixed") else slice(None)
+            totals.append(probability.sum(dim=0)[keep])
+        return nats(self, ids_BT, target_BT, first, past=past, **more)
+
+    monkeypatch.setattr(GPT, "nats", probe)
+    evaluate(run, random_model(run.cfg), validation_of(text_of(data, 100)), 8,
+             adaptive=run.cfg.adapts)  # fmt: skip
+    total = torch.cat([total.flatten() for total in totals])
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+def copy_of(past: train_gpt.Past) -> train_gpt.Past:
+    """Another memory of the same tokens."""
+    copy = train_gpt.Past(len(past.visits), past.capacity)
+    copy.length, copy.ids_BT = past.length, past.ids_BT
+    for mine, theirs in zip(copy.visits, past.visits, strict=True):
+        mine.pair = theirs.pair
+    return copy
+
+
+# --- C3: score before update ---------------------------------------------------------------------
+
+
+@each_learner
+def test_learning_rate_zero_is_no_adaptation_to_the_bit(make_run: MakeRun, data, name):
+    off = {"ttt_lr": 0.0, "ttt_lora_lr": 0.0}
+    run = make_run(**{**METHODS[name], **off})
+    ids, model = text_of(data), random_model(run.cfg)
+    found, expected = nats_of(run, model, ids), dict[int, float]()
+    with recorded(expected), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pass, "train", lambda self, step: None)
+        adapt = Pass.adapt
+        patch.setattr(Pass, "adapt", lambda self, step: adapt(self, step._replace(learns=0)))
+        patch.setattr(GPT, "wear", lambda self, adapters: None)  # no adapters at all
+        evaluate(run, model, validation_of(ids), 8, adaptive=True)
+    np.testing.assert_array_equal(found, [expected[t] for t in range(len(ids) - 1)])
+
+
+@pytest.mark.parametrize("name", ["chunk", "chunk_hash"])
+def test_chunks_at_learning_rate_zero_are_the_sliding_windows_to_the_bit(
+    make_run: MakeRun, data, name
+):
+    # One row a batch, so that products have the same shapes in both passes.
+    changes = {**METHODS[name], "ttt_lr": 0.0, "ttt_asym_caps": False, "val_batch_size": T}
+    run, found = make_run(**changes), dict[int, float]()
+    model, ids = random_model(run.cfg), text_of(data)
+    with recorded(found):
+        evaluate(run, model, validation_of(ids), 8)
+    adaptive = nats_of(run, model, ids)
+    np.testing.assert_array_equal(adaptive, [found[target] for target in range(len(ids) - 1)])
+
+
+@each_learner
+def test_adaptation_changes_scores(make_run: MakeRun, data, name):
+    ids = text_of(data)
+    off = {"ttt_lr": 0.0, "ttt_lora_lr": 0.0, "mixer": "none", "ngram_tilt": 0.0}
+    changed, same = (
+        nats_of(run, random_model(run.cfg), ids)
+        for knobs in ({}, off)
+        for run in [make_run(**{**METHODS[name], **knobs})]
+    )
+    np.testing.assert_allclose(changed[:4], same[:4], **TOLERANCE)  # nothing is scored before
+    assert (np.abs(changed - same) > 1e-4).mean() > 0.4
+
+
+# --- C4: one pass, and the trace that proves it --------------------------------------------------
+
+
+def plan_of(ids: np.ndarray, rank: int, world_size: int, **knobs: Any) -> list[Step]:
+    return plan_adaptive(Planner(tiny_config(**knobs), rank, world_size), ids)
+
+
+@each_learner
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_plans_of_all_ranks_score_each_target_once_and_keep_in_step(data, name, world_size):
+    ids = text_of(data)
+    plans = [plan_of(ids, rank, world_size, **METHODS[name]) for rank in range(world_size)]
+    assert len({len(plan) for plan in plans}) == 1
+    shared = [[(i, s.text) for i, s in enumerate(p) if s.action in ("train", "absorb")]
+              for p in plans]  # fmt: skip
+    assert all(row == shared[0] for row in shared)  # the same collectives at the same ticks
+    scored = [t for plan in plans for step in plan if step.action in ("score", "adapt")
+              for w in step.windows for t in range(w.start + w.score_from, w.end)]  # fmt: skip
+    assert sorted(scored) == list(range(len(ids) - 1))
+
+
+def trace(ticks: list[int], *updates: Update) -> list[str]:
+    return broken_rules(updates, np.array(ticks), np.array(ticks))
+
+
+def test_the_trace_accepts_score_first_and_names_what_is_not():
+    whole, good = (0, 4), [1, 1, 3, 3]
+    assert trace(good, Update(2, (0, 2), whole, True)) == []
+    assert "were scored at step 3" in trace(good, Update(2, (0, 3), whole, True))[0]
+    assert "from left to right" in trace([3, 1, 3, 3], Update(2, (1, 2), whole, True))[0]
+    assert "another stream" in trace(good, Update(3, (0, 2), (2, 4), False))[0]
+    assert trace([3, 3, 1, 1], Update(1, (2, 3), (2, 4), False)) == []  # streams in any order
+
+
+def test_the_trace_knows_only_a_rank_s_own_targets_where_nothing_is_shared():
+    everywhere, own = np.array([2, 1, 2]), np.array([0, 1, 2])
+    update = Update(1, (1, 2), (0, 3), False)
+    assert broken_rules([update], everywhere, own) == []
+    assert broken_rules([update._replace(shared=True)], everywhere, own) != []
+
+
+def test_pretraining_is_caught_and_refused_and_marked(make_run: MakeRun, data):
+    knobs = {**CHUNK, "ttt_method": "pretrain"}
+    with pytest.raises(ValueError, match="ALLOW_NONCOMPLIANT=1"):
+        tiny_config(**knobs)
+    run = make_run(**knobs, allow_noncompliant=True)
+    model, validation = random_model(run.cfg), validation_of(text_of(data))
+    score = evaluate(run, model, validation, 8, adaptive=True)
+    assert "were scored at step" in score.problems[0]
+    train_gpt.final_score(run, model, validation, "ttt")
+    assert run.scores["final_ttt"]["compliant"] is False
+    changed, found = text_of(data), [dict[int, float](), dict[int, float]()]
+    changed[150] = 60
+    for ids, nats in zip((text_of(data), changed), found, strict=True):
+        with recorded(nats):
+            evaluate(run, model, validation_of(ids), 8, adaptive=True)
+    assert any(found[0][t] != found[1][t] for t in range(140))  # the flip test sees it, too
+
+
+def test_a_pass_that_breaks_a_rule_fails_the_run(make_run: MakeRun, data, monkeypatch):
+    run, ids = make_run(**CHUNK), text_of(data)
+
+    def train_first(planner: Planner, ids: np.ndarray) -> list[Step]:
+        steps = plan_adaptive(planner, ids)
+        return sorted(steps, key=lambda step: step.action != "train")
+
+    monkeypatch.setattr(train_gpt, "plan_adaptive", train_first)
+    with pytest.raises(train_gpt.RunFailed, match="were scored at step"):
+        train_gpt.final_score(run, random_model(run.cfg), validation_of(ids), "ttt")
+
+
+# --- Independence --------------------------------------------------------------------------------
+
+
+def permuted(ids: np.ndarray, order: list[int]) -> np.ndarray:
+    bounds = document_bounds(ids)
+    pieces = [ids[bounds[d] : bounds[d + 1]] for d in order]
+    return np.concatenate([*pieces, [BOS_ID]])
+
+
+@pytest.mark.parametrize("name", ["lora_window", "lora_incremental"])
+def test_the_order_of_documents_does_not_matter_where_they_are_independent(
+    make_run: MakeRun, data, name
+):
+    run = make_run(**METHODS[name])
+    model, ids = random_model(run.cfg), text_of(data)
+    ids[-1] = BOS_ID
+    sums = [nats_of(run, model, permuted(ids, order)).sum()
+            for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4], [2, 4, 5, 0, 1, 3])]  # fmt: skip
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora_window", "lora_incremental"])
+def test_a_document_knows_nothing_of_the_one_before(make_run: MakeRun, data, name):
+    run = make_run(**METHODS[name], isolate_documents=True)
+    model, ids = random_model(run.cfg), text_of(data)
+    changed = ids.copy()
+    changed[10:89] = 77
+    before, after = nats_of(run, model, ids), nats_of(run, model, changed)
+    np.testing.assert_array_equal(before[90:], after[90:])  # target 90 is read from the BOS on
+
+
+@pytest.mark.parametrize("name", ["lora_text", "lora_warm", "lora_phases", "chunk"])
+def test_the_other_methods_carry_something_on(make_run: MakeRun, data, name):
+    run = make_run(**METHODS[name])
+    model, ids = random_model(run.cfg), text_of(data)
+    changed = ids.copy()
+    changed[10:89] = 77
+    before, after = nats_of(run, model, ids), nats_of(run, model, changed)
+    assert (before[91:] != after[91:]).any()
+
+
+# --- The weights afterwards ----------------------------------------------------------------------
+
+
+@each_learner
+def test_the_model_is_afterwards_what_it_was_to_the_bit(make_run: MakeRun, data, name):
+    run = make_run(**METHODS[name])
+    model = random_model(run.cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(run, model, validation_of(text_of(data)), 8, adaptive=True)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    train_gpt.parameter_roles(model)  # every parameter has its role again
+
+
+# --- What the methods compute --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_nats(model: GPT, ids: np.ndarray) -> np.ndarray:
+    """Nats of a document by one forward pass over all of it, in the table of the full context."""
+    window = torch.from_numpy(ids)[None]
+    return model.score(window[:, :-1], window[:, 1:])[0].numpy()
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 29])
+@pytest.mark.parametrize("rich", [{}, RICH, {**RICH, "isolate_documents": True}])
+def test_kept_keys_and_values_give_what_a_pass_over_the_whole_document_gives(
+    make_run: MakeRun, data, rich, chunk
+):
+    knobs = {**LORA, **rich, "ttt_context": "incremental", "ttt_lora_lr": 0.0}
+    run = make_run(**{**knobs, "ttt_chunk_size": chunk, "ttt_grad_steps": 2, "train_seq_len": 128,
+                      "ttt_chunk_tokens": 128})  # fmt: skip
+    model, ids = random_model(run.cfg), text_of(data)
+    found = nats_of(run, model, ids)
+    for first, stop in zip(document_bounds(ids)[:-1], document_bounds(ids)[1:], strict=True):
+        whole = plain_nats(model, ids[first : stop + 1])
+        np.testing.assert_allclose(found[first:stop], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_at_learning_rate_zero_are_a_strided_evaluation_of_each_document(
+    make_run: MakeRun, data
+):
+    run = make_run(**{**LORA, "ttt_lora_lr": 0.0})
+    model, ids = random_model(run.cfg), text_of(data)
+    found, expected = nats_of(run, model, ids), np.full(len(ids) - 1, np.nan)
+    for first, stop in zip(document_bounds(ids)[:-1], document_bounds(ids)[1:], strict=True):
+        for chunk in range(first, stop, C):
+            end = min(chunk + C, stop)
+            start = max(first, end - T)
+            expected[chunk:end] = plain_nats(model, ids[start : end + 1])[chunk - start :]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_learn_as_a_plain_loop_over_single_documents(make_run: MakeRun, data):
+    run = make_run(**LORA, ttt_lora_targets="q,head", ttt_lora_rank=4, ttt_lora_alpha=6.0)
+    model, ids = random_model(run.cfg), text_of(data)
+    found = nats_of(run, model, ids)
+    trainer = train_gpt.AdapterTrainer(run, model)
+    matrices = [matrix for pairs in trainer.visits for matrix, _ in pairs]
+    expected = np.full(len(ids) - 1, np.nan)
+    for first, stop in zip(document_bounds(ids)[:-1], document_bounds(ids)[1:], strict=True):
+        downs = [start.clone().requires_grad_() for start in trainer.starts]
+        ups = [torch.zeros(len(m.weight), 4, requires_grad=True) for m in matrices]
+        adam = torch.optim.AdamW([*downs, *ups], lr=0.02, betas=(0.0, 0.99), eps=1e-10,
+                                 weight_decay=0.0)  # fmt: skip
+        for chunk in range(first, stop, C):
+            end = min(chunk + C, stop)
+            start = max(first, end - T)
+            window = torch.from_numpy(ids[start : end + 1])[None]
+            merged = {id(m): 6 / 4 * up @ down
+                      for m, up, down in zip(matrices, ups, downs, strict=True)}  # fmt: skip
+            z = logits_with(model, window[:, :-1], merged)[0, chunk - start :]
+            nats = torch.nn.functional.cross_entropy(z, window[0, chunk - start + 1 :],
+                                                     reduction="none")  # fmt: skip
+            expected[chunk:end] = nats.detach().numpy()
+            adam.zero_grad()
+            nats.mean().backward()
+            adam.step()
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)  # Adam: signs of tiny sums
+
+
+def logits_with(model: GPT, ids_BT: torch.Tensor, merged: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Softcapped logits with changed matrices: the adapters merged into the weights."""
+    changed = {
+        f"{name}.weight": module.weight + merged[id(module)]
+        for name, module in model.named_modules() if id(module) in merged and name != "tok_emb"
+    }  # fmt: skip
+    x = torch.func.functional_call(model, changed, (ids_BT,))
+    head = model.head_VD + merged.get(id(model.head), torch.zeros(()))
+    return train_gpt.softcapped(x @ head.T, model.cap)[0]
+
+
+def test_chunks_learn_as_a_plain_loop_of_sgd(make_run: MakeRun, data):
+    run = make_run(**{**CHUNK, "ttt_grad_clip": 0.5, "eval_stride": T, "train_seq_len": T})
+    model, ids = random_model(run.cfg), text_of(data, 200)
+    found, expected = nats_of(run, model, ids), np.full(200, np.nan)
+    sgd = torch.optim.SGD(model.parameters(), momentum=0.9)
+    num_chunks = math.ceil(200 / (2 * T))
+    for chunk in range(num_chunks):
+        first, stop = chunk * 2 * T, min((chunk + 1) * 2 * T, 200)
+        rows = [torch.from_numpy(ids[s : min(s + T, stop) + 1])[None]
+                for s in range(first, stop, T)]  # fmt: skip
+        expected[first:stop] = np.concatenate([plain_nats(model, row[0].numpy()) for row in rows])
+        for _ in range(2 if chunk + 1 < num_chunks else 0):
+            sgd.zero_grad()
+            for row in rows:
+                model.loss(row[:, :-1], row[:, 1:], torch.full((1, T), 1 / (2 * T))).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            sgd.param_groups[0]["lr"] = (
+                0.05 * 0.5 * (1 + math.cos(math.pi * chunk / (num_chunks - 1)))
+            )
+            sgd.step()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_hash_table_has_its_own_learning_rate(make_run: MakeRun):
+    run = make_run(**METHODS["chunk_hash"])
+    model = random_model(run.cfg)
+    with train_gpt.borrowed(run.cfg, model):
+        trainer = train_gpt.WeightTrainer(run, model)
+        groups = {g["base_lr"]: g["params"] for g in trainer.optimizer.param_groups}
+        assert sorted(groups) == [0.05, 0.5]
+        (table,) = groups[0.5]
+        assert table.shape == (64, run.cfg.model_dim)
+        ids = torch.tensor([[9, 5, 7]])
+        row = train_gpt.DirectHash.forward(model.hashes[-1], ids, torch.bfloat16)  # type: ignore[arg-type]
+        assert row.dtype == torch.bfloat16
+        with torch.no_grad():
+            table.copy_(torch.arange(64.0)[:, None].expand_as(table))
+        expected = [(2039 * a + b) % 64 for a, b in ((9, 9), (9, 5), (5, 7))]
+        assert model.hashes[-1](ids, torch.float32)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("knobs", "frozen"),
+    [
+        ({}, []),
+        ({"ttt_freeze_blocks": 1}, ["blocks.0."]),
+        ({"ttt_freeze_blocks": 1, "ttt_train": "blocks"}, ["tok_emb", "blocks.0.attn.c_q"]),
+    ],
+)
+def test_what_is_frozen_stays_and_all_else_is_trained(knobs, frozen):
+    cfg = tiny_config(**CHUNK, **knobs)
+    model = random_model(cfg)
+    trained = train_gpt.trained_parameters(cfg, model)
+    names = [name for name, _ in model.named_parameters()]
+    assert ("tok_emb.weight" in trained) == (cfg.ttt_train == "all")
+    assert all(not any(name.startswith(f) for f in frozen) for name in trained)
+    assert {n for n in names if "blocks.1." in n} <= trained.keys()
+    if cfg.ttt_train == "blocks":
+        assert {"blocks.0.attn_scale", "skip_weights"} <= trained.keys()
+
+
+def test_looped_blocks_have_adapters_by_visit_or_share_them(make_run: MakeRun):
+    for shared, count in ((False, 6), (True, 3)):  # blocks 0 to 2 twice
+        run = make_run(**LORA | {"num_layers": 3}, num_loops=1, loop_start=0, loop_end=2,
+                       ttt_lora_targets="v", ttt_lora_shared=shared)  # fmt: skip
+        trainer = train_gpt.AdapterTrainer(run, random_model(run.cfg))
+        assert (len(trainer.visits), len(trainer.adapters)) == (6, count)
+
+
+def test_documents_end_at_the_next_bos():
+    assert document_bounds(np.array([BOS_ID, 5, 6, BOS_ID, 7, BOS_ID])) == [0, 3, 5]
+    assert document_bounds(np.array([5, 6, BOS_ID, 7])) == [0, 2, 3]
+
+
+def test_chunks_of_a_document_are_short_at_its_beginning():
+    cfg = tiny_config(**{**LORA, "ttt_short_chunks": "2@4,4@10"})
+    spans = Planner(cfg, 0, 1).chunk_bounds(100, 125)
+    assert spans == [(100, 102), (102, 104), (104, 108), (108, 112), (112, 120), (120, 125)]
+
+
+def test_a_window_of_the_text_may_begin_before_its_document(data):
+    ids = text_of(data)
+    for context, starts in (("window", {90}), ("text", {66, 68}), ("incremental", {90, 98})):
+        plan = plan_of(ids, 0, 1, **{**LORA, "ttt_context": context})
+        windows = [w for step in plan for w in step.windows
+                   if 90 <= w.start + w.score_from < 100]  # fmt: skip
+        assert {w.start for w in windows} == starts
+        assert all(isinstance(w, Window) and w.end - w.start <= T for w in windows)
+
+
+# --- Time ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chunk", "lora_incremental", "lora_phases"])
+def test_without_time_nothing_is_learned_and_everything_is_scored(make_run: MakeRun, data, name):
+    knobs = {**METHODS[name], "ttt_chunk_size": T // 2, "eval_stride": T // 2}
+    run, ids = make_run(**knobs, eval_max_seconds=1e-9), text_of(data)
+    idle = make_run(**{**knobs, "ttt_lr": 0.0, "ttt_lora_lr": 0.0})
+    model = random_model(run.cfg)
+    np.testing.assert_array_equal(nats_of(run, model, ids), nats_of(idle, model, ids))
+
+
+def test_a_pass_that_could_not_score_in_time_takes_longer_chunks(make_run: MakeRun, data):
+    ids = text_of(data)
+    windows = []
+    for limit_s in (1e-9, 1e9):
+        run = make_run(**LORA, eval_max_seconds=limit_s)
+        model = random_model(run.cfg)
+        with train_gpt.borrowed(run.cfg, model):
+            plan, budget = train_gpt.sized_plan(run, model, ids)
+        assert budget is not None
+        windows.append(sum(len(step.windows) for step in plan))
+    assert windows[0] < windows[1] / 1.5
+
+
+def test_a_phase_whose_first_step_was_dropped_learns_with_the_next(make_run: MakeRun, data):
+    run, ids = make_run(**METHODS["lora_phases"], eval_max_seconds=1e6), text_of(data)
+    model = random_model(run.cfg)
+    whole = nats_of(run, model, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        cut = train_gpt.Budget.cut
+
+        def drop_first(self: train_gpt.Budget, step: Step, tick: int) -> Step:
+            drops = step.action == "train" and step.begins
+            return Step("score") if drops else cut(self, step, tick)
+
+        patch.setattr(train_gpt.Budget, "cut", drop_first)
+        partly = nats_of(run, model, ids)
+    assert (partly[:90] == whole[:90]).all() and (partly != whole).any()
+
+
+def test_learning_stops_when_the_rest_of_the_time_is_needed_to_score(
+    make_run: MakeRun, data, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(**{**LORA, "ttt_context": "incremental", "ttt_batch_size": 1})
+    plan = plan_of(text_of(data), 0, 1, **{**LORA, "ttt_context": "incremental",
+                                          "ttt_batch_size": 1})  # fmt: skip
+    clock = [0.0]
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
+    total = sum(train_gpt.positions(step) for step in plan)
+    budget = train_gpt.Budget(run, plan, limit_s=2.0 * total, pace_s=1.0)  # all would take 3
+    learned = []
+    for tick, step in enumerate(plan, start=1):
+        done = budget.cut(step, tick)
+        learned.append(done.learns)
+        clock[0] += train_gpt.positions(step) * (3.0 if done.learns else 1.0)
+    assert clock[0] <= 2.0 * total
+    assert 0.2 < np.mean(np.array(learned) > 0) < 0.6 and budget.num_dropped > 0
+    assert learned[0] > 0 and learned[-2] == 0
+
+
+# --- Audit ---------------------------------------------------------------------------------------
+
+
+def verdicts_of(run: Run) -> dict[str, str]:
+    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+    events = [event for line in lines if (event := json.loads(line))["event"] == "audit"]
+    return {event["condition"][:2]: event["verdict"] for event in events}
+
+
+@pytest.mark.parametrize("name", ["sliding", "chunk_hedge", "lora_incremental"])
+def test_an_audit_passes_what_is_legal(make_run: MakeRun, data, name):
+    run = make_run(**METHODS[name])
+    train_gpt.audit(run, random_model(run.cfg), validation_of(text_of(data)))
+    assert verdicts_of(run) == dict.fromkeys(["C1", "C2", "C3", "C4"], "pass")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "broken"),
+    [
+        ({**CHUNK, "ttt_method": "pretrain"}, {"C1", "C3", "C4"}),
+        (
+            {**CHUNK, "mixer": "hedge_entropy", "hedge_min_tokens": 0, "ngram_table_bits": 12},
+            {"C2"},
+        ),
+    ],
+)
+def test_an_audit_fails_what_is_not(make_run: MakeRun, data, knobs, broken):
+    run = make_run(**knobs, allow_noncompliant=True)
+    with pytest.raises(train_gpt.RunFailed, match="not legal"):
+        train_gpt.audit(run, random_model(run.cfg), validation_of(text_of(data)))
+    assert {c for c, verdict in verdicts_of(run).items() if verdict == "fail"} <= broken
+    assert min(broken) in {c for c, verdict in verdicts_of(run).items() if verdict == "fail"}
+
+
+def test_the_script_scores_an_artifact_as_it_learns_and_audits_it(data: TinyData, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    knobs = {**LORA, "data_path": str(data.folder), "iterations": 2, "val_tokens_limit": 300,
+             "ttt_context": "incremental", "ttt_grad_steps": 1, "eval_stride": 0}  # fmt: skip
+    done = run_script(environment(tiny_config(**knobs, run_dir="run")), work)
+    assert done.status == 0, done.err
+    ttt = dict(log_events(done.out))["final_ttt"]
+    assert submission(work / "run")["val_bpb"] == pytest.approx(float(ttt["val_bpb"]))
+    again = {**knobs, "artifact": "run/artifact.bin"}
+    scored = run_script(environment(tiny_config(**again, mode="eval", run_dir="again")), work)
+    assert dict(log_events(scored.out))["final_ttt"]["val_loss"] == ttt["val_loss"]
+    audited = run_script(environment(tiny_config(**again, mode="audit", run_dir="audit")), work)
+    verdicts = [v["verdict"] for event, v in log_events(audited.out) if event == "audit"]
+    assert (audited.status, verdicts) == (0, ["pass"] * 4), audited.err
+    illegal = {**again, "ttt_method": "pretrain", "allow_noncompliant": True}
+    caught = run_script(environment(tiny_config(**illegal, mode="audit", run_dir="caught")), work)
+    assert caught.status == 1 and "not legal" in caught.err
+
+
+# --- Ranks ---------------------------------------------------------------------------------------
+
+RANKS = f"""
+import dataclasses, json, os, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import numpy as np
+import torch
+import train_gpt
+from tests.conftest import random_model
+torch.set_num_threads(1)
+cfg, ids = train_gpt.config_from_env(os.environ), np.load("ids.npy")
+text = train_gpt.Validation(ids, np.ones(len(ids) - 1, dtype=np.int64), False)
+with train_gpt.start_run(cfg, os.environ) as run:
+    for name, knobs in json.load(open("methods.json")).items():
+        run.cfg = dataclasses.replace(cfg, **knobs)
+        model = random_model(run.cfg)
+        before = [p.clone() for p in model.parameters()]
+        score = train_gpt.evaluate(run, model, text, 8, adaptive=True)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert score.problems == (), score.problems
+        run.log(name, nats=score.nats, tokens=score.tokens)
+"""
+
+
+def test_two_ranks_score_as_one_does(data: TinyData, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    np.save(work / "ids.npy", text_of(data))
+    # A warm A goes from batch to batch of a rank: other ranks, other batches, other adapters.
+    names = [name for name in LEARNING if name != "lora_warm"]
+    (work / "methods.json").write_text(json.dumps({name: METHODS[name] for name in names}))
+    (work / "ranks.py").write_text(RANKS)
+    env = environment(tiny_config(run_dir="one", eval_max_seconds=1e6))
+    alone = run_script(env, work, work / "ranks.py")
+    assert alone.status == 0, alone.err
+    results = run_ranks([{**env, "RUN_DIR": "two"}] * 2, work, work / "ranks.py")
+    assert [result.status for result in results] == [0, 0], results[0].err + results[1].err
+    one, two = (
+        {event: float(values["nats"]) for event, values in log_events(out) if event in names}
+        for out in (alone.out, results[0].out)
+    )
+    assert one.keys() == two.keys() == set(names)
+    assert two == pytest.approx(one, rel=1e-4)

@@ -220,7 +220,7 @@ class Config:
     val_batch_size: int = knob(524_288, "tokens of one evaluation step, over all ranks", unit="tokens", low=1)  # noqa: E501
     val_tokens_limit: int = knob(0, "score only the first tokens, marked partial; 0 = all", unit="tokens", low=0)  # noqa: E501
     eval_max_seconds: float = knob(600.0, "evaluation budget; 0 = none; adaptation ends before scoring would not fit", unit="s", low=0)  # noqa: E501
-    ttt_method: str = knob("none", "what learns from scored text in one more pass: the weights after each chunk, or an adapter of each document; pretrain learns before it scores (not compliant)", choices=("none", "pretrain", "chunk", "lora"))  # noqa: E501
+    ttt_method: str = knob("lora", "what learns from scored text in one more pass: the weights after each chunk, or an adapter of each document; pretrain learns before it scores (not compliant)", choices=("none", "pretrain", "chunk", "lora"))  # noqa: E501
     ttt_lr: float = knob(0.005, "learning rate of the weights, before its cosine", low=0)
     ttt_optimizer: str = knob("sgd", "what trains the weights", choices=("sgd", "adamw"))
     ttt_momentum: float = knob(0.9, "its momentum, or AdamW's first beta", low=0, high=0.9999)
@@ -237,15 +237,15 @@ class Config:
     ttt_asym_caps: bool = knob(False, "train two caps of the logits, also of a model that has one")
     eval_hash_rows: int = knob(0, "rows of a bigram table made for the pass; 0 = none", low=0, high=2**20)  # noqa: E501
     eval_hash_lr_mult: float = knob(10.0, "its learning rate over TTT_LR", low=0)
-    ttt_context: str = knob("window", "what a chunk of a document reads: a window of it, one of the text that may begin before it, or kept keys and values", choices=("window", "text", "incremental"))  # noqa: E501
-    ttt_chunk_size: int = knob(48, "targets of a document between two steps of its adapter", unit="tokens", low=1)  # noqa: E501
+    ttt_context: str = knob("incremental", "what a chunk of a document reads: a window of it, one of the text that may begin before it, or kept keys and values", choices=("window", "text", "incremental"))  # noqa: E501
+    ttt_chunk_size: int = knob(24, "targets of a document between two steps of its adapter", unit="tokens", low=1)  # noqa: E501
     ttt_short_chunks: str = knob("", "smaller chunks where a document begins: SIZE@UNTIL,... up to these lengths, then TTT_CHUNK_SIZE")  # noqa: E501
     ttt_batch_size: int = knob(64, "documents that are scored side by side", low=1)
     ttt_lora_rank: int = knob(8, "rank of an adapter", low=1, high=4096)
     ttt_lora_alpha: float = knob(8.0, "its output is scaled by this over the rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "matrices with adapters, of q, k, v, o, mlp, head")  # noqa: E501
     ttt_lora_shared: bool = knob(False, "the visits of a looped block share its adapters")
-    ttt_lora_lr: float = knob(0.001, "learning rate of adapters (AdamW)", low=0)
+    ttt_lora_lr: float = knob(0.003, "learning rate of adapters (AdamW)", low=0)
     ttt_lora_wd: float = knob(0.0, "their weight decay", low=0)
     ttt_beta1: float = knob(0.0, "their AdamW", low=0, high=0.9999)
     ttt_beta2: float = knob(0.99, "their AdamW", low=0, high=0.99999)
@@ -2254,34 +2254,34 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
 PLAIN_BITS, LARGEST_CODE = 16, 1023  # bits of what is not coded; bound of codes of solved steps
 # Below the one fp16 loses precision and then is 0, above the other it is infinite.
 SMALLEST_SCALE, LARGEST_SCALE = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
-SCALE_STEPS, SCALE_RANGE = 8, 240  # coded steps are 2^(n / 8), |n| <= 240
+SCALE_RANGE = 240  # coded steps are 2^(n / 8), |n| <= 240
+SCALES = np.array([2 ** (n / 8) for n in range(-SCALE_RANGE, SCALE_RANGE + 1)], np.float32)
 
 class Quantized(NamedTuple):
     """A tensor as it is stored: integer codes with steps, or plain fp16 (bits 16)."""
     bits: int
     values: np.ndarray  # integer codes, or float16 values; shaped as the tensor
     scales: np.ndarray | None  # step of each row, float16 or powers of 2^(1/8); None if bits is 16
-    columns: np.ndarray | None = None  # float32 factor of the step for each column
+    columns: np.ndarray | None = None  # factor of the step for each column, stored alike
     trellis: bool = False  # codes count half-steps of a trellis
 
     def dequantized(self) -> Tensor:
         """The float32 tensor that a reader of the artifact gets."""
         if self.scales is None:
             return torch.tensor(self.values).float()
-        levels = trellis_levels(self.values) if self.trellis else self.values
-        rows = torch.tensor(levels).float().view(len(self.scales), -1)
-        steps = torch.tensor(self.scales).float()[:, None] * (0.5 if self.trellis else 1.0)
-        steps = steps if self.columns is None else steps * torch.tensor(self.columns)
-        return (rows * steps).view(self.values.shape)
+        levels = trellis_levels(self.values) / 2 if self.trellis else self.values
+        steps_OI = self.scales[:, None] * np.float32(1)
+        steps_OI = steps_OI if self.columns is None else steps_OI * self.columns
+        return torch.tensor(levels.reshape(len(steps_OI), -1) * steps_OI).float().view(levels.shape)
 
 def row_scales(weight_OI: Tensor, qmax: int) -> Tensor:
     """Step size of each row in fp16, as it is stored: the largest weight becomes qmax."""
     return (weight_OI.abs().amax(dim=1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
 
-def quantize_rows(weight: Tensor, bits: int) -> Quantized:
-    """Round to nearest on a symmetric grid of 2^bits - 1 levels, a scale a row (a vector: one)."""
+def quantize_rows(weight: Tensor, bits: int, size: int = 0) -> Quantized:
+    """Round to nearest, symmetrically, with a scale a row (a vector: one) or `size` numbers."""
     qmax, rows = 2 ** (bits - 1) - 1, weight.detach().float().cpu()
-    rows_OI = rows.flatten(1) if rows.dim() > 1 else rows[None]
+    rows_OI = rows.reshape(-1, size) if size else rows.flatten(1) if rows.dim() > 1 else rows[None]
     scale_O = row_scales(rows_OI, qmax)  # in fp16, which is what a reader will multiply by
     codes_OI = (rows_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
     return Quantized(bits, codes_OI.to(torch.int8).numpy().reshape(rows.shape), scale_O.numpy())
@@ -2302,58 +2302,46 @@ class Moments:
         self.sums: dict[tuple[str, str], Tensor] = {}
         self.model, self.num_tokens = model, 0
 
-    def add(self, name: str, kind: str, value: Tensor) -> None:
-        before = self.sums.get((name, kind))
-        self.sums[name, kind] = value if before is None else before.add_(value)
+    def add(self, name: str, kind: str, x: Tensor) -> None:
+        """Of outputs add squares, of inputs and gradients the products of columns, reads by row."""
+        if kind == "reads":
+            rows = len(self.model.get_parameter(name))
+            value = torch.bincount(x.flatten(), minlength=rows).float()
+        else:
+            x_NI = x.detach().flatten(0, -2).float()
+            value = x_NI.square().sum(dim=0) if kind == "outputs" else x_NI.T @ x_NI
+        self.sums[name, kind] = self.sums.get((name, kind), 0) + value
 
-    def add_products(self, name: str, kind: str, x: Tensor) -> None:
-        x_NI = x.detach().flatten(0, -2).float()
-        self.add(name, kind, x_NI.T @ x_NI)
-
-    def watch_linear(self, name: str, _module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        self.add_products(name, "inputs", args[0])
-        y.register_hook(lambda grad: self.add(  # type: ignore[no-untyped-call]
-            name, "outputs", grad.flatten(0, -2).float().square().sum(dim=0)))
-
-    def watch_table(self, name: str, module: nn.Embedding, args: tuple[Tensor], y: Tensor) -> None:
-        counts = torch.bincount(args[0].flatten(), minlength=module.num_embeddings)
-        self.add(name, "reads", counts.float())
-        y.register_hook(  # type: ignore[no-untyped-call]
-            lambda grad: self.add_products(name, "gradients", grad))
+    def watch(self, name: str, module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        kinds = ("reads", "gradients") if isinstance(module, Embedding) else ("inputs", "outputs")
+        self.add(name, kinds[0], args[0])
+        y.register_hook(functools.partial(self.add, name, kinds[1]))  # type: ignore[no-untyped-call]
 
     def watch_head(self, name: str, *args: Any) -> Any:
         """softcapped_nll of a chunk of logits, with a look at the gradient."""
         found = softcapped_nll(*args)
         if found[1] is not None:
-            self.add(name, "outputs", found[1].float().square().sum(dim=0))
+            self.add(name, "outputs", found[1])
         return found
 
-    @contextlib.contextmanager
-    def watching(self) -> Generator[None]:
-        """Run the model uncompiled, with hooks that collect."""
-        model, hooks = self.model, []
+    def take(self, window_BT: Tensor) -> None:
+        """Add what the windows (rows, T + 1) show: the model runs uncompiled, with hooks."""
+        model, ids_BT, target_BT = self.model, window_BT[:, :-1], window_BT[:, 1:]
         head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
-        for path, module in model.named_modules():
-            watch: Any = {Linear: self.watch_linear, Embedding: self.watch_table}.get(type(module))
-            if watch is not None and path != "lm_head":
-                watch = functools.partial(watch, f"{path}.weight")
-                hooks.append(module.register_forward_hook(watch))
+        hooks = [module.register_forward_hook(functools.partial(self.watch, f"{path}.weight"))
+                 for path, module in model.named_modules()
+                 if isinstance(module, Linear | Embedding) and path != "lm_head"]
         hooks.append(model.register_forward_hook(
-            lambda _, args, x_BTD: self.add_products(head, "inputs", x_BTD)))
+            lambda _, args, x_BTD: self.add(head, "inputs", x_BTD)))
         compiled = model.run_block, model.nll
         model.run_block, model.nll = run_block, functools.partial(self.watch_head, head)
         try:
-            yield
+            model.loss(ids_BT, target_BT, torch.ones_like(target_BT)).backward()  # type: ignore[no-untyped-call]
         finally:
             model.run_block, model.nll = compiled
             for hook in hooks:
                 hook.remove()
-
-    def take(self, window_BT: Tensor) -> None:
-        """Add what the windows (rows, T + 1) show."""
-        ids_BT, target_BT = window_BT[:, :-1], window_BT[:, 1:]
-        self.model.loss(ids_BT, target_BT, torch.ones_like(target_BT)).backward()  # type: ignore[no-untyped-call]
-        self.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         self.num_tokens += target_BT.numel()
 
     def curvatures(self, run: Run) -> dict[str, Curvature]:
@@ -2374,8 +2362,7 @@ class Moments:
 @torch.no_grad()
 def sample_windows(model: GPT, rows: int, seq_len: int, generator: torch.Generator) -> Tensor:
     """Windows (rows, T + 1) that the model writes after BOS, at temperature 0.8 (#1019)."""
-    device = model.tok_emb.weight.device
-    window_BT = torch.full((rows, seq_len + 1), BOS_ID, device=device)
+    window_BT = torch.full((rows, seq_len + 1), BOS_ID, device=model.tok_emb.weight.device)
     for t in range(seq_len):  # what stands right of t is not seen: one shape for all
         head_VD, x_BD = model.head_VD.to(model.dtype), model(window_BT[:, :-1])[:, t]
         odds_BV = (softcapped(x_BD @ head_VD.T, model.cap)[0] / 0.8).softmax(dim=-1)
@@ -2383,9 +2370,7 @@ def sample_windows(model: GPT, rows: int, seq_len: int, generator: torch.Generat
     return window_BT
 
 def calibrate(run: Run, model: GPT, loader: BatchLoader, trained: Progress) -> dict[str, Curvature]:
-    """Curvature of every matrix from training text after what was trained on, or from text of the
-    model's own. Stops early, on all ranks, where the training budget would end before it does.
-    """
+    """Curvature of every matrix, by text after what was trained on or text of the model's own."""
     cfg, moments, started_s = run.cfg, Moments(model), time.perf_counter()
     model.plan, limit_s = model.plans[-1], cfg.max_wallclock_seconds or math.inf
     T, batch = cfg.train_seq_len, cfg.train_batch_tokens
@@ -2394,14 +2379,13 @@ def calibrate(run: Run, model: GPT, loader: BatchLoader, trained: Progress) -> d
         rows, position = batch // T // run.world_size, trained.tokens + i * batch
         window_BT = (sample_windows(model, rows, T, generator) if cfg.calibration == "self"
                      else loader.read(position - position % T, T, batch).to(run.device))
-        with moments.watching():
-            for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
-                run.check_signal()
-                moments.take(rows_BT)
+        for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
+            run.check_signal()
+            moments.take(rows_BT)
         run.synchronize()
         passed_s = torch.tensor(time.perf_counter() - started_s, device=run.device)
         if trained.train_s + 1.5 * float(run.max_(passed_s)) * (i + 2) / (i + 1) > limit_s:
-            break  # the next batch might end too late
+            break  # all ranks do: the next batch might end later than the training budget
     run.log("calibrated", tokens=moments.num_tokens * run.world_size, source=cfg.calibration)
     return moments.curvatures(run)
 
@@ -2413,11 +2397,7 @@ class HessianFactor(NamedTuple):
     order_LI: Tensor  # int64, descending diagonal
     upper_LII: Tensor  # rows and columns in that order
     alive_LI: Tensor  # bool, in the weight's own order: False where no input was ever seen
-
-    def conditional_std_LI(self) -> Tensor:
-        """U_jj by the weight's own columns: an error e in column j costs (e / U_jj)^2."""
-        diagonal_LI = self.upper_LII.diagonal(dim1=1, dim2=2)
-        return torch.empty_like(diagonal_LI).scatter_(1, self.order_LI, diagonal_LI)
+    std_LI: Tensor  # U_jj, in that order, too: an error e in column j costs (e / U_jj)^2
 
 def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
     """Order and Cholesky factor for sums of x x^T over calibration inputs (arXiv:2210.17323)."""
@@ -2427,13 +2407,12 @@ def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
     diagonal_LI.masked_fill_(~alive_LI, 1.0)
     diagonal_LI.add_(GPTQ_DAMPING * diagonal_LI.mean(dim=1, keepdim=True))
     order_LI = diagonal_LI.argsort(dim=1, descending=True, stable=True)
-    damped_LII = damped_LII.gather(1, order_LI[:, :, None].expand_as(damped_LII))
-    damped_LII = damped_LII.gather(2, order_LI[:, None, :].expand_as(damped_LII))
-    inverse_LII = torch.cholesky_inverse(torch.linalg.cholesky(damped_LII))
-    return HessianFactor(order_LI, torch.linalg.cholesky(inverse_LII, upper=True), alive_LI)
-
-# From a column in units of its steps and each matrix's column number: codes, values in steps.
-RoundColumn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ordered_LII = damped_LII.take_along_dim(order_LI[:, :, None], 1)
+    ordered_LII = ordered_LII.take_along_dim(order_LI[:, None], 2)
+    inverse_LII = torch.cholesky_inverse(torch.linalg.cholesky(ordered_LII))
+    upper_LII = torch.linalg.cholesky(inverse_LII, upper=True)
+    std_LI = upper_LII.diagonal(dim1=1, dim2=2).gather(1, order_LI.argsort(dim=1))
+    return HessianFactor(order_LI, upper_LII, alive_LI, std_LI)
 
 def round_uniform(target_LO: Tensor, _column_L: Tensor, *, qmax: int) -> tuple[Tensor, Tensor]:
     """The nearest of the codes -qmax to qmax; each stands for itself."""
@@ -2441,15 +2420,16 @@ def round_uniform(target_LO: Tensor, _column_L: Tensor, *, qmax: int) -> tuple[T
     return code_LO, code_LO
 
 def gptq(weight_LOI: Tensor, factor: HessianFactor, step_LO: Tensor, step_LI: Tensor,
-         round_column: RoundColumn) -> Tensor:
+         round_column: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """int16 codes of L matrices, with each column's error pushed onto the columns still to come.
     The step of weight (o, i) is step_LO[o] * step_LI[i]. Columns are rounded from the most to the
-    least excited one; those beyond the current block are updated once a block.
+    least excited one; those beyond the current block are updated once a block. round_column makes
+    of a column in steps, and of each matrix's column number, codes and their values in steps.
     """
     order_LI, upper_LII = factor.order_LI, factor.upper_LII
     # Columns are the second dimension here, so that each lies in one piece.
-    w_LIO = (weight_LOI.float() * factor.alive_LI[:, None]).mT
-    w_LIO = w_LIO.gather(1, order_LI[:, :, None].expand_as(w_LIO)).contiguous()
+    w_LIO = (weight_LOI.float() * factor.alive_LI[:, None]).mT.contiguous()
+    w_LIO = w_LIO.take_along_dim(order_LI[:, :, None], 1)
     code_LIO, step_LI = torch.empty_like(w_LIO, dtype=torch.int16), step_LI.gather(1, order_LI)
     for start in range(0, w_LIO.size(1), GPTQ_BLOCK):
         block_LIO = w_LIO[:, start : start + GPTQ_BLOCK].clone()
@@ -2465,31 +2445,23 @@ def gptq(weight_LOI: Tensor, factor: HessianFactor, step_LO: Tensor, step_LI: Te
             block_LIO[:, i + 1 :].baddbmm_(upper_block_LII[:, i, i + 1 :, None],
                                            error_LO[:, None], alpha=-1)
         w_LIO[:, end:].baddbmm_(upper_LII[:, start:end, end:].mT, block_LIO, alpha=-1)
-    inverse_LI = order_LI.argsort(dim=1)
-    return code_LIO.gather(1, inverse_LI[:, :, None].expand_as(code_LIO)).mT.contiguous()
+    return code_LIO.take_along_dim(order_LI.argsort(dim=1)[:, :, None], 1).mT.contiguous()
 
 # Trellis-coded grid: dependent quantisation as in video coding (ITU-T H.266, ISO/IEC 15938-17). A
 # code k is read with Q0, the even numbers of half-steps (2k), in even states and with Q1, the odd
 # ones (2k + 1), in odd states; its parity leads to the next state. Unlike there Q1 has no zero: at
-# one bit a weight and more that costs rate. The trellises are Ungerboeck's (IEEE Trans.
-# Inform. Theory 28(1), 1982), as the parity-check polynomials h0, h1 by number of states.
-TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
-TRELLIS_STATES, TRELLIS_SEGMENT = 32, 256  # rows from one state 0 to the next
-# Levels (in half-steps, each fourth number) of the even and odd codes of Q0 and of Q1.
-SUBSET_OFFSETS = np.array([[0], [2], [1], [3]], np.float32)
+# one bit a weight and more that costs rate. The trellis is Ungerboeck's (IEEE Trans. Inform. Theory
+# 28(1), 1982) of 32 states, whose parity-check polynomials h0, h1 are octal 45 and 10.
+TRELLIS_SEGMENT = 256  # rows from one state 0 to the next
+NEXT_STATES = np.array([(state >> 1) ^ (state & 1) * (0o45 >> 1) ^ parity * (0o10 >> 1)
+                        for state in range(32) for parity in (0, 1)], np.int8)
+SUBSET_OFFSETS = np.array([[0], [2], [1], [3]], np.float32)  # each fourth level: Q0 even, odd; Q1
 
-@functools.cache
-def next_states(num_states: int) -> np.ndarray:
-    """The state (int8) that follows each state and parity, by 2 * state + parity."""
-    h0, h1 = TRELLISES[num_states]
-    state, parity = np.arange(2 * num_states) >> 1, np.arange(2 * num_states) & 1
-    return ((state >> 1) ^ (state & 1) * (h0 >> 1) ^ parity * (h1 >> 1)).astype(np.int8)
-
-def best_path(cost_T4N: np.ndarray, num_states: int) -> np.ndarray:
+def best_path(cost_T4N: np.ndarray) -> np.ndarray:
     """Subset of each row on the cheapest path from state 0, for N segments at once (Viterbi)."""
-    num_rows, _, num_segments = cost_T4N.shape
+    (num_rows, _, num_segments), num_states = cost_T4N.shape, len(NEXT_STATES) // 2
     # The two branches into each state: first one of every state, then the other.
-    branches = next_states(num_states).argsort(kind="stable").reshape(-1, 2).T.ravel()
+    branches = NEXT_STATES.argsort(kind="stable").reshape(-1, 2).T.ravel()
     leaves, subsets = branches >> 1, 2 * (branches >> 1 & 1) + (branches & 1)
     total_SN = np.full((num_states, num_segments), np.inf, np.float32)
     total_SN[0] = 0
@@ -2510,11 +2482,9 @@ def best_path(cost_T4N: np.ndarray, num_states: int) -> np.ndarray:
         np.multiply(is_second_SN.take(position_N), is_second_SN.size, out=branch_N)
         branch_N += position_N
         position_N = leaves_BN.take(branch_N)
-    subset_TN: np.ndarray = subsets[branch_TN // num_segments]
-    return subset_TN
+    return subsets[branch_TN // num_segments]
 
-def round_trellis(target_LO: Tensor, column_L: Tensor, *, bits_LIV: Tensor, multiplier: float,
-                  segment: int = TRELLIS_SEGMENT, num_states: int = TRELLIS_STATES,
+def round_trellis(target_LO: Tensor, column_L: Tensor, *, bits_LIV: Tensor, multiplier: float
                   ) -> tuple[Tensor, Tensor]:
     """The codes of least squared error (in steps) + multiplier * bits, over paths of the trellis.
     bits_LIV is what the coder pays for the levels +-V (in half-steps; V's parity is the quantiser)
@@ -2522,26 +2492,20 @@ def round_trellis(target_LO: Tensor, column_L: Tensor, *, bits_LIV: Tensor, mult
     short dependent operations, so that what counts is the overhead of a call.
     """
     (num_matrices, num_rows), largest = target_LO.shape, bits_LIV.size(2) - 1
-    padding = -num_rows % segment
-    column_L = column_L.to(bits_LIV.device)
-    bits_LV = bits_LIV[torch.arange(num_matrices, device=column_L.device), column_L].cpu().numpy()
+    padding = -num_rows % TRELLIS_SEGMENT
+    bits_LV = bits_LIV[range(num_matrices), column_L.to(bits_LIV.device)].cpu().numpy()
     x_LO = F.pad(2 * target_LO.float(), (0, padding)).cpu().numpy()  # half-steps
-    x_TN = np.ascontiguousarray(x_LO.reshape(-1, segment).T)
-    x_T1N = x_TN[:, None]
+    x_T1N = np.ascontiguousarray(x_LO.reshape(-1, TRELLIS_SEGMENT).T)[:, None]
     # Levels are within 2 of what is rounded, and so the codes from -K to K, the largest.
-    level_T4N = (x_T1N.clip(3 - largest, largest - 2) - SUBSET_OFFSETS) * 0.25
-    np.rint(level_T4N, out=level_T4N)
-    level_T4N *= 4
-    level_T4N += SUBSET_OFFSETS
-    matrix_N = np.arange(num_matrices).repeat(x_TN.shape[1] // num_matrices)
+    clipped_T1N = x_T1N.clip(3 - largest, largest - 2)
+    level_T4N = np.rint((clipped_T1N - SUBSET_OFFSETS) * 0.25) * 4 + SUBSET_OFFSETS
+    matrix_N = np.arange(num_matrices).repeat(x_T1N.shape[2] // num_matrices)
     index_T4N = np.abs(level_T4N).astype(np.int64) + matrix_N * bits_LV.shape[1]
-    cost_T4N = (4 * multiplier * bits_LV).ravel().take(index_T4N)
-    cost_T4N += np.square(level_T4N - x_T1N)
+    cost_T4N = (4 * multiplier * bits_LV).take(index_T4N) + np.square(level_T4N - x_T1N)
     # Rows that do not exist must not say where a path ends.
-    cost_T4N.reshape(segment, 4, num_matrices, -1)[segment - padding :, :, :, -1] = 0
-    subset_T1N = best_path(cost_T4N, num_states)[:, None]
-    level_TN = np.take_along_axis(level_T4N, subset_T1N, axis=1)[:, 0]
-    level_LO = level_TN.T.reshape(num_matrices, -1)[:, :num_rows]
+    cost_T4N.reshape(len(x_T1N), 4, num_matrices, -1)[len(x_T1N) - padding :, :, :, -1] = 0
+    level_T1N = np.take_along_axis(level_T4N, best_path(cost_T4N)[:, None], axis=1)
+    level_LO = level_T1N[:, 0].T.reshape(num_matrices, -1)[:, :num_rows]
     value_LO = torch.from_numpy(level_LO / 2).to(target_LO)
     return value_LO.floor(), value_LO
 
@@ -2552,62 +2516,44 @@ def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
     mass_LIV = torch.erf((level_V + 1) / scale_LI1) - torch.erf((level_V - 1) / scale_LI1)
     return -(mass_LIV / 2).clamp_min(1e-9).log2()
 
-def trellis_states(code_OI: np.ndarray, segment: int = TRELLIS_SEGMENT,
-                   num_states: int = TRELLIS_STATES) -> np.ndarray:
-    """State in which each code is read (int8); odd ones read with Q1. The walk runs down rows."""
-    num_rows, num_columns = code_OI.shape
-    parity_OI = np.pad(code_OI & 1, [(0, -num_rows % segment), (0, 0)])
-    parity_NTI = parity_OI.reshape(-1, segment, num_columns)
-    state_NTI, state_NI = np.empty_like(parity_NTI, np.int8), np.zeros_like(parity_NTI[:, 0])
-    for row in range(segment):
-        state_NTI[:, row] = state_NI
-        state_NI = next_states(num_states).take(2 * state_NI + parity_NTI[:, row])
-    return state_NTI.reshape(-1, num_columns)[:num_rows]
-
-def trellis_levels(code_OI: np.ndarray, segment: int = TRELLIS_SEGMENT,
-                   num_states: int = TRELLIS_STATES) -> np.ndarray:
-    """What each code stands for, as int16 multiples of half a step."""
-    is_q1_OI = trellis_states(code_OI, segment, num_states) & 1
-    level_OI: np.ndarray = 2 * code_OI.astype(np.int16) + is_q1_OI
-    return level_OI
-
-PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # that ROW_STEPS=search tries (GPTQ-lite, #414)
+def trellis_levels(code_OI: np.ndarray) -> np.ndarray:
+    """What each code stands for, as int16 multiples of half a step. The walk runs down rows."""
+    padded_OI = np.pad(code_OI.astype(np.int16), [(0, -len(code_OI) % TRELLIS_SEGMENT), (0, 0)])
+    code_NTI = padded_OI.reshape(-1, TRELLIS_SEGMENT, code_OI.shape[1])
+    level_NTI, state_NI = 2 * code_NTI, np.zeros_like(code_NTI[:, 0], np.int8)
+    for row in range(TRELLIS_SEGMENT):
+        level_NTI[:, row] |= state_NI & 1  # odd: Q1
+        state_NI = NEXT_STATES.take(2 * state_NI + (code_NTI[:, row] & 1))
+    return level_NTI.reshape(padded_OI.shape)[: len(code_OI)]
 
 def as_stored(cfg: Config, step: Tensor) -> Tensor:
     """Steps as the artifact will hold them: in fp16, or as the next power of 2^(1/8) to code."""
     if cfg.compressor != "ans":
         return step.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
-    index = step.clamp_min(1e-30).log2() * SCALE_STEPS - 1e-3  # which may be 2^(n/8) already
-    index = index.ceil().clamp(-SCALE_RANGE, SCALE_RANGE)
-    return torch.from_numpy(step_values(index.cpu().numpy().astype(np.int16))).to(step)
-
-def step_values(index: np.ndarray) -> np.ndarray:
-    """2^(index / 8) in float32, the same on every machine."""
-    octave, part = np.divmod(index, SCALE_STEPS)
-    powers = np.array([2 ** (i / SCALE_STEPS) for i in range(SCALE_STEPS)], np.float32)
-    values: np.ndarray = np.ldexp(powers[part], octave)
-    return values
+    index = (step.clamp_min(1e-30).log2() * 8 - 1e-3).ceil()  # which may be 2^(n/8) already
+    place = index.clamp(-SCALE_RANGE, SCALE_RANGE).int() + SCALE_RANGE
+    return torch.from_numpy(SCALES[place.cpu().numpy()]).to(step)
 
 def rows_by_hand(cfg: Config, weight_OI: Tensor, group: str, found: Curvature | None) -> Tensor:
     """Step of each row by the row's own weights: CLIP_SIGMAS, or ROW_STEPS but solved."""
     qmax, size_OI = 2 ** (cfg.bits[group] - 1) - 1, weight_OI.abs()
     if cfg.sigmas:  # SDClip (#1394): the same rate for every row
         step_O = cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
-        if found is not None:  # Hessian-aware (#1412): important rows clip later
-            diagonal_I = found.inputs_II.diagonal()
-            importance_O = (size_OI * diagonal_I / diagonal_I.mean().clamp_min(1e-30)).mean(dim=1)
-            relative_O = importance_O / importance_O.mean().clamp_min(1e-30)
-            step_O = step_O * (1 + cfg.hessian_clip_lambda * (relative_O - 1))
-        return step_O
-    shares = {"max": [1.0], "percentile": [cfg.clip_percentile], "search": PERCENTILES}
-    steps = [size_OI.quantile(share, dim=1) / qmax for share in shares[cfg.row_steps]]
+        if found is None:
+            return step_O
+        diagonal_I = found.inputs_II.diagonal()  # Hessian-aware (#1412): important rows clip later
+        importance_O = (size_OI * diagonal_I / diagonal_I.mean().clamp_min(1e-30)).mean(dim=1)
+        relative_O = importance_O / importance_O.mean().clamp_min(1e-30)
+        return step_O * (1 + cfg.hessian_clip_lambda * (relative_O - 1))
+    shares = {"max": [1.0], "percentile": [cfg.clip_percentile],
+              "search": [0.999, 0.9995, 0.9999, 0.99999, 1.0]}  # GPTQ-lite (#414)
 
     def error(step_O: Tensor) -> float:
         step_O1 = step_O[:, None].clamp_min(SMALLEST_SCALE)
         codes_OI = (weight_OI / step_O1).round().clamp(-qmax, qmax)
         return float((codes_OI * step_O1 - weight_OI).square().sum())
 
-    return min(steps, key=error) if len(steps) > 1 else steps[0]
+    return min((size_OI.quantile(q, dim=1) / qmax for q in shares[cfg.row_steps]), key=error)
 
 def solved_steps(found: Curvature, column_I: Tensor) -> tuple[Tensor, Tensor]:
     """Relative steps of rows and columns at which a bit saves the same loss everywhere.
@@ -2643,68 +2589,55 @@ def plan_stacks(cfg: Config, model: nn.Module, found: Mapping[str, Curvature]) -
     roles = {name: role.tensors for name, role in parameter_roles(model).items()}
     for name, group in roles.items():
         if group not in ("gate", "control") and cfg.bits[group] != PLAIN_BITS:
-            shape = tuple(model.get_parameter(name).shape)
-            members.setdefault((shape, cfg.bits[group], name in found), []).append(name)
+            key = model.get_parameter(name).shape, cfg.bits[group], name in found
+            members.setdefault(key, []).append(name)
     stacks = []
-    for (_, bits, has_curvature), names in members.items():
+    for (_, bits, known), names in members.items():
         weights = [quantile_pruned(model.get_parameter(name).detach().float(), cfg.prune_frac)
                    for name in names]
-        factor = None
-        if has_curvature:
-            factor = factor_hessians(torch.stack([found[name].inputs_II for name in names]))
-        rows, columns = [], []
-        for i, (name, weight_OI) in enumerate(zip(names, weights, strict=True)):
-            if cfg.solves_steps and factor is not None:
-                row_O, column_I = solved_steps(found[name], factor.conditional_std_LI()[i])
-            else:
-                row_O = rows_by_hand(cfg, weight_OI, roles[name], found.get(name))
-                column_I = torch.ones_like(weight_OI[0])
-            rows.append(row_O.clamp_min(1e-30))
-            columns.append(as_stored(cfg, column_I))
-        weight_LOI, row_LO, column_LI = map(torch.stack, (weights, rows, columns))
+        weight_LOI, inputs = torch.stack(weights), [found[n].inputs_II for n in names if known]
+        factor = factor_hessians(torch.stack(inputs)) if known else None
+        if cfg.solves_steps and factor is not None:
+            pairs = [solved_steps(found[name], std_I)
+                     for name, std_I in zip(names, factor.std_LI, strict=True)]
+            row_LO, column_LI = map(torch.stack, zip(*pairs, strict=True))
+        else:
+            row_LO = torch.stack([rows_by_hand(cfg, weight_OI, roles[name], found.get(name))
+                                  for name, weight_OI in zip(names, weights, strict=True)])
+            column_LI = torch.ones_like(weight_LOI[:, 0])
+        row_LO, column_LI = row_LO.clamp_min(1e-30), as_stored(cfg, column_LI)
         spread_LI = (weight_LOI / row_LO[:, :, None]).square().mean(dim=1).sqrt() / column_LI
         stacks.append(Stack(names, weight_LOI, factor, row_LO, column_LI, bits, spread_LI))
     return stacks
 
 def quantize_stack(cfg: Config, stack: Stack, multiplier: float) -> dict[str, Quantized]:
     """The matrices of a stack, with all steps multiplied, by name."""
-    solved = cfg.solves_steps
+    solved, trellis = cfg.solves_steps, cfg.quant_grid == "trellis" and stack.factor is not None
     row_LO, column_LI = as_stored(cfg, stack.row_LO * multiplier), stack.column_LI
     qmax = LARGEST_CODE if solved else 2 ** (stack.bits - 1) - 1
     largest_LI = (stack.weight_LOI.abs() / row_LO[:, :, None]).amax(dim=1)  # if columns are 1
     if solved:  # a column with a few huge weights gets coarser steps, not clipped codes
         column_LI = as_stored(cfg, torch.maximum(column_LI, largest_LI / (0.8 * qmax)))
-    trellis = cfg.quant_grid == "trellis" and stack.factor is not None
+    rounding = functools.partial(round_uniform, qmax=qmax)
+    if trellis:
+        spread_LI = (stack.spread_LI / multiplier).clamp_min(0.05)
+        reach = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
+        bits_LIV = gaussian_code_bits(spread_LI, reach)
+        rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, multiplier=RATE_PRICE)
     if stack.factor is None:
         step_LOI = row_LO[:, :, None] * column_LI[:, None]
-        codes_LOI = (stack.weight_LOI / step_LOI).round().clamp(-qmax, qmax).to(torch.int16)
+        codes_LOI, _ = rounding(stack.weight_LOI / step_LOI, column_LI)
     else:
-        rounding: RoundColumn = functools.partial(round_uniform, qmax=qmax)
-        if trellis:
-            spread_LI = (stack.spread_LI / multiplier).clamp_min(0.05)
-            reach = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
-            bits_LIV = gaussian_code_bits(spread_LI, reach)
-            rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, multiplier=RATE_PRICE)
         codes_LOI = gptq(stack.weight_LOI, stack.factor, row_LO, column_LI, rounding)
-    kind = np.int16 if solved else np.int8
-    dtype = np.float32 if cfg.compressor == "ans" else np.float16
-    found = {}
-    for i, name in enumerate(stack.names):
-        columns = column_LI[i].cpu().numpy() if solved else None
-        found[name] = Quantized(stack.bits, codes_LOI[i].cpu().numpy().astype(kind),
-                                row_LO[i].cpu().numpy().astype(dtype), columns, trellis)
-    return found
-
-def quantize_groups(weight: Tensor, bits: int, size: int) -> Quantized:
-    """Round to nearest with a scale for each `size` numbers in a line."""
-    stored = quantize_rows(weight.reshape(-1, size), bits)
-    return stored._replace(values=stored.values.reshape(weight.shape))
+    kind = np.float32 if cfg.compressor == "ans" else np.float16
+    rows, columns = (x.cpu().numpy().astype(kind) for x in (row_LO, column_LI))
+    codes = codes_LOI.cpu().numpy().astype(np.int16 if solved else np.int8)
+    return {name: Quantized(stack.bits, codes[i], rows[i], columns[i] if solved else None, trellis)
+            for i, name in enumerate(stack.names)}
 
 def low_rank_corrections(cfg: Config, stacks: Sequence[Stack], tensors: Mapping[str, Quantized]
                          ) -> dict[str, Quantized]:
-    """LQER (arXiv:2402.02446, #1797): the errors of the worst matrices as products of two factors,
-    stored as NAME@0 (O, R) and NAME@1 (R, I).
-    """
+    """LQER (arXiv:2402.02446, #1797): the largest errors, as products of NAME@0 and NAME@1."""
     errors = {name: weight_OI.cpu() - tensors[name].dequantized() for stack in stacks
               for name, weight_OI in zip(stack.names, stack.weight_LOI, strict=True)}
     found: dict[str, Quantized] = {}
@@ -2712,21 +2645,18 @@ def low_rank_corrections(cfg: Config, stacks: Sequence[Stack], tensors: Mapping[
         u, s, v = torch.linalg.svd(errors[name], full_matrices=False)
         root_R = s[: cfg.lqer_rank].sqrt()
         left_OR, right_RI = u[:, : len(root_R)] * root_R, root_R[:, None] * v[: len(root_R)]
-        if cfg.lqer_group:  # asymmetric (#1797)
-            size = math.gcd(right_RI.size(1), cfg.lqer_group)
-            pair = quantize_groups(left_OR, 2, left_OR.numel()), quantize_groups(right_RI, 4, size)
-        else:
-            pair = quantize_rows(left_OR, 4), quantize_rows(right_RI, 4)
-        found |= {f"{name}@{i}": factor for i, factor in enumerate(pair)}
+        coarse = (2, left_OR.numel()) if cfg.lqer_group else (4, 0)  # asymmetric (#1797)
+        size = math.gcd(right_RI.size(1), cfg.lqer_group)  # of 0: a row
+        found[f"{name}@0"] = quantize_rows(left_OR, *coarse)
+        found[f"{name}@1"] = quantize_rows(right_RI, 4, size)
     return found
 
 def quantize_model(cfg: Config, model: nn.Module, stacks: Sequence[Stack] | None = None,
                    multiplier: float = 1.0) -> dict[str, Quantized]:
     """Every parameter of the model by name, in the form in which it is stored."""
     stacks = plan_stacks(cfg, model, {}) if stacks is None else stacks
-    tensors: dict[str, Quantized] = {}
-    for stack in stacks:
-        tensors |= quantize_stack(cfg, stack, multiplier)
+    tensors = {name: tensor for stack in stacks
+               for name, tensor in quantize_stack(cfg, stack, multiplier).items()}
     if cfg.lqer_rank:
         tensors |= low_rank_corrections(cfg, stacks, tensors)
     for name, role in parameter_roles(model).items():
@@ -2740,14 +2670,13 @@ def quantize_model(cfg: Config, model: nn.Module, stacks: Sequence[Stack] | None
 
 def code_statistics(tensors: Mapping[str, Quantized]) -> dict[str, float]:
     """How many weights are codes, and the entropy of a code given its tensor, in bits."""
-    codes = [t.values.ravel() for t in tensors.values() if t.scales is not None]
+    codes = [t.values for t in tensors.values() if t.scales is not None]
     counts = [np.unique(values, return_counts=True)[1] for values in codes]
-    bits = [float((n * np.log2(n.sum() / n)).sum()) for n in counts]
-    num_codes = sum(len(values) for values in codes)
-    return {"codes": num_codes, "entropy_bits": round(sum(bits) / max(1, num_codes), 4)}
+    bits = sum(float((n * np.log2(n.sum() / n)).sum()) for n in counts)
+    num_codes = sum(map(np.size, codes))
+    return {"codes": num_codes, "entropy_bits": round(bits / max(1, num_codes), 4)}
 
-FINEST_BITS = 6.5  # a weight: steps below that only cost bytes
-FILLED = 0.998  # of the byte budget: near enough
+FINEST_BITS, FILLED = 6.5, 0.998  # a weight: finer steps only cost bytes; of the budget: enough
 
 def estimated_bits(stacks: Sequence[Stack], multiplier: float) -> float:
     """Entropy of all codes if weights were normal: log2 of 4.13 deviations, or nearly nothing."""
@@ -2764,11 +2693,8 @@ def multiplier_for(stacks: Sequence[Stack], bits: float) -> float:
 
 def fill_budget(stacks: Sequence[Stack], encode: Callable[[float], bytes], budget_bytes: int
                 ) -> bytes:
-    """The artifact with the finest steps that `budget_bytes` allow: one multiplier of all steps,
-    found by what normal weights would cost, and corrected by what the artifact really takes.
-    """
-    num_weights = sum(stack.weight_LOI.numel() for stack in stacks)
-    finest = multiplier_for(stacks, FINEST_BITS * num_weights)
+    """The artifact of the finest steps that `budget_bytes` allow, by one multiplier of them all."""
+    finest = multiplier_for(stacks, FINEST_BITS * sum(s.weight_LOI.numel() for s in stacks))
     target_bytes, tried = budget_bytes * (1 + FILLED) / 2, dict[float, bytes]()
     multiplier = max(finest, multiplier_for(stacks, 8 * target_bytes))
     while len(tried) < 8 and multiplier not in tried:
@@ -2776,6 +2702,7 @@ def fill_budget(stacks: Sequence[Stack], encode: Callable[[float], bytes], budge
         fitting = {m: len(p) for m, p in tried.items() if len(p) <= budget_bytes}
         if FILLED * budget_bytes <= len(payload) <= budget_bytes or finest in fitting:
             break
+        # What normal weights would cost, corrected by what the artifact really takes.
         wanted = target_bytes / len(payload) * estimated_bits(stacks, multiplier)
         multiplier = max(finest, multiplier_for(stacks, wanted))
         if fitting and len(fitting) < len(tried):  # between the nearest two, by logarithms
@@ -2795,29 +2722,18 @@ ARTIFACT_PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of the compres
 MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
 MAX_WEIGHTS = 2**28  # 16 MB hold no more codes than that at half a bit each
 
-class Compressor(NamedTuple):
-    """A lossless coder; `unpack` gives at most the stated bytes (at least 1) of what it holds."""
-    pack: Callable[[bytes], bytes]
-    unpack: Callable[[bytes, int], bytes]
-
 def unbrotli(module: Any, packed: bytes, limit: int) -> bytes:
     """At most `limit` bytes of a brotli stream, whose decoder gives them piece by piece."""
-    decoder = module.Decompressor()
-    raw = decoder.process(packed, output_buffer_limit=limit)
-    while len(raw) < limit and (more := decoder.process(b"", output_buffer_limit=limit)):
-        raw += more
+    decoder, raw = module.Decompressor(), b""
+    while len(raw) < limit and (more := decoder.process(packed, output_buffer_limit=limit)):
+        raw, packed = raw + more, b""
     return raw[:limit]
 
-def shuffled(raw: bytes) -> bytes:
-    """Bytes at even places, then those at odd ones: high and low bytes of fp16 part (#1394)."""
-    return raw[::2] + raw[1::2]
-
 def unshuffled(raw: bytes) -> bytes:
-    back = bytearray(len(raw))
-    back[::2], back[1::2] = raw[: (len(raw) + 1) // 2], raw[(len(raw) + 1) // 2 :]
-    return bytes(back)
+    """The bytes of which `raw` holds those at even places before those at odd ones."""
+    return np.frombuffer(raw + bytes(len(raw) % 2), "u1").reshape(2, -1).T.tobytes()[: len(raw)]
 
-# Name: module, how it packs, how it unpacks at most so many bytes.
+# Name: module, how it packs, how it unpacks at most so many bytes (at least 1).
 ZLIB: Any = ("zlib", lambda m, raw: m.compress(raw, 9),
              lambda m, packed, limit: m.decompressobj().decompress(packed, limit))
 COMPRESSORS: dict[str, tuple[str, Callable[..., bytes], Callable[..., bytes]]] = {
@@ -2828,18 +2744,19 @@ COMPRESSORS: dict[str, tuple[str, Callable[..., bytes], Callable[..., bytes]]] =
              lambda m, packed, limit: m.ZstdDecompressor(max_window_size=2**27).stream_reader(
                  packed).read(limit)),
     "brotli": ("brotli", lambda m, raw: m.compress(raw, quality=11, lgwin=24), unbrotli),
-    "brotli_shuffled": ("brotli", lambda m, raw: m.compress(shuffled(raw), quality=11, lgwin=24),
-                        lambda m, packed, limit: unshuffled(unbrotli(m, packed, limit)))}
+    "brotli_shuffled": (  # high and low bytes of fp16 part (#1394)
+        "brotli", lambda m, raw: m.compress(raw[::2] + raw[1::2], quality=11, lgwin=24),
+        lambda m, packed, limit: unshuffled(unbrotli(m, packed, limit)))}
 
-def find_compressor(name: str) -> Compressor:
-    """The coder of that name; InputError if its package is missing (never another coder)."""
+def find_compressor(name: str) -> Sequence[Callable[..., bytes]]:
+    """How the coder packs and unpacks; InputError if its package is missing (never another)."""
     module_name, *functions = COMPRESSORS[name]
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(f"COMPRESSOR={name}: {error}; pip install -r requirements.txt, or choose "
                          "another") from error
-    return Compressor(*(functools.partial(function, module) for function in functions))
+    return [functools.partial(function, module) for function in functions]
 
 # Entropy coder of codes (asymmetric numeral systems, arXiv:1311.2540, by the library constriction).
 # A code's class is how large it should be: its column's magnitude, learnt from earlier rows, times
@@ -2862,132 +2779,112 @@ class CodeGrid(NamedTuple):
     trellis: bool = False
     loudness_I: np.ndarray | int = 0  # a column's codes are larger by so many 1/8 octaves
 
-class CodeWriter:
-    """Keeps what is to be coded: the coder is a stack, into which the last code goes first."""
-    def __init__(self) -> None:
-        self.calls: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def payload(self) -> bytes:
-        coder = constriction.stream.stack.AnsCoder()
-        for symbols, counts_W in reversed(self.calls):
-            coder.encode_reverse(symbols, code_model(counts_W))
-        words: np.ndarray = coder.get_compressed()
-        return words.astype("<u4").tobytes()
-
-def code_model(counts_W: np.ndarray) -> Any:
-    """The distribution of these counts (float64: the library is wrong for float32)."""
-    return constriction.stream.model.Categorical(counts_W, perfect=False)
-
-class ClassTables:
-    """Frequencies of -peak - 1 to peak, learnt as they are coded, by 128 * quantiser + magnitude.
-    They are symmetric: about 0, or in the other quantiser, whose level is code + 1/2, about -1/2.
+def code_symbols(coder: Any, all_KW: np.ndarray, kind_N: np.ndarray, symbol_N: np.ndarray
+                 ) -> np.ndarray:
+    """Add symbols to a list of what is to be written, or read as many; and return them.
+    Their frequencies, from -half to half - 1, are learnt by 128 * quantiser + magnitude. They are
+    symmetric: about 0, or in the other quantiser, whose level is code + 1/2, about -1/2.
     """
-    def __init__(self, peak: int) -> None:
-        self.peak, self.counts_KW = peak, np.zeros((256, 2 * peak + 2), np.int64)
+    order, number_K, half = kind_N.argsort(kind="stable"), np.bincount(kind_N), len(all_KW[0]) // 2
+    flat_N = symbol_N[order].astype(np.int32) + np.int32(half)
+    kinds = number_K.nonzero()[0]
+    for kind in kinds[all_KW[kinds, 0] == 0].tolist():  # a new one: two-sided geometric
+        mean = MAGNITUDES[kind % 128] / UNIT
+        power_W = np.full(half + 1, mean / (1 + math.sqrt(1 + mean * mean))).cumprod()
+        weight_W = power_W[abs(2 * np.arange(-half, half) + kind // 128) // 2]
+        weight_W *= PRIOR_CODES * COUNT / math.fsum(weight_W)
+        all_KW[kind] = weight_W.astype(np.int64) + 1
+    counts_KW, number_K = all_KW[kinds], number_K[kinds]
+    ends = number_K.cumsum().tolist()
+    for counts_W, start, end in zip(counts_KW * 1.0, [0, *ends[:-1]], ends, strict=True):
+        model = constriction.stream.model.Categorical(counts_W, perfect=False)  # wrong for float32
+        if isinstance(coder, list):
+            coder.append((flat_N[start:end], model))
+        else:
+            flat_N[start:end] = coder.decode(model, end - start)
+    place_N = np.repeat(np.arange(len(kinds)) * 2 * half, number_K) + flat_N
+    seen_KW = np.bincount(place_N, minlength=counts_KW.size).reshape(counts_KW.shape)
+    mirrored_KW = seen_KW[:, ::-1].copy()
+    mirrored_KW[kinds < 128] = np.roll(mirrored_KW[kinds < 128], 1, axis=1)
+    counts_KW += (seen_KW + mirrored_KW) * (COUNT // 2)
+    counts_KW -= counts_KW // 2 * (counts_KW.sum(axis=1) > MEMORY_CODES * COUNT)[:, None]
+    all_KW[kinds] = counts_KW
+    symbol_N = np.empty_like(flat_N)
+    symbol_N[order] = flat_N - np.int32(half)
+    return symbol_N
 
-    def code(self, coder: Any, kind_N: np.ndarray, symbol_N: np.ndarray) -> np.ndarray:
-        """Write symbols, or read as many, and return them."""
-        order, number_K = kind_N.argsort(kind="stable"), np.bincount(kind_N)
-        flat_N = symbol_N[order].astype(np.int32) + np.int32(self.peak + 1)
-        kinds = number_K.nonzero()[0]
-        for kind in kinds[self.counts_KW[kinds, 0] == 0].tolist():  # a new one: two-sided geometric
-            mean = MAGNITUDES[kind % 128] / UNIT
-            power_W = np.full(self.peak + 2, mean / (1 + math.sqrt(1 + mean * mean))).cumprod()
-            weight_W = power_W[abs(2 * np.arange(-self.peak - 1, self.peak + 1) + kind // 128) // 2]
-            weight_W *= PRIOR_CODES * COUNT / math.fsum(weight_W)
-            self.counts_KW[kind] = weight_W.astype(np.int64) + 1
-        counts_KW, number_K = self.counts_KW[kinds], number_K[kinds]
-        ends = number_K.cumsum().tolist()
-        for counts_W, start, end in zip(counts_KW * 1.0, [0, *ends[:-1]], ends, strict=True):
-            if isinstance(coder, CodeWriter):
-                coder.calls.append((flat_N[start:end], counts_W))
-            else:
-                flat_N[start:end] = coder.decode(code_model(counts_W), end - start)
-        place_N = np.repeat(np.arange(len(kinds)) * counts_KW.shape[1], number_K) + flat_N
-        seen_KW = np.bincount(place_N, minlength=counts_KW.size).reshape(counts_KW.shape)
-        mirrored_KW = seen_KW[:, ::-1].copy()
-        mirrored_KW[kinds < 128] = np.roll(mirrored_KW[kinds < 128], 1, axis=1)
-        counts_KW += (seen_KW + mirrored_KW) * (COUNT // 2)
-        counts_KW -= counts_KW // 2 * (counts_KW.sum(axis=1) > MEMORY_CODES * COUNT)[:, None]
-        self.counts_KW[kinds] = counts_KW
-        symbol_N = np.empty_like(flat_N)
-        symbol_N[order] = flat_N - np.int32(self.peak + 1)
-        return symbol_N
-
-class CodeLanes:
-    """Segments of all matrices side by side, to be coded a row of each at a time.
-    The longest come first, so that those which have a row are the first ones.
+def code_lanes(coder: Any, codes: np.ndarray, peak: int, grids: Sequence[CodeGrid], means: bytes
+               ) -> None:
+    """Write the codes of all matrices, or read them into their array: a row of each lane at a time.
+    Lanes are segments; the longest come first, so that those which have a row are the first ones.
     """
-    def __init__(self, grids: Sequence[CodeGrid], means: bytes) -> None:
-        lanes = sorted(((min(TRELLIS_SEGMENT, grid.rows - first), matrix, first)
-                        for matrix, grid in enumerate(grids) if grid.columns
-                        for first in range(0, grid.rows, TRELLIS_SEGMENT)), reverse=True)
-        self.rows_L, matrix_L, first_L = np.array(lanes, np.int64).reshape(-1, 3).T
-        rows_M, columns_M, trellis_M = np.array([g[:3] for g in grids], np.int64).reshape(-1, 3).T
-        self.end_L = columns_M[matrix_L].cumsum()
-        self.start_L = self.end_L - columns_M[matrix_L]
-        self.lane_N = np.arange(len(lanes)).repeat(columns_M[matrix_L])
-        matrix_N, first_N = matrix_L[self.lane_N], first_L[self.lane_N]
-        self.trellis_N, self.width_N = trellis_M[matrix_N], columns_M[matrix_N]
-        within_N = np.arange(len(matrix_N)) - self.start_L[self.lane_N]
-        self.column_N = within_N + (columns_M.cumsum() - columns_M)[matrix_N]
-        size_M = rows_M * columns_M  # all codes lie one after another
-        self.place_N = within_N + (size_M.cumsum() - size_M)[matrix_N] + first_N * self.width_N
-        class_C = np.concatenate([[], *(np.zeros(grid.columns) + mean + grid.loudness_I
-                                        for grid, mean in zip(grids, means, strict=True))])
-        self.sum_C = PRIOR_ROWS * MAGNITUDES[class_C.astype(np.int64).clip(0, 127)]
-        self.seen_C = np.full(len(class_C), PRIOR_ROWS)
-
-    def code(self, coder: Any, codes: np.ndarray, peak: int) -> None:
-        """Write the codes, or read them into their array."""
-        tables, gains, states = ClassTables(peak), ClassTables(16), next_states(TRELLIS_STATES)
-        state_N, num_columns = np.zeros(len(self.lane_N), np.int8), len(self.sum_C)
-        for step in range(self.rows_L.max(initial=0)):
-            lanes = int((self.rows_L > step).sum())
-            end = self.end_L[lanes - 1]
-            lane_N, column_N, state_N = self.lane_N[:end], self.column_N[:end], state_N[:end]
-            place_N = self.place_N[:end] + step * self.width_N[:end]
-            codes_N, expected_C = codes[place_N], self.sum_C // self.seen_C
-            # The writer's gains, in 1/4 octaves; a reader has zeros here, and ignores them.
-            size_L, expected_L = (np.add.reduceat(x_N, self.start_L[:lanes]) for x_N in (
-                abs(codes_N) * float(UNIT), expected_C[column_N]))
-            gain_L = np.rint(4 * np.log2((size_L + 1) / (expected_L + 1))).clip(-16, 16)
-            gain_L = gains.code(coder, np.full(lanes, GAIN_CLASS), gain_L)
-            kind_N = EDGES.searchsorted(expected_C)[column_N] + 2 * gain_L[lane_N]
-            kind_N = kind_N.clip(0, 127).astype(np.uint8) | (state_N & 1) << np.uint8(7)
-            codes_N = codes[place_N] = tables.code(coder, kind_N, codes_N)  # odd: other quantiser
-            state_N = states[2 * state_N + (codes_N & self.trellis_N[:end])]
-            size_N = abs(codes_N) * MAGNITUDES[56 - 2 * gain_L][lane_N]  # [56]: 1.0
-            self.sum_C += np.bincount(column_N, size_N, num_columns).astype(np.int64)
-            self.seen_C += np.bincount(column_N, minlength=num_columns)
+    lanes = sorted(((min(TRELLIS_SEGMENT, grid.rows - first), matrix, first)
+                    for matrix, grid in enumerate(grids) if grid.columns
+                    for first in range(0, grid.rows, TRELLIS_SEGMENT)), reverse=True)
+    rows_L, matrix_L, first_L = np.array(lanes, np.int64).reshape(-1, 3).T
+    rows_M, columns_M, trellis_M = np.array([g[:3] for g in grids], np.int64).reshape(-1, 3).T
+    end_L = columns_M[matrix_L].cumsum()
+    start_L = end_L - columns_M[matrix_L]
+    lane_N = np.arange(len(lanes)).repeat(columns_M[matrix_L])
+    matrix_N, within_N = matrix_L[lane_N], np.arange(len(lane_N)) - start_L[lane_N]
+    column_N = within_N + (columns_M.cumsum() - columns_M)[matrix_N]
+    width_N, size_M = columns_M[matrix_N], rows_M * columns_M
+    place_N = within_N + (size_M.cumsum() - size_M)[matrix_N] + first_L[lane_N] * width_N
+    whole_5N = np.stack([lane_N, column_N, place_N, width_N, trellis_M[matrix_N]])
+    class_C = np.concatenate([[], *(np.zeros(grid.columns) + mean + grid.loudness_I
+                                    for grid, mean in zip(grids, means, strict=True))])
+    sum_C = PRIOR_ROWS * MAGNITUDES[class_C.astype(np.int64).clip(0, 127)]
+    seen_C, state_N = np.full(len(class_C), PRIOR_ROWS), np.zeros(len(lane_N), np.int8)
+    codes_KW, gains_KW = np.zeros((256, 2 * peak + 2), np.int64), np.zeros((256, 34), np.int64)
+    for step in range(rows_L.max(initial=0)):
+        count = int((rows_L > step).sum())
+        lane_N, column_N, place_N, width_N, trellis_N = whole_5N[:, : end_L[count - 1]]
+        state_N = state_N[: end_L[count - 1]]
+        codes_N, expected_C = codes[place_N], sum_C // seen_C
+        # The writer's gains, in 1/4 octaves; a reader has zeros here, and ignores them.
+        size_L, expected_L = (np.add.reduceat(x_N, start_L[:count]) for x_N in (
+            abs(codes_N) * float(UNIT), expected_C[column_N]))
+        gain_L = np.rint(4 * np.log2((size_L + 1) / (expected_L + 1))).clip(-16, 16)
+        gain_L = code_symbols(coder, gains_KW, np.full(count, GAIN_CLASS), gain_L)
+        kind_N = EDGES.searchsorted(expected_C)[column_N] + 2 * gain_L[lane_N]
+        kind_N = kind_N.clip(0, 127).astype(np.uint8) | (state_N & 1) << np.uint8(7)
+        codes_N = codes[place_N] = code_symbols(coder, codes_KW, kind_N, codes_N)
+        state_N = NEXT_STATES[2 * state_N + (codes_N & trellis_N)]  # odd: the other quantiser
+        size_N = abs(codes_N) * MAGNITUDES[56 - 2 * gain_L][lane_N]  # [56]: 1.0
+        sum_C += np.bincount(column_N, size_N, len(sum_C)).astype(np.int64)
+        seen_C += np.bincount(column_N, minlength=len(sum_C))
+        place_N += width_N  # of whole_5N
 
 def encode_codes(codes: Sequence[np.ndarray], grids: Sequence[CodeGrid]) -> bytes:
     """Matrices of integers of magnitude up to MAX_CODE, as bytes that depend on nothing else."""
     flat = np.concatenate([np.zeros(0, np.int32), *(c.ravel().astype(np.int32) for c in codes)])
     peak = int(abs(flat).max(initial=0))
     require(peak <= MAX_CODE, f"a code of magnitude {peak} exceeds {MAX_CODE}")
-    sizes = (abs(codes_OI * 2.0 ** (-grid.loudness_I / 8))
-             for codes_OI, grid in zip(codes, grids, strict=True))
+    sizes = (abs(c.reshape(grid[:2]) * 2.0 ** (-grid.loudness_I / 8))
+             for c, grid in zip(codes, grids, strict=True))
     means = bytes(int(EDGES.searchsorted(s.sum() / max(s.size, 1) * UNIT)) for s in sizes)
-    writer = CodeWriter()
-    CodeLanes(grids, means).code(writer, flat, peak)
-    return peak.to_bytes(2, "little") + means + writer.payload()
+    coder, calls = constriction.stream.stack.AnsCoder(), list[tuple[np.ndarray, Any]]()
+    code_lanes(calls, flat, peak, grids, means)
+    for symbols, model in reversed(calls):  # a stack: what goes in last is read first
+        coder.encode_reverse(symbols, model)
+    return peak.to_bytes(2, "little") + means + coder.get_compressed().astype("<u4").tobytes()
 
 def decode_codes(payload: bytes, grids: Sequence[CodeGrid]) -> list[np.ndarray]:
     """What encode_codes was given; ValueError if these bytes cannot be of its making."""
     peak, head = int.from_bytes(payload[:2], "little"), 2 + len(grids)
     require(len(payload) >= head and peak <= MAX_CODE, "damaged codes: wrong head")
-    flat = np.zeros(sum(grid.rows * grid.columns for grid in grids), np.int32)
+    sizes = [grid.rows * grid.columns for grid in grids]
+    flat = np.zeros(sum(sizes), np.int32)
     try:
         words = np.frombuffer(payload[head:], "<u4").astype(np.uint32)
         coder = constriction.stream.stack.AnsCoder(words)
-        CodeLanes(grids, payload[2:head]).code(coder, flat, peak)
+        code_lanes(coder, flat, peak, grids, payload[2:head])
         require(coder.is_empty(), "more bytes than the codes need")
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library's panics are no Exceptions
         raise ValueError(f"damaged codes: {error}") from error
-    parts = np.split(flat.astype(np.int16), np.cumsum([grid.rows * grid.columns for grid in grids]))
+    parts = np.split(flat.astype(np.int16), np.cumsum(sizes))
     return [part.reshape(grid[:2]) for part, grid in zip(parts, grids, strict=False)]
 
 def number_grid(length: int) -> CodeGrid:
@@ -2997,7 +2894,7 @@ def number_grid(length: int) -> CodeGrid:
 def encode_numbers(arrays: Sequence[np.ndarray]) -> bytes:
     """Vectors of integers within MAX_CODE of their median, coded as one matrix of differences."""
     centres = np.array([np.median(a) if a.size else 0 for a in arrays]).astype("<i2")
-    differences = np.concatenate([np.zeros(0, np.int64), *map(np.subtract, arrays, centres)])
+    differences = np.concatenate([*map(np.subtract, arrays, centres)])
     grid = number_grid(len(differences))
     return centres.tobytes() + encode_codes([np.resize(differences, grid[:2])], [grid])
 
@@ -3009,31 +2906,31 @@ def decode_numbers(payload: bytes, lengths: Sequence[int]) -> list[np.ndarray]:
     return list(map(np.add, parts, np.frombuffer(payload[:head], "<i2")))
 
 SHAPE_KNOBS = [f.name for f in fields(Config) if f.metadata["shape"]]
-# Flags of a stored tensor: factors a column, trellis, two-byte codes, steps 2^(n/8).
-COLUMNS, TRELLIS, WIDE, COARSE = 1, 2, 4, 8
 
-class Spec(NamedTuple):
-    """How a tensor is stored, as the header says it."""
-    bits: int
-    num_scales: int  # 0: plain fp16
-    flags: int  # sum of those above
-
-    def grid(self, shape: Sequence[int], louder_I: np.ndarray | int) -> CodeGrid:
-        """What the coder of codes knows of a tensor."""
-        rows = shape[0] if self.flags & TRELLIS else self.num_scales
-        return CodeGrid(rows, math.prod(shape) // rows, bool(self.flags & TRELLIS), louder_I)
-
-def spec_of(tensor: Quantized) -> Spec:
+def spec_of(tensor: Quantized) -> list[int]:
+    """How a tensor is stored, as the header says it: bits, number of steps (0: plain fp16), flags
+    (factors a column 1, trellis 2, two-byte codes 4, steps 2^(n/8) 8).
+    """
     if tensor.scales is None:
-        return Spec(PLAIN_BITS, 0, 0)
-    flags = {COLUMNS: tensor.columns is not None, TRELLIS: tensor.trellis,
-             WIDE: tensor.values.itemsize == 2, COARSE: tensor.scales.itemsize == 4}
-    return Spec(tensor.bits, len(tensor.scales), sum(flag for flag, on in flags.items() if on))
+        return [PLAIN_BITS, 0, 0]
+    flags = [tensor.columns is not None, tensor.trellis, tensor.values.itemsize == 2,
+             tensor.scales.itemsize == 4]
+    return [tensor.bits, len(tensor.scales), sum(flag << i for i, flag in enumerate(flags))]
 
-def step_index(values: np.ndarray) -> np.ndarray:
-    """n of the steps 2^(n / 8)."""
-    index: np.ndarray = np.rint(np.log2(values.astype(np.float64)) * SCALE_STEPS).astype(np.int16)
-    return index
+def blank(name: str, spec: Sequence[int], shape: Sequence[int], coder: str) -> Quantized:
+    """A tensor stored so, of zeros that take no memory; refuses what none of this shape can be."""
+    (bits, num_scales, flags), size = spec, math.prod(shape)
+    sound = all(type(x) is int for x in spec) and (spec == [PLAIN_BITS, 0, 0] or (
+        0 < num_scales <= size and size % num_scales == 0 and bits in {*BITS, 2} - {PLAIN_BITS}
+        and 0 <= flags < (16 if coder == "ans" else 8)
+        and (not flags & 3 or (len(shape) == 2 and num_scales == shape[0]))))
+    require(sound, f"{name} of shape {tuple(shape)} cannot be stored as {spec}")
+    if not num_scales:
+        return Quantized(bits, np.broadcast_to(np.float16(0), shape), None)
+    codes = np.broadcast_to(np.zeros((), np.int16 if flags & 4 else np.int8), shape)
+    steps = np.broadcast_to(np.zeros((), np.float32 if flags & 8 else np.float16), size)
+    return Quantized(bits, codes, steps[:num_scales], steps[: shape[1]] if flags & 1 else None,
+                     bool(flags & 2))
 
 def blueprint(cfg: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shape and group of tensors of every parameter of a model, which is not made."""
@@ -3049,28 +2946,67 @@ def grouped(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[s
         members.setdefault("lqer" if "@" in name else groups[name], []).append(name)
     return dict(sorted(members.items()))
 
+def slots_of(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]]:
+    """The tensor's number and field of every array in each stream of a group of tensors."""
+    slots: dict[str, list[tuple[int, str]]] = {"half": [], "codes": [], "steps": []}
+    for i, (_, _, scales, columns, _) in enumerate(stored):
+        if scales is not None:
+            steps = "half" if scales.itemsize == 2 else "steps"
+            slots[steps] += [(i, "scales"), (i, "columns")][: 1 + (columns is not None)]
+        slots["half" if scales is None else "codes"].append((i, "values"))
+    return {kind: found for kind, found in slots.items() if found}
+
+def grids_of(stored: Sequence[Quantized]) -> list[CodeGrid]:
+    """What the coder of codes knows of a group of tensors."""
+    rows = [(t, len(t.values if t.trellis else t.scales)) for t in stored if t.scales is not None]
+    return [CodeGrid(n, t.values.size // n, t.trellis,
+                     0 if t.columns is None else SCALE_RANGE - SCALES.searchsorted(t.columns))
+            for t, n in rows]
+
 def pack_group(stored: Sequence[Quantized], coder: str) -> dict[str, bytes]:
-    """The streams of a group of tensors: its codes, its coarse steps, its fp16 numbers."""
-    coarse: list[np.ndarray] = []
-    halves: list[np.ndarray] = []
-    for tensor in stored:
-        numbers = [x for x in (tensor.scales, tensor.columns) if x is not None] or [tensor.values]
-        is_coarse = spec_of(tensor).flags & COARSE
-        (coarse if is_coarse else halves).extend(numbers)
-    coded = [tensor for tensor in stored if tensor.scales is not None]
-    halves = [x.astype("<f2") for x in halves]
-    streams, compressor = {"half": b"".join(x.tobytes() for x in halves)}, find_compressor(coder)
-    if coder != "ans":
-        streams["codes"] = b"".join(t.values.tobytes() for t in coded)
-    packed = {kind: compressor.pack(raw) for kind, raw in streams.items() if raw}
-    if coder == "ans" and coded:
-        grids = [spec_of(t).grid(t.values.shape, 0 if t.columns is None
-                                 else -step_index(t.columns)) for t in coded]
-        packed["codes"] = encode_codes(
-            [t.values.reshape(g.rows, -1) for t, g in zip(coded, grids, strict=True)], grids)
-    if coarse:
-        packed["steps"] = encode_numbers([step_index(x) for x in coarse])
+    """The streams of a group of tensors: its fp16 numbers, its codes, its coarse steps."""
+    packed, (pack, _) = dict[str, bytes](), find_compressor(coder)
+    for kind, slots in slots_of(stored).items():
+        arrays = [getattr(stored[i], name) for i, name in slots]
+        if kind == "steps":
+            packed[kind] = encode_numbers([SCALES.searchsorted(a) - SCALE_RANGE for a in arrays])
+        elif kind == "codes" and coder == "ans":
+            packed[kind] = encode_codes(arrays, grids_of(stored))
+        else:
+            packed[kind] = pack(b"".join(array.tobytes() for array in arrays))
     return packed
+
+def unpack_stream(kind: str, packed: bytes, arrays: Sequence[np.ndarray], coder: str,
+                  grids: Sequence[CodeGrid]) -> Sequence[np.ndarray]:
+    """What a stream holds for blank arrays; refuses what they cannot be."""
+    if kind == "steps":
+        steps = decode_numbers(packed, [a.size for a in arrays])
+        require(all(abs(index).max() <= SCALE_RANGE for index in steps), "steps out of range")
+        return [SCALES[index + SCALE_RANGE] for index in steps]
+    if kind == "codes" and coder == "ans":
+        return decode_codes(packed, grids)
+    ends = [0, *itertools.accumulate(a.nbytes for a in arrays)]
+    raw = find_compressor(coder)[1](packed, ends[-1] + 1)
+    require(len(raw) == ends[-1],
+            f"stream {kind} does not hold the {ends[-1]} bytes that its tensors need")
+    found = [np.frombuffer(raw, a.dtype, a.size, n) for a, n in zip(arrays, ends, strict=False)]
+    require(all(np.isfinite(a).all() for a in found), "numbers that are not finite")
+    return found
+
+def unpack_group(packed: Mapping[str, bytes], stored: list[Quantized], coder: str) -> None:
+    """Fill in the blank tensors of a group; refuses streams that cannot hold them."""
+    streams = slots_of(stored)
+    for kind in packed:
+        require(kind in streams, f"a stream {kind} that no tensor needs")
+    for kind in sorted(streams, reverse=True):  # codes are last: their coder knows the columns
+        blanks = [getattr(stored[i], name) for i, name in streams[kind]]
+        found = unpack_stream(kind, packed[kind], blanks, coder, grids_of(stored))
+        for (i, name), x, like in zip(streams[kind], found, blanks, strict=True):
+            largest = LARGEST_CODE if like.itemsize == 2 else 2 ** (stored[i].bits - 1) - 1
+            require(kind != "codes" or abs(x.astype(np.int32)).max() <= largest,
+                    f"codes beyond {stored[i].bits} bits")
+            filled: dict[str, Any] = {name: x.astype(like.dtype).reshape(like.shape)}
+            stored[i] = stored[i]._replace(**filled)
 
 def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha256: str) -> bytes:
     """The artifact file's content; a function of its arguments to the byte."""
@@ -3084,8 +3020,8 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
                         if name.endswith("@0")},
               "streams": [[kind, len(stream)] for kind, stream in packed.items()]}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head))
-    body = b"".join([prefix, head, *packed.values()])
+    body = b"".join([ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)), head,
+                     *packed.values()])
     return body + hashlib.sha256(body).digest()
 
 def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
@@ -3104,96 +3040,18 @@ def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
     header = json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES))
     return header, body[ARTIFACT_PREFIX.size + head_bytes :]
 
-def check_spec(name: str, spec: Spec, shape: Sequence[int], coder: str) -> None:
-    """Refuse what no tensor of this shape can be stored as, before anything is allocated."""
-    (bits, num_scales, flags), size = spec, math.prod(shape)
-    sound = all(type(x) is int for x in spec)
-    if sound and num_scales:
-        by_row = len(shape) == 2 and num_scales == shape[0]
-        sound = (0 < num_scales <= size and size % num_scales == 0 and 0 <= flags < 16
-                 and bits in {*BITS, 2} - {PLAIN_BITS} and (by_row or not flags & 3)
-                 and (coder == "ans" or not flags & COARSE))
-    else:
-        sound = sound and bits == PLAIN_BITS and not flags
-    require(sound, f"{name} of shape {tuple(shape)} cannot be stored as {list(spec)}")
-
-def unpack_raw(packed: Mapping[str, bytes], kind: str, arrays: Sequence[tuple[int, str]],
-               coder: str) -> list[np.ndarray]:
-    """The arrays (size and dtype of each) that a generally compressed stream holds."""
-    num_bytes = [size * np.dtype(dtype).itemsize for size, dtype in arrays]
-    if not arrays:
-        require(kind not in packed, f"a stream {kind} that no tensor needs")
-        return []
-    compressor = find_compressor(coder)
-    raw = compressor.unpack(packed[kind], sum(num_bytes) + 1)
-    require(len(raw) == sum(num_bytes),
-            f"stream {kind} does not hold the {sum(num_bytes)} bytes that its tensors need")
-    ends = itertools.accumulate(num_bytes)
-    return [np.frombuffer(raw, dtype, size, end - count) for (size, dtype), end, count
-            in zip(arrays, ends, num_bytes, strict=True)]
-
-def unpack_steps(packed: Mapping[str, bytes], specs: Sequence[Spec],
-                 shapes: Sequence[tuple[int, ...]], coder: str) -> list[Quantized]:
-    """The plain tensors of a group, and the others still without their codes."""
-    sizes: dict[bool, list[int]] = {False: [], True: []}
-    for spec, shape in zip(specs, shapes, strict=True):
-        steps = [spec.num_scales, *shape[-1:] * (spec.flags & COLUMNS)]
-        sizes[bool(spec.flags & COARSE)] += steps if spec.num_scales else [math.prod(shape)]
-    coarse = decode_numbers(packed["steps"], sizes[True]) if sizes[True] else []
-    require(all(abs(index).max() <= SCALE_RANGE for index in coarse), "steps out of range")
-    numbers = {False: iter(unpack_raw(packed, "half", [(n, "<f2") for n in sizes[False]], coder)),
-               True: iter(map(step_values, coarse))}
-    stored = []
-    for spec, shape in zip(specs, shapes, strict=True):
-        source, plain = numbers[bool(spec.flags & COARSE)], not spec.num_scales
-        first = next(source)
-        require(np.isfinite(first).all(), "numbers that are not finite")
-        columns = next(source).astype(np.float32) if spec.flags & COLUMNS else None
-        stored.append(Quantized(spec.bits, first.reshape(shape if plain else -1),
-                                None if plain else first, columns, bool(spec.flags & TRELLIS)))
-    return stored
-
-def unpack_group(packed: Mapping[str, bytes], specs: Sequence[Spec],
-                 shapes: Sequence[tuple[int, ...]], coder: str) -> list[Quantized]:
-    """The tensors of a group; ValueError if the streams cannot hold them."""
-    stored = unpack_steps(packed, specs, shapes, coder)
-    coded = [(spec, shape, t.columns) for spec, shape, t in zip(specs, shapes, stored, strict=True)
-             if spec.num_scales]
-    if coder == "ans" and coded:
-        codes = decode_codes(packed["codes"], [
-            spec.grid(shape, 0 if columns is None else -step_index(columns))
-            for spec, shape, columns in coded])
-    else:
-        codes = unpack_raw(packed, "codes", [
-            (math.prod(shape), "<i2" if spec.flags & WIDE else "<i1")
-            for spec, shape, _ in coded], coder)
-    remaining = iter(codes)
-    return [with_codes(tensor, next(remaining), spec, shape) if spec.num_scales else tensor
-            for spec, shape, tensor in zip(specs, shapes, stored, strict=True)]
-
-def with_codes(tensor: Quantized, codes: np.ndarray, spec: Spec, shape: tuple[int, ...]
-               ) -> Quantized:
-    """The tensor with its codes; ValueError if they are none that `bits` can have."""
-    largest = LARGEST_CODE if spec.flags & WIDE else 2 ** (spec.bits - 1) - 1
-    require(np.abs(codes.astype(np.int32)).max() <= largest, f"codes beyond {spec.bits} bits")
-    kind = np.int16 if spec.flags & WIDE else np.int8
-    return tensor._replace(values=codes.astype(kind).reshape(shape))
-
 def decode_tensors(header: Mapping[str, Any], body: bytes, shapes: Mapping[str, tuple[int, ...]],
                    groups: Mapping[str, str]) -> dict[str, Quantized]:
     """The stored tensors by name; names and shapes must be exactly the model's."""
-    specs, coder = {name: Spec(*rest) for name, *rest in header["tensors"]}, header["compressor"]
-    corrected = sorted({name.partition("@")[0] for name in specs if "@" in name})
-    whole = {*shapes, *(f"{name}@{i}" for name in corrected for i in (0, 1))}
-    require(specs.keys() == whole and {*corrected} <= shapes.keys(),
-            f"its tensors are not the model's: {sorted(specs.keys() ^ whole)}")
+    specs, coder = {name: spec for name, *spec in header["tensors"]}, header["compressor"]
     all_shapes = dict(shapes)
-    for name in corrected:  # the first factor's scales or codes do not tell the rank: the header
-        rank = header["ranks"][name]
-        require(type(rank) is int and 0 < rank <= 64 and len(shapes[name]) == 2,
+    for name, rank in header["ranks"].items():  # a factor's steps or codes do not tell the rank
+        require(type(rank) is int and 0 < rank <= 64 and len(shapes.get(name, ())) == 2,
                 f"{name} cannot have a correction of rank {rank}")
         rows, columns = shapes[name]
         all_shapes |= {f"{name}@0": (rows, rank), f"{name}@1": (rank, columns)}
+    require(specs.keys() == all_shapes.keys(),
+            f"its tensors are not the model's: {sorted(specs.keys() ^ all_shapes.keys())}")
     size = sum(math.prod(shape) for shape in all_shapes.values())
     require(size <= MAX_WEIGHTS, f"{size} weights; {MAX_WEIGHTS} are the most")
     packed: dict[str, dict[str, bytes]] = {}
@@ -3207,24 +3065,22 @@ def decode_tensors(header: Mapping[str, Any], body: bytes, shapes: Mapping[str, 
     members, tensors = grouped(list(specs), groups), dict[str, Quantized]()
     require(packed.keys() == members.keys(), f"streams of {[*packed]} for {[*members]}")
     for group, names in members.items():
-        for name in names:
-            check_spec(name, specs[name], all_shapes[name], coder)
-        kinds = [specs[name] for name in names], [all_shapes[name] for name in names]
-        tensors |= zip(names, unpack_group(packed[group], *kinds, coder), strict=True)
+        blanks = [blank(name, specs[name], all_shapes[name], coder) for name in names]
+        unpack_group(packed[group], blanks, coder)
+        tensors |= zip(names, blanks, strict=True)
     return tensors
 
 def assembled(tensors: Mapping[str, Quantized]) -> dict[str, Tensor]:
     """The weights by name, with their corrections."""
     weights = {name: tensor.dequantized() for name, tensor in tensors.items()}
-    return {name: weight + weights[f"{name}@0"] @ weights[f"{name}@1"]
-            if f"{name}@0" in weights else weight
-            for name, weight in weights.items() if "@" not in name}
+    for name in [name for name in tensors if name.endswith("@0")]:
+        weights[name[:-2]] += weights.pop(name) @ weights.pop(f"{name[:-1]}1")
+    return weights
 
 def byte_ledger(payload: bytes) -> dict[str, int]:
     """Bytes of an artifact by group of tensors, codes and steps apart, and what frames them."""
     header, body = decode_header(payload)
-    sizes = {f"{group}_{kind}_bytes": count for kind, _, group, count in (
-        (*key.partition("/"), count) for key, count in header["streams"])}
+    sizes = {"_".join([*key.split("/")[::-1], "bytes"]): size for key, size in header["streams"]}
     return {**sizes, "frame_bytes": len(payload) - len(body)}
 
 def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
@@ -3248,6 +3104,7 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
     model.load_state_dict(weights)
     return model
 
+@functools.cache  # an edit during the run must not change what ran
 def own_source() -> str:
     """The readable source of this script, also when it runs from its packed form."""
     return globals().get("PACKED_SOURCE") or Path(__file__).read_text(encoding="utf-8")
@@ -3283,34 +3140,38 @@ def account_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     return sizes
 
 # --- 9. Evaluation -------------------------------------------------------------------------------
-# The score is bits per byte: nats over all validation targets / (ln 2 * the bytes they stand for).
-# A pass is a plan: for each rank a list of steps that score windows or learn from scored targets,
-# a pure function of integers. One loop runs it; the Scorer keeps the trace and refuses in the end
-# a target that was not scored once, and an update that could have told a score what comes.
+# The score is bits per byte: nats over all targets / (ln 2 * their bytes). A pass is a plan: steps
+# of each rank, a pure function of integers. One loop runs it; the Scorer keeps the trace, and finds
+# a target that was not scored once and an update that could have told a score what comes.
+
+Span = tuple[int, int]  # of targets: the first, and one past the last
 
 class Window(NamedTuple):
-    """A stretch of inputs, and which of its predictions are scored."""
-    start: int  # first input position
-    end: int  # one past the last
-    score_from: int  # first scored position, counted from start
+    """A stretch of inputs, of which the targets from `first` on are scored or learned."""
+    start: int
+    end: int
+    first: int
 
 class Step(NamedTuple):
     """What one rank does at one tick of a pass. Ranks have equally many; some may be idle."""
     action: str  # score; adapt: score, then train each row's adapter; train: the weights; absorb
-    windows: Sequence[Window] = ()  # inputs, and what is scored or learned of each
+    windows: Sequence[Window] = ()
     begins: bool = False  # with new adapters, or a new optimizer of the weights
     learns: int = 0  # adapt: how many of the rows, the first ones, have more to score
     progress: float = 0.0  # train: how much of it is done
-    text: tuple[int, int] = (0, 0)  # train, absorb: targets that all ranks together learn from
+    text: Span = (0, 0)  # train, absorb: what all ranks together learn from
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.windows), max((w.end - w.start for w in self.windows), default=0)
 
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
-    """Windows at 0, S, 2S, ...: the first scores all of its targets, each later one its last S.
-    A window is kept while it has something to score (w + T - S < N); the last may be shorter.
-    With stride = seq_len the windows are disjoint: the plain evaluation.
+    """Windows at 0, S, 2S, ... while there is something to score (w + T - S < N): the first scores
+    all of its targets, each later one its last S. With S = T it is the plain evaluation.
     """
     context = seq_len - stride
-    starts = range(0, max(1, num_targets - context), stride)
-    return [Window(w, min(w + seq_len, num_targets), context if w else 0) for w in starts]
+    return [Window(w, min(w + seq_len, num_targets), w + context if w else 0)
+            for w in range(0, max(1, num_targets - context), stride)]
 
 def share_of(items: Sequence[Any], rank: int, world_size: int) -> Sequence[Any]:
     """The contiguous share of `items` that `rank` works on; shares differ by at most one item."""
@@ -3321,24 +3182,23 @@ class Planner:
     def __init__(self, cfg: Config, rank: int, world_size: int):
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
         self.seq_len, self.stride = cfg.score_seq_len, cfg.eval_stride or cfg.score_seq_len
-        self.score_rows = max(1, cfg.val_batch_size // world_size // self.seq_len)
 
-    def deal(self, step: Step, windows: Sequence[Window], rows: int) -> list[Step]:
+    def deal(self, step: Step, windows: Sequence[Window]) -> list[Step]:
         """Steps like `step` over this rank's share of the windows, as many as on every rank."""
+        rows = (self.cfg.ttt_batch_seqs if step.action == "train" else
+                max(1, self.cfg.val_batch_size // self.world_size // self.seq_len))
         own = share_of(windows, self.rank, self.world_size)
         most = -(-len(windows) // self.world_size)
         return [step._replace(windows=own[i : i + rows]) for i in range(0, most, rows)]
 
     def score(self, num_targets: int, stride: int) -> list[Step]:
         """A pass that only scores."""
-        windows = plan_windows(num_targets, self.seq_len, stride)
-        return self.deal(Step("score"), windows, self.score_rows)
+        return self.deal(Step("score"), plan_windows(num_targets, self.seq_len, stride))
 
     def train(self, first: int, stop: int, progress: float, begins: bool) -> list[Step]:
         """One epoch over the targets from `first` to `stop`, in rows of the context."""
-        rows = [Window(s, min(s + self.seq_len, stop), 0) for s in range(first, stop, self.seq_len)]
-        step = Step("train", progress=progress, text=(first, stop))
-        steps = self.deal(step, rows, self.cfg.ttt_batch_seqs)
+        rows = [Window(s, min(s + self.seq_len, stop), s) for s in range(first, stop, self.seq_len)]
+        steps = self.deal(Step("train", progress=progress, text=(first, stop)), rows)
         return [steps[0]._replace(begins=begins), *steps[1:]]
 
     def epochs(self, stop: int) -> list[Step]:
@@ -3350,41 +3210,42 @@ class Planner:
 
     def chunks(self, num_targets: int) -> list[Step]:
         """Score each chunk by sliding windows, then train on it (#461, #1413); the last is not."""
-        K, steps = self.cfg.ttt_chunk_tokens, list[Step]()
-        last, trains = (num_targets - 1) // K, self.cfg.ttt_method == "chunk"
+        cfg, K, steps = self.cfg, self.cfg.ttt_chunk_tokens, list[Step]()
+        last, epochs = (num_targets - 1) // K, cfg.ttt_epochs if cfg.ttt_method == "chunk" else 0
         windows = plan_windows(num_targets, self.seq_len, self.stride)
         # A window belongs to the chunk of its first scored target.
-        for chunk, own in itertools.groupby(windows, lambda w: (w.start + w.score_from) // K):
-            steps += self.deal(Step("score"), list(own), self.score_rows)
-            if chunk < last:
-                for epoch in range(self.cfg.ttt_epochs if trains else 0):
-                    steps += self.train(chunk * K, (chunk + 1) * K, chunk / last,
-                                        begins=chunk == epoch == 0)
-                steps.append(Step("absorb", text=(chunk * K, (chunk + 1) * K)))
+        for chunk, own in itertools.groupby(windows, lambda w: w.first // K):
+            steps += self.deal(Step("score"), [*own])
+            span = chunk * K, (chunk + 1) * K
+            if chunk == last:
+                break
+            for epoch in range(epochs):
+                steps += self.train(*span, chunk / last, begins=chunk == epoch == 0)
+            if cfg.needs_mixer:
+                steps.append(Step("absorb", text=span))
         return steps
 
     def documents(self, bounds: Sequence[int]) -> list[Step]:
-        """Score each document in chunks and train its adapter on each but the last (#77, #1530).
-        `bounds` are the first targets of the documents, and the end. After the numbers of
-        documents that TTT_PHASES lists, the weights are trained on all text that is scored.
+        """Score each document in chunks and train its adapter on each but the last (#77, #1530);
+        after as many documents as TTT_PHASES lists, train the weights on all that is scored.
         """
-        num_documents, steps, K = len(bounds) - 1, list[Step](), self.cfg.ttt_chunk_tokens
-        phases = {n for n in parse_layers(self.cfg.ttt_phases) if n < num_documents}
-        ends = phases if not self.cfg.needs_mixer else phases | {  # text enough for the mixer
-            n for n in range(1, num_documents) if bounds[n] // K > bounds[n - 1] // K}
-        for first, last in itertools.pairwise([0, *sorted(ends), num_documents]):
-            shares = self.batches(bounds, range(first, last))
-            own = [step for batch in shares[self.rank] for step in self.batch(bounds, batch)]
-            longest = max(sum(len(self.chunk_bounds(bounds[d], bounds[d + 1])) for d, *_ in share)
-                          for share in shares)
+        documents, steps, K = [*itertools.pairwise(bounds)], list[Step](), self.cfg.ttt_chunk_tokens
+        phases = {n for n in parse_layers(self.cfg.ttt_phases) if n < len(documents)}
+        ends = {0, *phases, len(documents)}
+        if self.cfg.needs_mixer:  # whenever there is text enough for it
+            ends |= {n for n, (a, b) in enumerate(documents, start=1) if b // K > a // K}
+        for first, last in itertools.pairwise(sorted(ends)):
+            shares = self.batches(documents[first:last])
+            own = [step for batch in shares[self.rank] for step in self.batch(batch)]
+            longest = max(sum(len(self.chunk_bounds(*d)) for d, *_ in share) for share in shares)
             steps += own + [Step("score")] * (longest - len(own))
-            if last < num_documents:
+            if self.cfg.needs_mixer and last < len(documents):
                 steps.append(Step("absorb", text=(bounds[first], bounds[last])))
             if last in phases:
                 steps += self.epochs(bounds[last])
         return steps
 
-    def chunk_bounds(self, first: int, stop: int) -> list[tuple[int, int]]:
+    def chunk_bounds(self, first: int, stop: int) -> list[Span]:
         """The chunks of a document. By position: by its length they would tell of its end."""
         cuts, sizes = [first], parse_sizes(self.cfg.ttt_short_chunks)
         while cuts[-1] < stop:
@@ -3393,37 +3254,44 @@ class Planner:
             cuts.append(min(cuts[-1] + size, stop))
         return [*itertools.pairwise(cuts)]
 
-    def batches(self, bounds: Sequence[int], documents: Sequence[int]) -> list[list[list[int]]]:
+    def batches(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
         """The batches of documents of each rank: of like length, or in order if A is kept."""
-        def length(document: int) -> int:
-            return bounds[document + 1] - bounds[document]
+        def longest_first(spans: Sequence[Span]) -> list[Span]:
+            return sorted(spans, key=lambda span: span[0] - span[1])
 
-        rows, warm = self.cfg.ttt_batch_size, self.cfg.ttt_warm_start_a
-        rows = min(rows, -(-len(documents) // self.world_size))
-        order = documents if warm else sorted(documents, key=length, reverse=True)
-        batches = [sorted(order[i : i + rows], key=length, reverse=True)
-                   for i in range(0, len(order), rows)]
-        shares: list[list[list[int]]] = [[] for _ in range(self.world_size)]
+        rows = min(self.cfg.ttt_batch_size, -(-len(documents) // self.world_size))
+        order = documents if self.cfg.ttt_warm_start_a else longest_first(documents)
+        shares: list[list[Sequence[Span]]] = [[] for _ in range(self.world_size)]
         load = [0] * self.world_size
-        for batch in batches:  # to the rank with the least to do: steps, and rows in them
-            rank = load.index(min(load))
+        for batch in (longest_first(order[i : i + rows]) for i in range(0, len(order), rows)):
+            rank = load.index(min(load))  # with the least to do: steps, and rows in them
             shares[rank].append(batch)
-            load[rank] += 16 * length(batch[0]) + sum(map(length, batch))
+            load[rank] += 16 * (batch[0][1] - batch[0][0]) + sum(b - a for a, b in batch)
         return shares
 
-    def batch(self, bounds: Sequence[int], documents: Sequence[int]) -> list[Step]:
+    def batch(self, documents: Sequence[Span]) -> list[Step]:
         """The chunks of some documents, the longest first, side by side from their beginnings."""
-        spans = [self.chunk_bounds(bounds[d], bounds[d + 1]) for d in documents]
+        def window(document: Span, first: int, stop: int) -> Window:
+            earliest = {"window": document[0], "text": 0, "incremental": first}
+            return Window(max(earliest[self.cfg.ttt_context], stop - self.seq_len), stop, first)
 
-        def window(document: int, first: int, stop: int) -> Window:
-            earliest = {"window": bounds[document], "text": 0, "incremental": first}
-            start = max(earliest[self.cfg.ttt_context], stop - self.seq_len)
-            return Window(start, stop, first - start)
+        rows = [[window(document, *chunk) for chunk in self.chunk_bounds(*document)]
+                for document in documents]
+        return [Step("adapt", [row[c] for row in rows if c < len(row)], begins=c == 0,
+                     learns=sum(c + 1 < len(row) for row in rows)) for c in range(len(rows[0]))]
 
-        return [Step("adapt", [window(d, *own[c]) for d, own in zip(documents, spans, strict=True)
-                               if c < len(own)], begins=c == 0,
-                     learns=sum(c + 1 < len(own) for own in spans))
-                for c in range(len(spans[0]))]
+def document_bounds(ids: np.ndarray) -> list[int]:
+    """The first target of each document, and the end; a document's last target is the next BOS."""
+    return [0, *(1 + np.flatnonzero(ids[1:-1] == BOS_ID)).tolist(), len(ids) - 1]
+
+def plan_adaptive(planner: Planner, ids: np.ndarray) -> list[Step]:
+    """The adaptive pass that TTT_METHOD names."""
+    num_targets = len(ids) - 1
+    if planner.cfg.ttt_method == "lora":
+        return planner.documents(document_bounds(ids))
+    if planner.cfg.ttt_method == "pretrain":
+        return planner.epochs(num_targets) + planner.score(num_targets, planner.stride)
+    return planner.chunks(num_targets)
 
 class Score(NamedTuple):
     """Sums over the scored targets."""
@@ -3433,6 +3301,7 @@ class Score(NamedTuple):
     partial: bool
     eval_s: float
     problems: tuple[str, ...] = ()  # rules that the pass broke
+    nll_T: np.ndarray = np.zeros(0)  # nats of the targets that this rank scored, 0 elsewhere
 
     def summary(self) -> dict[str, Any]:
         """Loss in nats a token, bits per byte, and what they were measured on."""
@@ -3444,19 +3313,17 @@ class Score(NamedTuple):
 class Update(NamedTuple):
     """What an update read, and which targets it concerns if they are scored later."""
     tick: int
-    reads: tuple[int, int]
-    feeds: tuple[int, int]
+    reads: Span
+    feeds: Span
     shared: bool  # with all ranks, or only with targets that the same rank scores
 
 def broken_rules(updates: Sequence[Update], scored_at: np.ndarray, own_at: np.ndarray) -> list[str]:
-    """What a trace lacks of score-first in one left-to-right pass; ticks count from 1.
-    Each stream of targets is scored with states that only ever get newer from left to right, and
-    an update reads what was scored before it: so no score knows of anything to its right.
+    """What a trace lacks of score-first in one pass: an update reads what was scored before it, and
+    each stream of targets is scored with states that only ever get newer from left to right.
     """
-    problems, streams = [], dict[tuple[tuple[int, int], bool], list[int]]()
+    problems, streams = [], dict[tuple[Span, bool], list[int]]()
     for tick, (first, stop), feeds, shared in updates:
-        latest = int(scored_at[first:stop].max(initial=0))
-        if latest > tick:
+        if (latest := int(scored_at[first:stop].max(initial=0))) > tick:
             problems.append(f"the update at step {tick} read targets of {first} to {stop} that "
                             f"were scored at step {latest}")
         if not feeds[0] <= first <= stop <= feeds[1]:
@@ -3464,8 +3331,7 @@ def broken_rules(updates: Sequence[Update], scored_at: np.ndarray, own_at: np.nd
         streams.setdefault((feeds, shared), []).append(tick)
     for ((first, stop), shared), ticks in streams.items():
         ticks_T = (scored_at if shared else own_at)[first:stop]
-        version_T = np.searchsorted(ticks, ticks_T[ticks_T > 0])
-        if (np.diff(version_T) < 0).any():
+        if (np.diff(np.searchsorted(ticks, ticks_T[ticks_T > 0])) < 0).any():
             problems.append(f"targets {first} to {stop} were not scored from left to right")
     return problems
 
@@ -3487,29 +3353,352 @@ class Scorer:
         self.nats += float(nll.sum(dtype=np.float64))
         self.num_bytes += int(self.validation.target_bytes[span].sum())
 
-    def learn(self, reads: tuple[int, int], feeds: tuple[int, int], *, shared: bool = False,
-              ago: int = 0) -> None:
-        """Note an update for the trace, after the scores of this tick or of one before."""
-        self.updates.append(Update(self.tick - ago, reads, feeds, shared))
-
     def finish(self, eval_s: float) -> Score:
         """The sums over all ranks; raises if a target was missed or scored by two ranks."""
-        sums = torch.tensor([self.nats, float(self.num_bytes)], dtype=torch.float64)
-        nats, num_bytes = self.run.sum_(sums.to(self.run.device)).tolist()
-        times = torch.tensor(self.scored_at > 0, dtype=torch.int32, device=self.run.device)
-        wrong = int((self.run.sum_(times) != 1).sum())
-        assert not wrong, f"{wrong} targets not scored once"
-        ticks = torch.tensor(self.scored_at, device=self.run.device)
-        scored_at = self.run.sum_(ticks).cpu().numpy()
+        device, run = self.run.device, self.run
+        sums = torch.tensor([self.nats, self.num_bytes], dtype=torch.float64, device=device)
+        nats, num_bytes = run.sum_(sums).tolist()
+        both = torch.from_numpy(np.stack([self.scored_at, self.scored_at > 0])).to(device)
+        scored_at, times = run.sum_(both).cpu().numpy()
+        assert (times == 1).all(), f"{(times != 1).sum()} targets not scored once"
         problems = broken_rules(self.updates, scored_at, self.scored_at)
-        found = self.run.max_(torch.tensor(float(bool(problems)), device=self.run.device))
+        found = run.max_(torch.tensor(float(bool(problems)), device=device))
         problems = problems or ["a rule was broken on another rank"] * int(found)
         return Score(nats, len(times), int(num_bytes), self.validation.partial, eval_s,
-                     tuple(problems))
+                     tuple(problems), self.nll_T)
 
-# What follows predicts better by what was scored before: a Mixer changes the model's distribution
-# by the prefix alone, and it still sums to 1 over the vocabulary (but for MIXER=hedge_entropy).
-# Its tables and weights change in `update` only, and equally on all ranks.
+class Budget:
+    """What a pass of limited time can still afford. Learning goes before scoring does."""
+    def __init__(self, run: Run, plan: Sequence[Step], limit_s: float, pace_s: float):
+        self.run, self.limit_s, self.started_s = run, limit_s, time.perf_counter()
+        self.num_dropped, scoring = 0, [math.prod(s.shape) * (s.action != "train") for s in plan]
+        self.to_score = [*np.cumsum(scoring[::-1])[::-1].tolist(), 0]
+        # What calibration says counts as a tenth of the pass, until the pass says more.
+        self.work = 0.1 * self.to_score[0] + 1
+        self.spent_s = pace_s * self.work
+
+    def cut(self, step: Step, tick: int) -> Step:
+        """The step, without its learning if there is no time for it and then to score the rest."""
+        # In scored positions: a backward pass costs as much as two forward ones.
+        share, steps = step.learns / max(1, len(step.windows)), self.run.cfg.ttt_grad_steps
+        factor = 3.0 if step.action == "train" else share * (3 * steps - 1)
+        learning, elapsed_s = factor * math.prod(step.shape), time.perf_counter() - self.started_s
+        pace_s = (self.spent_s + elapsed_s) / self.work
+        left_s = self.limit_s - elapsed_s - 1.1 * pace_s * (self.to_score[tick - 1] + learning)
+        drop = left_s < 0 and (step.learns > 0 or step.action == "train")
+        if step.action == "train":  # ranks learn together or not at all
+            drop = bool(self.run.max_(torch.tensor(float(drop), device=self.run.device)))
+        self.num_dropped += drop
+        self.work += self.to_score[tick - 1] - self.to_score[tick] + (0.0 if drop else learning)
+        idle = step._replace(learns=0) if step.action == "adapt" else Step("score")
+        return idle if drop else step
+
+class Batch(NamedTuple):
+    """Windows as tensors, zeros to the right of each, where nothing attends to them."""
+    ids_BT: Tensor
+    target_BT: Tensor
+    first: int  # the first scored position of any row
+    mixed: Mixed | None
+    weight_BT: Tensor  # of scored targets in training, 0 elsewhere
+
+class Pass:
+    """Runs a plan: a model, what learns on the way, and the trace of it."""
+    def __init__(self, run: Run, model: GPT, validation: Validation, plan: Sequence[Step], *,
+                 adaptive: bool = False):
+        self.run, self.model, self.validation, self.plan = run, model, validation, plan
+        self.scorer, self.seq_len = Scorer(run, validation), run.cfg.score_seq_len
+        self.mixer = Mixer(run) if adaptive and run.cfg.needs_mixer else None
+        self.bounds, self.whole = document_bounds(validation.ids), (0, validation.num_targets)
+        self.rows = max((len(step.windows) for step in plan if step.action == "score"), default=0)
+        self.weights: WeightTrainer | None = None
+        self.adapters: AdapterTrainer | None = None
+        self.extents: list[Span] = []  # of the documents that the adapters belong to
+
+    def execute(self, budget: Budget | None = None) -> Score:
+        """Every step in order; a budget may drop the learning of some."""
+        started_s = time.perf_counter()
+        for tick, step in enumerate(self.plan, start=1):
+            self.run.check_signal()
+            self.scorer.tick = tick
+            step = budget.cut(step, tick) if budget else step
+            getattr(self, step.action)(step)
+            if step.text[1]:
+                self.scorer.updates.append(Update(tick, step.text, self.whole, True))
+        self.run.synchronize()
+        return self.scorer.finish(time.perf_counter() - started_s)
+
+    def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
+        """The tensors of some windows, padded to rows x seq_len."""
+        device, (ids, target_bytes, _), mixed = self.run.device, self.validation, None
+        padded = [*windows, *[Window(0, -1, seq_len)] * (rows - len(windows))]
+        start_B1, end_B1, first_B1 = np.array(padded).T[..., None]
+        place_BT = start_B1 + np.arange(seq_len + 1)
+        ids_BT = np.where(place_BT <= end_B1, ids.take(place_BT, mode="clip"), 0)
+        keep_BT = ((place_BT >= first_B1) & (place_BT < end_B1))[:, :-1]
+        weight_BT = keep_BT.astype(np.float32)
+        if self.run.cfg.ttt_byte_weighted:
+            weight_BT *= target_bytes.take(place_BT[:, :-1], mode="clip")
+        if self.mixer is not None:  # the last tokens up to each input, zeros before the text
+            past_BTK = place_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
+            context_BTK = np.where(past_BTK < 0, 0, ids.take(past_BTK, mode="clip"))
+            mixed = Mixed(self.mixer, torch.tensor(context_BTK, dtype=torch.int64, device=device),
+                          torch.tensor(keep_BT, device=device))
+        text_BT = torch.tensor(ids_BT, dtype=torch.int64, device=device)
+        return Batch(text_BT[:, :-1], text_BT[:, 1:], int((first_B1 - start_B1).min()), mixed,
+                     torch.tensor(weight_BT, device=device))
+
+    def record(self, windows: Sequence[Window], nll_BT: Tensor, first: int) -> None:
+        """Hand the nats of each row's scored targets to the scorer."""
+        for window, nll_T in zip(windows, nll_BT.cpu().numpy(), strict=False):
+            begin = window.start + first  # what the row's first number belongs to
+            self.scorer.record(window.first, nll_T[window.first - begin : window.end - begin])
+
+    def score(self, step: Step) -> None:
+        """Score windows; one shape for all, so that compiled code is compiled once."""
+        if step.windows:
+            batch = self.batch(step.windows, self.rows, self.seq_len)
+            with self.weights.scoring() if self.weights else contextlib.nullcontext():
+                self.record(step.windows, self.model.score(*batch[:4]), batch.first)
+
+    def train(self, step: Step) -> None:
+        """Train the weights on the targets of all ranks' windows."""
+        self.model.wear([])
+        if self.weights is None or step.begins:
+            self.weights = WeightTrainer(self.run, self.model)
+        rows = len(step.windows)
+        batch = self.batch(step.windows, rows, self.seq_len) if rows else None
+        self.weights.step(batch, step.progress)
+
+    def adapt(self, step: Step) -> None:
+        """Score the next chunk of each document, then train its adapter on it."""
+        updates, tick = self.scorer.updates, self.scorer.tick
+        if self.adapters is None or step.begins:
+            starts = self.adapters.starts if self.adapters else []
+            if self.adapters and self.run.cfg.ttt_warm_start_a:
+                starts, reads = self.adapters.mean(), (min(self.extents)[0], max(self.extents)[1])
+                updates.append(Update(tick - 1, reads, self.whole, False))
+            self.extents = [(w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
+                            for w in step.windows]
+            self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), starts)
+            self.weights = None  # their gradients are off now
+        batch = self.batch(step.windows, *step.shape)
+        self.record(step.windows, self.adapters.step(batch, step.learns), batch.first)
+        updates += [Update(tick, (window.first, window.end), extent, False) for window, extent in
+                    zip(step.windows[: step.learns], self.extents, strict=False)]
+
+    def absorb(self, step: Step) -> None:
+        """Show the mixer a text that is scored."""
+        assert self.mixer is not None, "no mixer"
+        first, stop = step.text  # the text's very first token is no target
+        ids = self.validation.ids[first + (first > 0) : stop + 1]
+        self.mixer.update(torch.tensor(ids, dtype=torch.int64, device=self.run.device))
+
+@contextlib.contextmanager
+def borrowed(cfg: Config, model: GPT) -> Generator[None]:
+    """Let a pass change the model; in the end it is again what it was, to the bit."""
+    before = [(param, param.detach().clone()) for param in model.parameters()]
+    caps, hashes, compiled = model.caps, model.hashes, (model.run_block, model.nll)
+    if cfg.ttt_method == "lora":  # chunks have too many lengths to compile for
+        model.run_block, model.nll = run_block, softcapped_nll
+    if cfg.eval_hash_rows:
+        model.hashes = nn.ModuleList([*hashes, DirectHash(cfg).to(model.skip_weights.device)])
+    if cfg.ttt_asym_caps and caps is None:
+        model.caps = nn.Parameter(model.skip_weights.new_full((2,), cfg.logit_softcap))
+    try:
+        yield
+    finally:
+        model.wear([])
+        model.caps, model.hashes, (model.run_block, model.nll) = caps, hashes, compiled
+        model.requires_grad_(True).zero_grad()
+        for param, value in before:
+            param.data.copy_(value)
+
+def scoring_pace(run: Run, model: GPT, plan: Sequence[Step]) -> float:
+    """Seconds of scoring a position, measured on zeros in the shape of a typical step."""
+    shape, elapsed_s = max((step.shape for step in plan), key=math.prod), 0.0
+    ids_BT = torch.zeros(shape, dtype=torch.int64, device=run.device)
+    for _ in range(2 if ids_BT.numel() else 0):  # the first one compiles
+        run.synchronize()
+        started_s = time.perf_counter()
+        model.score(ids_BT, ids_BT)
+        run.synchronize()
+        elapsed_s = time.perf_counter() - started_s
+    return float(run.max_(torch.tensor(elapsed_s / max(1, ids_BT.numel()), device=run.device)))
+
+def sized_plan(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Step], Budget]:
+    """The adaptive pass; in longer chunks and strides if it could not even score in time."""
+    cfg, limit_s, pace_s = run.cfg, math.inf, 0.0
+    plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
+    if cfg.eval_max_seconds:
+        limit_s = run.share(cfg.eval_max_seconds - run.ledger["evaluation"])
+        pace_s = scoring_pace(run, model, plan)
+    while True:
+        budget = Budget(run, plan, limit_s, pace_s)
+        most = float(run.max_(torch.tensor(float(budget.to_score[0]), device=run.device)))
+        size, stride = 2 * cfg.ttt_chunk_size, 2 * cfg.eval_stride
+        if 1.1 * pace_s * most <= limit_s or 2 * max(size, stride) > cfg.score_seq_len:
+            return plan, budget
+        cfg = dataclasses.replace(cfg, ttt_chunk_size=size, eval_stride=stride)
+        plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
+
+def evaluate(run: Run, model: GPT, validation: Validation, stride: int, *,
+             adaptive: bool = False, learns: bool = True) -> Score:
+    """Score every target once, by windows of `stride` or a pass that learns and leaves no trace."""
+    model.plan = model.plans[-1]
+    if not adaptive:
+        plan = Planner(run.cfg, run.rank, run.world_size).score(validation.num_targets, stride)
+        return Pass(run, model, validation, plan).execute()
+    with borrowed(run.cfg, model):
+        plan, budget = sized_plan(run, model, validation.ids)
+        budget.limit_s = budget.limit_s if learns else -math.inf
+        score = Pass(run, model, validation, plan, adaptive=True).execute(budget)
+    if budget.num_dropped and learns:
+        run.log("warning", text=f"{budget.num_dropped} of {len(plan)} steps learned nothing, for "
+                f"EVAL_MAX_SECONDS={run.cfg.eval_max_seconds}")
+    return score
+
+def final_score(run: Run, model: GPT, validation: Validation, kind: str) -> None:
+    """Score as `kind` (prequant, quantized, sliding, ttt) says; log and keep it."""
+    cfg = run.cfg
+    stride = cfg.score_seq_len if kind in ("prequant", "quantized") else cfg.eval_stride
+    with run.stage(f"evaluate_{kind}", "other" if kind == "prequant" else "evaluation"):
+        score = evaluate(run, model, validation, stride, adaptive=kind == "ttt")
+    if not math.isfinite(score.nats):
+        raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
+    if score.problems and not cfg.allow_noncompliant:
+        raise RunFailed(f"final_{kind}: {score.problems[0]}")
+    for problem in score.problems[:1]:
+        run.log("warning", text=f"not compliant: {problem}")
+    marks = {"compliant": not (score.partial or cfg.allow_noncompliant)}
+    run.scores[f"final_{kind}"] = values = score.summary() | marks
+    run.log(f"final_{kind}", **values)
+
+def trained_parameters(cfg: Config, model: GPT) -> dict[str, nn.Parameter]:
+    """The parameters that test-time training of the weights changes, by name."""
+    part, always = ("", ()) if cfg.ttt_train == "all" else ("blocks.", ("scalar", "cap"))
+    frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
+    return {name: model.get_parameter(name) for name, role in parameter_roles(model).items()
+            if role.optimizer in always or name.startswith(part) and not name.startswith(frozen)}
+
+class WeightTrainer:
+    """Trains the model's own weights on scored text, data-parallel: the sum over all ranks."""
+    def __init__(self, run: Run, model: GPT):
+        self.run, self.model, cfg = run, model, run.cfg
+        params, groups = trained_parameters(cfg, model.requires_grad_(True)), dict[float, Any]()
+        model.requires_grad_(False)
+        # The hash table made for the pass has a learning rate of its own.
+        table = f"hashes.{len(model.hashes) - 1}." if cfg.eval_hash_rows else "none"
+        for name, param in params.items():
+            lr = cfg.ttt_lr * (cfg.eval_hash_lr_mult if name.startswith(table) else 1.0)
+            groups.setdefault(lr, []).append(param.requires_grad_(True))
+        rows = [{"params": members, "base_lr": lr, "lr": lr} for lr, members in groups.items()]
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(rows, momentum=cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+            if cfg.ttt_optimizer == "sgd" else
+            torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=cfg.ttt_wd))
+        self.params = [*params.values()]
+        self.shadow = [p.detach().clone() for p in self.params if cfg.ttt_polyak]
+
+    def step(self, batch: Batch | None, progress: float) -> None:
+        """One update by the mean loss over the rows of all ranks; None is a rank without rows."""
+        cfg, params, total = self.run.cfg, self.params, torch.zeros(1, device=self.run.device)
+        if batch is not None:
+            loss = self.model.loss(batch.ids_BT, batch.target_BT, batch.weight_BT)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += batch.weight_BT.sum()
+        flat = self.run.sum_(torch.cat([total, *(gradient(param).flatten() for param in params)]))
+        grads = torch.split(flat[1:] / flat[0].clamp_min(1), [param.numel() for param in params])
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.view_as(param)
+        if cfg.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(params, cfg.ttt_grad_clip)
+        ramp = 1 + (cfg.ttt_ramp - 1) * min(1.0, progress / 0.3)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * (0.5 * (1 + math.cos(math.pi * progress)) * ramp)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.shadow:
+            torch._foreach_lerp_(self.shadow, [p.detach() for p in params], 1 - cfg.ttt_polyak)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Generator[None]:
+        """Within it the model holds the averaged weights, if there are any."""
+        weights = [param.data for param in self.params]
+        for param, average in zip(self.params, self.shadow, strict=False):
+            param.data = average
+        yield
+        for param, weight in zip(self.params, weights, strict=True):
+            param.data = weight
+
+class AdapterTrainer:
+    """One adapter a document and visit, all documents of a batch at once; the weights stay."""
+    def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
+        self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
+        cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
+        keys = list[list[tuple[Linear | Embedding, int]]]()  # of the adapters at each visit
+        for index, visit in enumerate(model.plan):  # the head belongs to the first
+            block: Any = model.blocks[visit.block]
+            matrices = {"q": [block.attn.c_q], "k": [block.attn.c_k], "v": [block.attn.c_v],
+                        "o": [block.attn.proj], "mlp": [block.mlp.fc, block.mlp.proj],
+                        "head": [] if index else [model.head]}
+            keys.append([(matrix, 0 if cfg.ttt_lora_shared else index)
+                         for name in cfg.ttt_lora_targets.split(",") for matrix in matrices[name]])
+        unique = [*dict.fromkeys(itertools.chain(*keys))]
+        # Every document begins with the same A, so that their order does not matter; B is zero.
+        self.starts = [*starts] or [
+            ((2 * torch.rand(cfg.ttt_lora_rank, width, generator=generator) - 1) * width**-0.5
+             ).to(run.device) for width in (matrix.weight.size(1) for matrix, _ in unique)]
+        self.adapters = [LowRank(start_RI, rows, len(matrix.weight), cfg.ttt_lora_alpha)
+                         for start_RI, (matrix, _) in zip(self.starts, unique, strict=True)]
+        adapter_of = dict(zip(unique, self.adapters, strict=True))
+        self.visits = [[(key[0], adapter_of[key]) for key in visit] for visit in keys]
+        self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
+        self.params = [param for adapter in self.adapters for param in adapter.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+            weight_decay=cfg.ttt_lora_wd)
+        self.past = (Past(len(model.plan), cfg.score_seq_len)
+                     if cfg.ttt_context == "incremental" else None)
+        model.requires_grad_(False)
+        model.wear(self.visits)
+
+    def let_go(self, rows: int) -> None:
+        """Keep the first rows; the documents of the others have ended."""
+        for adapter, sum_RI in zip(self.adapters, self.sums, strict=True):
+            sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
+        for param in self.params:
+            param.data = param.data[:rows].clone()
+            state = self.optimizer.state[param]
+            state.update({k: x[:rows].clone() for k, x in state.items() if x.dim() == 3})
+        self.rows = rows
+
+    def mean(self) -> list[Tensor]:
+        """The mean A of the documents, all of which have ended."""
+        self.let_go(0)
+        return [sum_RI / self.num_documents for sum_RI in self.sums]
+
+    def step(self, batch: Batch, learns: int) -> Tensor:
+        """Nats of the batch before any update; then train the first `learns` rows on them."""
+        if len(batch.ids_BT) <= 0.75 * self.rows:  # a copy of all has to pay
+            self.let_go(len(batch.ids_BT))
+        weight_BT = batch.weight_BT[:learns, batch.first :]
+        weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1)
+        scored = list[Tensor]()
+        for step in range(self.cfg.ttt_grad_steps if learns else 1):
+            if step and self.past is not None:
+                self.past.rewind(batch.ids_BT.size(1))
+            with torch.set_grad_enabled(learns > 0):
+                nll_BT, scored_BT = self.model.nats(
+                    *batch[:3], past=self.past, mixed=None if step else batch.mixed)
+            scored.append(scored_BT.detach())
+            if learns:
+                (nll_BT[:learns] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return scored[0]
+
+# A Mixer changes the model's distribution by the prefix alone, and it still sums to 1 (but for
+# MIXER=hedge_entropy). Tables and weights change in `update` only, and equally on all ranks.
 
 def scramble(bits: Tensor) -> Tensor:
     """A bijection of 64-bit integers that spreads every bit, by odd factors and shifts."""
@@ -3517,20 +3706,10 @@ def scramble(bits: Tensor) -> Tensor:
     bits = (bits ^ ((bits >> 29) & (2**35 - 1))) * -4417276706812531889  # >> copies the sign bit
     return bits ^ ((bits >> 32) & (2**32 - 1))
 
-class Seen(NamedTuple):
-    """What the counts say of N contexts, each cut to O lengths."""
-    hash_NO: Tensor
-    total_NO: Tensor  # how often the context was continued; 0 = never seen
-    top_NO: Tensor  # how often by its most frequent continuation
-    token_NO: Tensor  # which is this token
-
-    def of(self, columns: Sequence[int]) -> Seen:
-        return Seen(*(x[:, columns] for x in self))
-
 class NgramCounts:
-    """How often which token followed which context, for contexts of some lengths: a hash table.
-    A row is a context's or that of a context and its continuation. It stores its 63-bit key, by
-    which rows for the same slot are told apart. A table that is half full takes no new rows.
+    """How often which token followed which context, for contexts of some lengths: a hash table of
+    contexts and of contexts with their continuation. A row stores its 63-bit key, which tells it
+    from others of the same slot. A table that is half full takes no new rows.
     """
     UPDATE_TOKENS = 16_384  # bounds an update's memory
 
@@ -3588,15 +3767,16 @@ class NgramCounts:
             self.tops.scatter_reduce_(0, context, best, "amax")
             self.num_tokens += len(piece)
 
-    def look_up(self, context_NK: Tensor) -> Seen:
+    def look_up(self, context_NK: Tensor) -> Tensor:
+        """(4, N, O) of contexts: hash, count, and the most frequent next token's count and id."""
         hash_NO = self.hashes(context_NK)
         row_NO = self.find(self.keys_of(hash_NO).flatten()).view_as(hash_NO)
         top_NO, token_NO = self.tops[row_NO] // self.vocab_size, self.tops[row_NO] % self.vocab_size
-        return Seen(hash_NO, self.counts[row_NO], top_NO, token_NO)
+        return torch.stack([hash_NO, self.counts[row_NO], top_NO, token_NO])
 
-    def count(self, seen: Seen, token_NC: Tensor) -> Tensor:
+    def count(self, hash_NO: Tensor, token_NC: Tensor) -> Tensor:
         """How often each of the tokens followed each context, (N, C, O)."""
-        key_NCO = self.keys_of(seen.hash_NO[:, None], token_NC[..., None])
+        key_NCO = self.keys_of(hash_NO[:, None], token_NC[..., None])
         return self.counts[self.find(key_NCO.flatten())].view_as(key_NCO)
 
 # Evidence is added up in whole numbers of 2^-24: no order of the sum, and no split, changes it.
@@ -3609,41 +3789,37 @@ class Hedge:
     def __init__(self, cfg: Config, device: torch.device):
         orders, self.cfg = cfg.mixer_contexts, cfg
         self.delta_O = torch.tensor([0.1 if order < 2 else 0.01 for order in orders], device=device)
-        num_models = 1 + (cfg.mixer == "hedge_entropy")
-        self.log_weight_E = torch.zeros(num_models + len(orders), device=device)
+        num_experts = 1 + (cfg.mixer == "hedge_entropy") + len(orders)
+        self.log_weight_E = torch.zeros(num_experts, device=device)
         self.log_weight_E[0] = 2.0  # trust the model first
-        self.evidence = torch.zeros(1 + len(self.log_weight_E), dtype=torch.int64, device=device)
+        self.evidence = torch.zeros(1 + num_experts, dtype=torch.int64, device=device)
 
-    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
         """The mixture (N, C); N and the sums over N of the experts' losses on the first token."""
-        total_NO = seen.total_NO + self.delta_O * self.cfg.vocab_size
+        total_NO = seen_4NO[1] + self.delta_O * self.cfg.vocab_size
         p_NCE = torch.cat([p_NCM, (count_NCO + self.delta_O) / total_NO[:, None]], 2)
         loss_NE = (-p_NCE[:, 0].log() * WHOLE).long()
         return p_NCE @ self.log_weight_E.softmax(0).double(), F.pad(loss_NE, (1, 0), value=1).sum(0)
 
     def step(self, evidence: Tensor) -> None:
-        mean_E = evidence[1:] / evidence[0].clamp_min(1) / WHOLE
-        self.log_weight_E -= self.cfg.hedge_eta * mean_E
+        self.log_weight_E -= self.cfg.hedge_eta * (evidence[1:] / evidence[0].clamp_min(1) / WHOLE)
 
 class Backoff:
     """From short to long contexts, p <- (1 - share) * p + share * count / total where one was seen.
     The share, of a kind of context, is the mean posterior probability that the n-gram made the
     scored tokens (online EM). Kinds are lengths, by how often and how uniformly it was continued.
     """
-    PRIOR = (1.0, 21.0)  # as if the n-gram had made 1 of 21 tokens
-
     def __init__(self, cfg: Config, device: torch.device):
         size = 9 * len(cfg.mixer_contexts)
         self.sums_2S, self.evidence = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
         self.step(self.evidence)
 
-    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
         """The mixture (N, C); sums over N, by kind, of the posteriors and the contexts seen."""
-        p_NC, total_NO, posteriors = p_NCM[..., 0], seen.total_NO, list[Tensor]()
-        sure_NO = seen.top_NO / total_NO.clamp_min(1).double()
-        kind_NO = 3 * ((total_NO >= 2).long() + (total_NO >= 4))
-        kind_NO += (sure_NO >= 0.6).long() + (sure_NO >= 0.95)
-        kind_NO += 9 * torch.arange(total_NO.size(1), device=total_NO.device)
+        p_NC, (_, total_NO, top_NO, _), posteriors = p_NCM[..., 0], seen_4NO, list[Tensor]()
+        sure_NO = top_NO / total_NO.clamp_min(1).double()
+        kind_NO = (sure_NO >= 0.6).long() + (sure_NO >= 0.95) + 3 * (total_NO >= 2)
+        kind_NO += 3 * (total_NO >= 4) + 9 * torch.arange(total_NO.size(1), device=total_NO.device)
         share_NO = torch.where(total_NO > 0, self.share_S[kind_NO], 0.0)
         part_NCO = count_NCO * (share_NO / total_NO.clamp_min(1))[:, None]
         for part_NC, share_N in zip(part_NCO.unbind(2), share_NO.unbind(1), strict=True):
@@ -3655,7 +3831,7 @@ class Backoff:
     def step(self, evidence: Tensor) -> None:
         self.sums_2S += evidence
         posterior_S, number_S = self.sums_2S.double()
-        self.share_S = (posterior_S / WHOLE + self.PRIOR[0]) / (number_S + self.PRIOR[1])
+        self.share_S = (posterior_S / WHOLE + 1) / (number_S + 21)  # at first 1 of 21 tokens
 
 def entropy(logits_NV: Tensor) -> Tensor:
     """Entropy of softmax(logits) in nats, (N, 1)."""
@@ -3663,63 +3839,50 @@ def entropy(logits_NV: Tensor) -> Tensor:
     return -(logp_NV.exp() * logp_NV).sum(1, keepdim=True)
 
 class Mixer:
-    """The model's distribution after temperature, then tilt, then mixture, as the knobs say.
-    Each target comes with the `num_context` tokens before it; zeros precede the text's first.
-    """
+    """The model's distribution after temperature, then tilt, then mixture, as the knobs say."""
     def __init__(self, run: Run):
         self.run, self.cfg, cfg = run, run.cfg, run.cfg
-        orders = sorted({*cfg.mixer_contexts, *cfg.tilt_contexts}) or [0]
+        orders = sorted({*cfg.mixer_contexts, *cfg.tilt_contexts})
         self.mixed = [orders.index(order) for order in cfg.mixer_contexts]
         self.tilting = [orders.index(order) for order in cfg.tilt_contexts]
-        bits = cfg.ngram_table_bits if self.mixed or self.tilting else 1
-        self.counts = NgramCounts(orders, cfg.vocab_size, bits, run.device)
+        bits = cfg.ngram_table_bits if orders else 1
+        self.counts = NgramCounts(orders or [0], cfg.vocab_size, bits, run.device)
         self.num_context = len(self.counts.history_K)
         self.weights: Hedge | Backoff | None = None
         if cfg.mixer != "none":
             self.weights = (Backoff if cfg.mixer == "backoff" else Hedge)(cfg, run.device)
 
-    def tempered(self, logits_NV: Tensor) -> Tensor:
-        """The logits, sharper or flatter the surer they are, by entropy as a share of log V."""
-        if (coldest := self.cfg.adaptive_temperature) == 1:
-            return logits_NV
-        doubt_N1 = entropy(logits_NV) / math.log(logits_NV.size(1))
-        return logits_NV / (1 - (1 - coldest) * (1 - doubt_N1))
-
-    def hints(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """The token that each context calls for, and the nats that its logit gains, (N, 1)."""
-        cfg, total_NO = self.cfg, seen.total_NO.double()
-        fires_NO = total_NO >= cfg.ngram_tilt_min_count
-        fires_NO &= seen.top_NO >= cfg.ngram_tilt_share * total_NO - 1e-9  # 0.8 * 5 counts as 4
-        ranks_O = torch.arange(1, fires_NO.size(1) + 1, device=fires_NO.device)
-        longest_N1 = (fires_NO * ranks_O).amax(1, keepdim=True)  # 0 where none fires
-        hint_N1 = seen.token_NO.gather(1, (longest_N1 - 1).clamp_min(0))
-        return hint_N1, (longest_N1 > 0).double() * cfg.ngram_tilt
-
+    @torch.no_grad()
     def predict(self, logits_NV: Tensor, context_NK: Tensor, token_NC: Tensor
                 ) -> tuple[Tensor, Tensor]:
         """log p (N, C) in float64 of the tokens; the evidence of the first ones, if there is."""
-        logits_NV, cfg = self.tempered(logits_NV), self.cfg
+        cfg, seen_4NO = self.cfg, self.counts.look_up(context_NK)
+        if (coldest := cfg.adaptive_temperature) != 1:  # the surer (by entropy), the sharper
+            doubt_N1 = entropy(logits_NV) / math.log(cfg.vocab_size)
+            logits_NV = logits_NV / (1 - (1 - coldest) * (1 - doubt_N1))
         norm_N1 = logits_NV.logsumexp(1, keepdim=True)
         logp_NC = (logits_NV.gather(1, token_NC) - norm_N1).double()
-        if not self.mixed and not self.tilting:
-            return logp_NC, logp_NC.new_zeros(0)
-        seen = self.counts.look_up(context_NK)
         if self.tilting:
-            hint_N1, tilt_N1 = self.hints(seen.of(self.tilting))
+            _, total_NO, top_NO, token_NO = seen_4NO[..., self.tilting]
+            fires_NO = top_NO >= cfg.ngram_tilt_share * total_NO.double() - 1e-9  # 0.8 * 5 is 4
+            fires_NO &= total_NO >= cfg.ngram_tilt_min_count
+            longest_N1 = fires_NO.cumsum(1).argmax(1, keepdim=True)  # of those that fire
+            hint_N1 = token_NO.gather(1, longest_N1)
+            tilt_N1 = cfg.ngram_tilt * fires_NO.any(1, keepdim=True).double()
             p_N1 = (logits_NV.gather(1, hint_N1) - norm_N1).double().exp()
             # p * exp(tilt * [token is the hint]) / Z, where Z = 1 + p(hint) * (exp(tilt) - 1)
             logp_NC += tilt_N1 * (token_NC == hint_N1) - torch.log1p(p_N1 * torch.expm1(tilt_N1))
         if self.weights is None:
             return logp_NC, logp_NC.new_zeros(0)
-        p_NCM, seen = logp_NC.exp()[..., None], seen.of(self.mixed)
+        p_NCM, seen_4NO = logp_NC.exp()[..., None], seen_4NO[..., self.mixed]
         if cfg.mixer == "hedge_entropy":  # one number for every token: this is no distribution
             guess_N1 = torch.exp(-entropy(logits_NV).double())
             p_NCM = torch.cat([p_NCM, guess_N1[..., None].expand_as(p_NCM)], 2)
-        p_NC, evidence = self.weights.mix(p_NCM, self.counts.count(seen, token_NC), seen)
+        count_NCO = self.counts.count(seen_4NO[0], token_NC)
+        p_NC, evidence = self.weights.mix(p_NCM, count_NCO, seen_4NO)
         is_early = cfg.mixer != "backoff" and self.counts.num_tokens < cfg.hedge_min_tokens
         return logp_NC if is_early else p_NC.log(), evidence
 
-    @torch.no_grad()
     def nll(self, logits_NV: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
         """Nats of the targets, float32; what they say of the weights waits for `update`."""
         logp_N1, evidence = self.predict(logits_NV, context_NK, target_N[:, None])
@@ -3727,482 +3890,49 @@ class Mixer:
             self.weights.evidence += evidence
         return -logp_N1[:, 0].float()
 
-    @torch.no_grad()
     def log_probs(self, logits_NV: Tensor, context_NK: Tensor) -> Tensor:
         """The logarithm of the whole distribution, (N, V) in float64."""
         every = torch.arange(logits_NV.size(1), device=logits_NV.device)
         return self.predict(logits_NV, context_NK, every.expand(len(logits_NV), -1))[0]
 
-    @torch.no_grad()
     def update(self, ids: Tensor) -> None:
-        """Learn from text that all ranks together have scored; the same call on every rank.
-        `ids` continue those of the last call; the first call's begin with the text's first token.
-        """
+        """Learn, on every rank, from the text that all together have scored since the last call."""
         if self.weights is not None:
             self.weights.step(self.run.sum_(self.weights.evidence))
             self.weights.evidence.zero_()
         if self.mixed or self.tilting:
             self.counts.update(ids)
 
-def trained_parameters(cfg: Config, model: GPT) -> dict[str, nn.Parameter]:
-    """The parameters that test-time training of the weights changes, by name."""
-    trained = {}
-    for name, role in parameter_roles(model).items():
-        part, number, *_ = *name.split("."), ""
-        stays = part == "blocks" and int(number) < cfg.ttt_freeze_blocks
-        is_vector = role.optimizer in ("scalar", "cap")
-        if (not stays or (is_vector and cfg.ttt_train == "blocks")) and (
-                part == "blocks" or is_vector or cfg.ttt_train == "all"):
-            trained[name] = model.get_parameter(name)
-    return trained
+@torch.no_grad()
+def probe(z_NV: Tensor, target_N: Tensor, scored_N: Tensor, mixed: Any, *, model: GPT,
+          calls: itertools.count[int], problems: list[str]) -> None:
+    """Check, at calls 1, 2, 4, 8, ..., that some scores are of a distribution over all tokens."""
+    number = next(calls)
+    rows = (mixed[2].flatten() if mixed else torch.ones_like(target_N)).nonzero().flatten()
+    if number & (number - 1) or not len(rows):
+        return
+    rows = rows[:: -(-len(rows) // 8)]
+    logits_NV = softcapped(z_NV[rows], model.cap)[0]
+    logp_NV = (mixed[0].log_probs(logits_NV, mixed[1].flatten(0, 1)[rows]) if mixed
+               else logits_NV.double().log_softmax(dim=1))
+    excess = (logp_NV.exp().sum(dim=1) - 1).abs().max()
+    recorded = (logp_NV.gather(1, target_N[rows, None])[:, 0] + scored_N[rows]).abs().max()
+    if excess > 1e-5:
+        problems.append(f"probabilities sum to 1 +- {float(excess):.3g}")
+    if recorded > 1e-4:
+        problems.append(f"the score is {float(recorded):.3g} nats off the distribution")
 
-class WeightTrainer:
-    """Trains the model's own weights on scored text, data-parallel: the sum over all ranks."""
-    def __init__(self, run: Run, model: GPT):
-        self.run, self.cfg, self.model = run, run.cfg, model
-        self.params = trained_parameters(run.cfg, model)
-        averaged = self.params.values() if run.cfg.ttt_polyak else ()
-        self.shadow = [param.detach().clone() for param in averaged]
-        self.begin()
-
-    def begin(self) -> None:
-        """A new optimizer; the hash table made for the pass has a learning rate of its own."""
-        cfg, groups = self.cfg, dict[float, list[nn.Parameter]]()
-        for name, param in self.model.named_parameters():
-            param.requires_grad_(name in self.params)
-        new = {id(param) for module in self.model.hashes if isinstance(module, DirectHash)
-               for param in module.parameters()}
-        for param in self.params.values():
-            mult = cfg.eval_hash_lr_mult if id(param) in new else 1.0
-            groups.setdefault(cfg.ttt_lr * mult, []).append(param)
-        rows = [{"params": params, "base_lr": lr, "lr": lr} for lr, params in groups.items()]
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(rows, momentum=cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
-            if cfg.ttt_optimizer == "sgd" else
-            torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=cfg.ttt_wd))
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the weights have gradients; those who train adapters switch them off."""
-        return all(param.requires_grad for param in self.params.values())
-
-    def scale(self, progress: float) -> float:
-        """Learning rate multiplier: a cosine to 0, times a ramp over the first 30 %."""
-        ramp = 1 + (self.cfg.ttt_ramp - 1) * min(1.0, progress / 0.3)
-        return 0.5 * (1 + math.cos(math.pi * progress)) * ramp
-
-    def step(self, batch: Batch | None, progress: float) -> None:
-        """One update by the mean loss over the rows of all ranks; None is a rank without rows."""
-        params, total = list(self.params.values()), torch.zeros(1, device=self.run.device)
-        if batch is not None:
-            loss = self.model.loss(batch.ids_BT, batch.target_BT, batch.weight_BT)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += batch.weight_BT.sum()
-        flat = torch.cat([total, *(gradient(param).flatten() for param in params)])
-        self.run.sum_(flat)
-        grads = torch.split(flat[1:] / flat[0].clamp_min(1), [param.numel() for param in params])
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad.view_as(param)
-        if self.cfg.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(params, self.cfg.ttt_grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.scale(progress)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.shadow:
-            torch._foreach_lerp_(self.shadow, [p.detach() for p in params], 1 - self.cfg.ttt_polyak)
-
-    @contextlib.contextmanager
-    def scoring(self) -> Generator[None]:
-        """Within it the model holds the averaged weights, if there are any."""
-        weights = [param.data for param in self.params.values()]
-        for param, shadow in zip(self.params.values(), self.shadow, strict=False):
-            param.data = shadow
-        yield
-        for param, weight in zip(self.params.values(), weights, strict=True):
-            param.data = weight
-
-class AdapterTrainer:
-    """One adapter a document and visit, all documents of a batch at once; the weights stay."""
-    def __init__(self, run: Run, model: GPT):
-        self.run, self.cfg, self.model = run, run.cfg, model
-        self.sums, self.most_rows = list[Tensor](), 0
-        generator, shared = torch.Generator().manual_seed(run.cfg.seed), dict[Any, LowRank]()
-        self.visits: list[list[tuple[Linear | Embedding, LowRank]]] = []
-        for index in range(len(model.plan)):
-            pairs = list[tuple[Linear | Embedding, LowRank]]()
-            for matrix in self.targets(index):
-                key = (matrix, None if run.cfg.ttt_lora_shared else index)
-                if key not in shared:
-                    shared[key] = self.adapter(matrix, generator)
-                pairs.append((matrix, shared[key]))
-            self.visits.append(pairs)
-        self.adapters = list(shared.values())
-        self.starts = [adapter.down_BRI.detach()[0].clone() for adapter in self.adapters]
-
-    def targets(self, index: int) -> list[Linear | Embedding]:
-        """The matrices that have adapters at a visit; the head belongs to the first."""
-        block: Any = self.model.blocks[self.model.plan[index].block]
-        by_name: dict[str, list[Linear | Embedding]] = {
-            "q": [block.attn.c_q], "k": [block.attn.c_k], "v": [block.attn.c_v],
-            "o": [block.attn.proj], "mlp": [block.mlp.fc, block.mlp.proj],
-            "head": [] if index else [self.model.head]}
-        return [m for name in self.cfg.ttt_lora_targets.split(",") for m in by_name[name]]
-
-    def adapter(self, matrix: Linear | Embedding, generator: torch.Generator) -> LowRank:
-        """Every document begins with the same A, so that their order does not matter."""
-        cfg, (num_outputs, num_inputs) = self.cfg, matrix.weight.shape
-        down_RI = 2 * torch.rand(cfg.ttt_lora_rank, num_inputs, generator=generator) - 1
-        down_RI = (down_RI * num_inputs**-0.5).to(self.run.device)
-        return LowRank(down_RI, 1, num_outputs, cfg.ttt_lora_alpha)
-
-    def begin(self, rows: int) -> None:
-        """Adapters and optimizer for a new batch of documents; B is zero, A as it was at first."""
-        cfg, adapters = self.cfg, self.adapters
-        if cfg.ttt_warm_start_a and self.sums:
-            self.let_go(0)
-            self.starts = [sum_RI / self.most_rows for sum_RI in self.sums]
-        self.model.requires_grad_(False)
-        self.model.wear(self.visits)
-        for adapter, start_RI in zip(adapters, self.starts, strict=True):
-            adapter.requires_grad_(True)
-            adapter.down_BRI.data = start_RI.repeat(rows, 1, 1)
-            adapter.up_BOR.data = adapter.up_BOR.new_zeros(rows, *adapter.up_BOR.shape[1:])
-        self.rows = self.most_rows = rows
-        self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
-        self.params = [param for adapter in adapters for param in adapter.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
-            weight_decay=cfg.ttt_lora_wd)
-        self.past = (Past(len(self.model.plan), cfg.score_seq_len)
-                     if cfg.ttt_context == "incremental" else None)
-
-    def let_go(self, rows: int) -> None:
-        """Keep the first rows; the documents of the others have ended."""
-        for adapter, sum_RI in zip(self.adapters, self.sums, strict=True):
-            sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
-        for param in self.params:
-            param.data = param.data[:rows].clone()
-            state = self.optimizer.state[param]
-            state.update({k: x[:rows].clone() for k, x in state.items() if x.dim() == 3})
-        self.rows = rows
-
-    def step(self, batch: Batch, learns: int) -> Tensor:
-        """Nats of the batch before any update; then train the first `learns` rows on them."""
-        if len(batch.ids_BT) <= 0.75 * self.rows:  # a copy of all has to pay
-            self.let_go(len(batch.ids_BT))
-        weight_BT = batch.weight_BT[:, batch.first :]
-        weight_BT = weight_BT[:learns] / weight_BT[:learns].sum(dim=1, keepdim=True).clamp_min(1)
-        scored = None
-        for _ in range(self.cfg.ttt_grad_steps):
-            if scored is not None and self.past is not None:
-                self.past.rewind(batch.ids_BT.size(1))
-            with torch.set_grad_enabled(learns > 0):
-                nll_BT, scored_BT = self.model.nats(*batch[:3], past=self.past, mixed=(
-                    batch.mixed if scored is None else None))
-            scored = scored_BT.detach() if scored is None else scored
-            if learns == 0:
-                break
-            (nll_BT[:learns] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        assert scored is not None, "TTT_GRAD_STEPS is at least 1"
-        return scored
-
-class Batch(NamedTuple):
-    """Windows as tensors, zeros to the right of each, where nothing attends to them."""
-    ids_BT: Tensor
-    target_BT: Tensor
-    first: int  # the first scored position of any row
-    weight_BT: Tensor  # of scored targets in training, 0 elsewhere
-    mixed: Mixed | None
-
-def positions(step: Step) -> int:
-    """Inputs that a step runs the model over, with what pads them."""
-    return len(step.windows) * max((w.end - w.start for w in step.windows), default=0)
-
-class Budget:
-    """What a pass of limited time can still afford. Learning goes before scoring does."""
-    def __init__(self, run: Run, plan: Sequence[Step], limit_s: float, pace_s: float):
-        self.run, self.limit_s, self.started_s = run, limit_s, time.perf_counter()
-        self.num_dropped, scoring = 0, [positions(s) * (s.action != "train") for s in plan]
-        self.to_score = [*np.cumsum(scoring[::-1])[::-1].tolist(), 0]
-        # What calibration says counts as a tenth of the pass, until the pass says more.
-        self.work = 0.1 * self.to_score[0] + 1
-        self.spent_s = pace_s * self.work
-
-    def cut(self, step: Step, tick: int) -> Step:
-        """The step, without its learning if there is no time for it and then to score the rest."""
-        # In scored positions: a backward pass costs as much as two forward ones.
-        share, steps = step.learns / max(1, len(step.windows)), self.run.cfg.ttt_grad_steps
-        factor = 3.0 if step.action == "train" else share * (3 * steps - 1)
-        learning, elapsed_s = factor * positions(step), time.perf_counter() - self.started_s
-        pace_s = (self.spent_s + elapsed_s) / self.work
-        left_s = self.limit_s - elapsed_s - 1.1 * pace_s * (self.to_score[tick - 1] + learning)
-        short = left_s < 0
-        if step.action == "train":  # ranks learn together or not at all
-            short = bool(self.run.max_(torch.tensor(float(short), device=self.run.device)))
-        drop = short and (step.learns > 0 or step.action == "train")
-        self.num_dropped += drop
-        self.work += self.to_score[tick - 1] - self.to_score[tick] + (0.0 if drop else learning)
-        idle = step._replace(learns=0) if step.action == "adapt" else Step("score")
-        return idle if drop else step
-
-class Pass:
-    """Runs a plan: a model, what learns on the way, and the trace of it."""
-    def __init__(self, run: Run, model: GPT, validation: Validation, plan: Sequence[Step], *,
-                 mixer: Mixer | None = None):
-        self.mixer = mixer
-        self.run, self.model, self.validation, self.plan = run, model, validation, plan
-        self.scorer, actions = Scorer(run, validation), {step.action for step in plan}
-        self.bounds = document_bounds(validation.ids)
-        self.rows = max((len(step.windows) for step in plan if step.action == "score"), default=0)
-        self.weights = WeightTrainer(run, model) if "train" in actions else None
-        self.documents = AdapterTrainer(run, model) if "adapt" in actions else None
-        self.last_batch: list[tuple[int, int]] = []  # documents that the adapters come from
-
-    def execute(self, budget: Budget | None = None) -> Score:
-        """Every step in order; a budget may drop the learning of some."""
-        started_s = time.perf_counter()
-        for tick, step in enumerate(self.plan, start=1):
-            self.run.check_signal()
-            self.scorer.tick = tick
-            if budget is not None:
-                step = budget.cut(step, tick)
-            getattr(self, step.action)(step)
-        self.run.synchronize()
-        return self.scorer.finish(time.perf_counter() - started_s)
-
-    def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
-        """The tensors of some windows, padded to rows x seq_len."""
-        run, validation, device = self.run, self.validation, self.run.device
-        padded = np.zeros((rows, seq_len + 1), dtype=np.int64)
-        weight_BT = np.zeros((rows, seq_len), dtype=np.float32)
-        keep_BT = np.zeros((rows, seq_len), dtype=bool)
-        for i, (start, end, score_from) in enumerate(windows):
-            padded[i, : end - start + 1] = validation.ids[start : end + 1]
-            keep_BT[i, score_from : end - start] = True
-            num_bytes = validation.target_bytes[start + score_from : end]
-            weight_BT[i, score_from : end - start] = num_bytes if run.cfg.ttt_byte_weighted else 1
-        ids = torch.from_numpy(padded).to(device)
-        first, weights = min(w.score_from for w in windows), torch.from_numpy(weight_BT).to(device)
-        mixed = None
-        if self.mixer is not None:
-            context = self.context(windows, rows, seq_len, self.mixer.num_context)
-            mixed = Mixed(self.mixer, torch.from_numpy(context).to(device),
-                          torch.from_numpy(keep_BT).to(device))
-        return Batch(ids[:, :-1], ids[:, 1:], first, weights, mixed)
-
-    def context(self, windows: Sequence[Window], rows: int, seq_len: int, K: int) -> np.ndarray:
-        """The last K tokens up to each input, (rows, seq_len, K), zeros before the text."""
-        starts, ids = np.zeros((rows, 1, 1), dtype=np.int64), self.validation.ids
-        starts[: len(windows), 0, 0] = [window.start for window in windows]
-        place = starts + np.arange(seq_len)[:, None] + np.arange(1 - K, 1)
-        return np.where(place < 0, 0, ids[np.clip(place, 0, len(ids) - 1)]).astype(np.int64)
-
-    def record(self, windows: Sequence[Window], nll_BT: Tensor, first: int) -> None:
-        """Hand the nats of each row's scored targets to the scorer."""
-        for (start, end, score_from), nll_T in zip(windows, nll_BT.cpu().numpy(), strict=False):
-            self.scorer.record(start + score_from, nll_T[score_from - first : end - start - first])
-
-    def score(self, step: Step) -> None:
-        """Score windows; one shape for all, so that compiled code is compiled once."""
-        if step.windows:
-            batch = self.batch(step.windows, self.rows, self.run.cfg.score_seq_len)
-            with self.weights.scoring() if self.weights else contextlib.nullcontext():
-                nll_BT = self.model.score(*batch[:3], batch.mixed)
-            self.record(step.windows, nll_BT, batch.first)
-
-    def train(self, step: Step) -> None:
-        """Train the weights on the targets of all ranks' windows."""
-        assert self.weights is not None, "no trainer"
-        self.model.wear([])
-        if step.begins or not self.weights.is_ready:
-            self.weights.begin()
-        batch = None
-        if step.windows:
-            batch = self.batch(step.windows, len(step.windows), self.run.cfg.score_seq_len)
-        self.weights.step(batch, step.progress)
-        self.scorer.learn(step.text, (0, self.validation.num_targets), shared=True)
-
-    def adapt(self, step: Step) -> None:
-        """Score the next chunk of each document, then train its adapter on it."""
-        assert self.documents is not None, "no adapters"
-        extents = [self.document(window.start + window.score_from) for window in step.windows]
-        if step.begins:
-            if self.run.cfg.ttt_warm_start_a and self.last_batch:
-                self.scorer.learn((min(self.last_batch)[0], max(self.last_batch)[1]),
-                                  (0, self.validation.num_targets), ago=1)
-            self.documents.begin(len(step.windows))
-            self.last_batch = extents
-        seq_len = max(window.end - window.start for window in step.windows)
-        batch = self.batch(step.windows, len(step.windows), seq_len)
-        self.record(step.windows, self.documents.step(batch, step.learns), batch.first)
-        for window, extent in zip(step.windows[: step.learns], extents, strict=False):
-            self.scorer.learn((window.start + window.score_from, window.end), extent)
-
-    def document(self, target: int) -> tuple[int, int]:
-        """First target of the document of `target`, and of the next one."""
-        after = bisect.bisect_right(self.bounds, target)
-        return self.bounds[after - 1], self.bounds[after]
-
-    def absorb(self, step: Step) -> None:
-        """Show the mixer a text that is scored."""
-        if self.mixer is not None:
-            first, stop = step.text  # the text's very first token is no target
-            ids = self.validation.ids[first + (first > 0) : stop + 1].astype(np.int64)
-            self.mixer.update(torch.from_numpy(ids).to(self.run.device))
-            self.scorer.learn(step.text, (0, self.validation.num_targets), shared=True)
-
-def document_bounds(ids: np.ndarray) -> list[int]:
-    """The first target of each document, and the end; a document's last target is the next BOS."""
-    starts = np.flatnonzero(ids[:-1] == BOS_ID).tolist()
-    return [0, *(start for start in starts if start), len(ids) - 1]
-
-@contextlib.contextmanager
-def borrowed(cfg: Config, model: GPT) -> Generator[None]:
-    """Let a pass change the model; in the end it is again what it was, to the bit."""
-    before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    caps, hashes, compiled = model.caps, model.hashes, (model.run_block, model.nll)
-    device = model.tok_emb.weight.device
-    if cfg.ttt_method == "lora":  # chunks have too many lengths to compile for
-        model.run_block, model.nll = run_block, softcapped_nll
-    if cfg.eval_hash_rows:
-        model.hashes = nn.ModuleList([*hashes, DirectHash(cfg).to(device)])
-    if cfg.ttt_asym_caps and caps is None:
-        model.caps = nn.Parameter(torch.full((2,), cfg.logit_softcap, device=device))
-    try:
-        yield
-    finally:
-        model.wear([])
-        model.caps, model.hashes, (model.run_block, model.nll) = caps, hashes, compiled
-        model.requires_grad_(True).zero_grad()
-        with torch.no_grad():
-            for name, param in model.named_parameters():
-                param.copy_(before[name])
-
-def plan_adaptive(planner: Planner, ids: np.ndarray) -> list[Step]:
-    """The adaptive pass that TTT_METHOD names."""
-    num_targets = len(ids) - 1
-    if planner.cfg.ttt_method == "lora":
-        return planner.documents(document_bounds(ids))
-    if planner.cfg.ttt_method == "pretrain":
-        return planner.epochs(num_targets) + planner.score(num_targets, planner.stride)
-    return planner.chunks(num_targets)
-
-def scoring_pace(run: Run, model: GPT, plan: Sequence[Step]) -> float:
-    """Seconds of scoring a position, measured on random tokens in the shape of a typical step."""
-    step = max(plan, key=positions)
-    seq_len = max((window.end - window.start for window in step.windows), default=1)
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(run.cfg.vocab_size, (len(step.windows), seq_len), generator=generator)
-    ids_BT, elapsed_s = ids_BT.to(run.device), 0.0
-    for _ in range(2 if step.windows else 0):  # the first one compiles
-        run.synchronize()
-        started_s = time.perf_counter()
-        model.score(ids_BT, ids_BT)
-        run.synchronize()
-        elapsed_s = time.perf_counter() - started_s
-    return float(run.max_(torch.tensor(elapsed_s / max(1, ids_BT.numel()), device=run.device)))
-
-def sized_plan(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Step], Budget | None]:
-    """The adaptive pass; in longer chunks and strides if it could not even score in time."""
-    cfg, limit_s = run.cfg, run.share(run.cfg.eval_max_seconds - run.ledger["evaluation"])
-    plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
-    if not cfg.eval_max_seconds:
-        return plan, None
-    pace_s = scoring_pace(run, model, plan)
-    while True:
-        budget = Budget(run, plan, limit_s, pace_s)
-        most = run.max_(torch.tensor(float(budget.to_score[0]), device=run.device))
-        size, stride = 2 * cfg.ttt_chunk_size, 2 * cfg.eval_stride
-        if 1.1 * pace_s * float(most) <= limit_s or 2 * max(size, stride) > cfg.score_seq_len:
-            return plan, budget
-        cfg = dataclasses.replace(cfg, ttt_chunk_size=size, eval_stride=stride)
-        plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
-
-def run_pass(run: Run, model: GPT, validation: Validation, *, stride: int, adaptive: bool,
-             learns: bool = True) -> tuple[Score, np.ndarray]:
-    """Score by windows of `stride`, or by the adaptive pass; also the nats that this rank scored.
-    After the pass the model is as before.
-    """
-    model.plan = model.plans[-1]
-    if not adaptive:
-        planner = Planner(run.cfg, run.rank, run.world_size)
-        plain = Pass(run, model, validation, planner.score(validation.num_targets, stride))
-        return plain.execute(), plain.scorer.nll_T
-    with borrowed(run.cfg, model):
-        plan, budget = sized_plan(run, model, validation.ids)
-        budget = budget if learns else Budget(run, plan, -math.inf, 0.0)
-        mixer = Mixer(run) if run.cfg.needs_mixer else None
-        learning = Pass(run, model, validation, plan, mixer=mixer)
-        score = learning.execute(budget)
-    if budget is not None and budget.num_dropped and learns:
-        run.log("warning", text=f"{budget.num_dropped} of {len(plan)} steps learned nothing, for "
-                f"EVAL_MAX_SECONDS={run.cfg.eval_max_seconds}")
-    return score, learning.scorer.nll_T
-
-def evaluate(run: Run, model: GPT, validation: Validation, stride: int, *,
-             adaptive: bool = False) -> Score:
-    """Score every validation target once, by windows of the evaluation context and `stride`, or
-    by the adaptive pass.
-    """
-    return run_pass(run, model, validation, stride=stride, adaptive=adaptive)[0]
-
-def final_score(run: Run, model: GPT, validation: Validation, kind: str) -> None:
-    """Score as `kind` (prequant, quantized, sliding, ttt) says; log and keep it."""
-    cfg = run.cfg
-    stride = cfg.score_seq_len if kind in ("prequant", "quantized") else cfg.eval_stride
-    with run.stage(f"evaluate_{kind}", "other" if kind == "prequant" else "evaluation"):
-        score = evaluate(run, model, validation, stride, adaptive=kind == "ttt")
-    if not math.isfinite(score.nats):
-        raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
-    if score.problems and not cfg.allow_noncompliant:
-        raise RunFailed(f"final_{kind}: {score.problems[0]}")
-    for problem in score.problems[:1]:
-        run.log("warning", text=f"not compliant: {problem}")
-    compliant = not (score.partial or cfg.allow_noncompliant)
-    run.scores[f"final_{kind}"] = values = {**score.summary(), "compliant": compliant}
-    run.log(f"final_{kind}", **values)
-
-class Probe:
-    """Looks at what is scored: whether it is of a distribution over the whole vocabulary."""
-    NUM_ROWS = 8
-
-    def __init__(self, model: GPT):
-        self.model, self.num_calls, self.problems = model, 0, list[str]()
-
-    @torch.no_grad()
-    def __call__(self, z_NV: Tensor, target_N: Tensor, scored_N: Tensor, mixed: Any) -> None:
-        """Check some of the targets, at the calls number 1, 2, 4, 8, ..."""
-        self.num_calls += 1
-        keep_N = mixed[2].flatten() if mixed else torch.ones_like(target_N, dtype=torch.bool)
-        rows = keep_N.nonzero().flatten()
-        if self.num_calls & (self.num_calls - 1) or not len(rows):
-            return
-        rows = rows[:: -(-len(rows) // self.NUM_ROWS)]
-        logits_NV = softcapped(z_NV[rows], self.model.cap)[0]
-        logp_NV = (mixed[0].log_probs(logits_NV, mixed[1].flatten(0, 1)[rows]) if mixed
-                   else logits_NV.double().log_softmax(dim=1))
-        excess = (logp_NV.exp().sum(dim=1) - 1).abs().max()
-        recorded = (logp_NV.gather(1, target_N[rows, None])[:, 0] + scored_N[rows]).abs().max()
-        if excess > 1e-5:
-            self.problems.append(f"probabilities sum to 1 +- {float(excess):.3g}")
-        if recorded > 1e-4:
-            self.problems.append(f"the score is {float(recorded):.3g} nats off the distribution")
-
-def audit_scores(run: Run, model: GPT, ids: np.ndarray, target_bytes: np.ndarray,
-                 *, learns: bool = True) -> tuple[Score, np.ndarray]:
+def audit_scores(run: Run, model: GPT, text: Validation, *, learns: bool = True
+                 ) -> tuple[Score, np.ndarray]:
     """The score of a text, and the nats of its targets on every rank."""
-    cfg, text = run.cfg, Validation(ids, target_bytes, partial=True)
-    score, nll_T = run_pass(run, model, text, stride=cfg.eval_stride or cfg.score_seq_len,
-                            adaptive=cfg.adapts, learns=learns)
-    return score, run.sum_(torch.from_numpy(nll_T).to(run.device)).cpu().numpy()
+    score = evaluate(run, model, text, run.cfg.eval_stride or run.cfg.score_seq_len,
+                     adaptive=run.cfg.adapts, learns=learns)
+    return score, run.sum_(torch.from_numpy(score.nll_T).to(run.device)).cpu().numpy()
 
 def audit_causality(run: Run, model: GPT, text: Validation, base_T: np.ndarray) -> list[str]:
     """C1: no other token, and no other continuation, may change a score before it."""
     # Kernels that add up in any order differ between equal runs; where none does, this is 0.
-    noise = np.abs(audit_scores(run, model, text.ids, text.target_bytes)[1] - base_T).max()
+    noise = np.abs(audit_scores(run, model, text)[1] - base_T).max()
     problems, is_bos = [], text.ids == BOS_ID
     for share in (1 / 3, 2 / 3):
         place = int(share * text.num_targets)
@@ -4211,7 +3941,7 @@ def audit_causality(run: Run, model: GPT, text: Validation, base_T: np.ndarray) 
         token[place] = 2 + (text.ids[place] == 2)
         rest[place:][~is_bos[place:]] = text.ids[place:][~is_bos[place:]][::-1]
         for what, ids in (("token", token), ("text from", rest)):
-            nll_T = audit_scores(run, model, ids, text.target_bytes)[1]
+            nll_T = audit_scores(run, model, text._replace(ids=ids))[1]
             change = float(np.abs(nll_T - base_T)[: place - 1].max(initial=0))
             if change > 4 * noise:
                 problems.append(f"another {what} {place} changes earlier scores by {change:.3g}")
@@ -4224,27 +3954,26 @@ def audit(run: Run, model: GPT, validation: Validation) -> None:
     count = min(validation.num_targets, 4 * cfg.ttt_chunk_tokens)
     text = Validation(validation.ids[: count + 1], validation.target_bytes[:count], partial=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.probe = probe = Probe(model)
-    score, base_T = audit_scores(run, model, *text[:2])
-    model.probe, after = None, model.state_dict()
-    found = {"C1 strict causal dependence": audit_causality(run, model, text, base_T),
-             "C2 full normalised distribution": probe.problems,
-             "C3 score before update": [p for p in score.problems if "were scored" in p],
-             "C4 single left-to-right pass": [p for p in score.problems if "were scored" not in p]}
-    rates = {"ttt_lr": 0.0, "ttt_lora_lr": 0.0}
-    run.cfg = dataclasses.replace(cfg, **rates)  # type: ignore[arg-type]
-    idle_T, none_T = (audit_scores(run, model, *text[:2], learns=on)[1] for on in (True, False))
+    unsure, early, order = list[str](), list[str](), list[str]()
+    model.probe = functools.partial(probe, model=model, calls=itertools.count(1), problems=unsure)
+    score, base_T = audit_scores(run, model, text)
+    model.probe, causes = None, audit_causality(run, model, text, base_T)
+    for problem in score.problems:
+        (early if "were scored" in problem else order).append(problem)
+    run.cfg = dataclasses.replace(cfg, ttt_lr=0.0, ttt_lora_lr=0.0)
+    idle_T, none_T = (audit_scores(run, model, text, learns=on)[1] for on in (True, False))
     if not np.array_equal(idle_T, none_T):
-        found["C3 score before update"].append("learning rate 0 is not no learning")
+        early.append("learning rate 0 is not no learning")
     if (score.tokens, score.num_bytes) != (count, int(text.target_bytes.sum())):
-        found["C4 single left-to-right pass"].append(f"{score.tokens} of {count} targets scored")
-    if any(not torch.equal(before[name], after[name]) for name in before):
-        found["C4 single left-to-right pass"].append("the pass left other weights behind")
+        order.append(f"{score.tokens} of {count} targets scored")
+    if any(not torch.equal(before[name], x) for name, x in model.state_dict().items()):
+        order.append("the pass left other weights behind")
+    found = {"C1 strict causal dependence": causes, "C2 full normalised distribution": unsure,
+             "C3 score before update": early, "C4 single left-to-right pass": order}
     for condition, problems in found.items():
         run.log("audit", condition=condition, verdict="fail" if problems else "pass",
                 targets=count, detail=problems[0] if problems else "no problem found")
-    failed = [condition for condition, problems in found.items() if problems]
-    if failed:
+    if failed := [condition for condition, problems in found.items() if problems]:
         raise RunFailed(f"not legal: {'; '.join(failed)}")
 
 # --- main ----------------------------------------------------------------------------------------

@@ -400,6 +400,13 @@ def largest(logs: Sequence[RunLog], event: str, key: str) -> Any:
     return max(log.need(event)[key] for log in logs)
 
 
+def largest_groups(logs: Sequence[RunLog]) -> Json:
+    """Bytes of each part of the artifacts, if the runs have logged them: older ones have not."""
+    parts = [log.last("bytes") for log in logs]
+    keys = [key for key in parts[0] if key != "event" and all(key in part for part in parts)]
+    return {"groups": {key: max(part[key] for part in parts) for key in keys}} if keys else {}
+
+
 def shared_versions(log: RunLog) -> tuple[Json, str]:
     """Versions of a run's libraries, and the SHA-256 of its source."""
     versions = {k: v for k, v in log.need("versions").items() if k != "event"}
@@ -436,6 +443,7 @@ def compute_submission(logs: Sequence[RunLog], described: Mapping[str, str]) -> 
             "bytes": {
                 "total_bytes_max": largest(logs, "size", "total_bytes"),
                 "budget_bytes": largest(logs, "size", "budget_bytes"),
+                **largest_groups(logs),
             },
         },
     }

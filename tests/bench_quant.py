@@ -390,7 +390,7 @@ def conditional_bits(group: Sequence[tg.Quantized]) -> tuple[float, float]:
         column_I = np.rint(4 * np.log2(size_OI.mean(axis=0))).astype(np.int64)
         row_O = np.rint(4 * np.log2(size_OI.mean(axis=1) / size_OI.mean())).astype(np.int64)
         labels_bits += label_bits(column_I) + label_bits(row_O)
-        state_OI = tg.trellis_states(codes_OI) & 1 if tensor.trellis else np.zeros_like(codes_OI)
+        state_OI = tg.trellis_levels(codes_OI) & 1 if tensor.trellis else np.zeros_like(codes_OI)
         context_OI = (row_O[:, None] + column_I + 512) * 2 + state_OI
         symbols.append((context_OI * 4096 + codes_OI + 2048).ravel())
     joint, counts = np.unique(np.concatenate(symbols), return_counts=True)
@@ -405,7 +405,7 @@ def coder_bytes(group: Sequence[tg.Quantized]) -> Json:
     codes = np.concatenate([tensor.values.ravel().astype("<i2") for tensor in group])
     is_large = np.abs(codes.astype(np.int32)) > 127
     raw = np.where(is_large, -128, codes).astype(np.int8).tobytes() + codes[is_large].tobytes()
-    sizes = [len(tg.find_compressor(module).pack(raw)) for module in PLAIN_CODERS.values()]
+    sizes = [len(tg.find_compressor(module)[0](raw)) for module in PLAIN_CODERS.values()]
     ans = len(tg.pack_group(group, "ans")["codes"])
     entropy = sum(label_bits(tensor.values) for tensor in group)
     bits = [round(bits / 8) for bits in (entropy, *conditional_bits(group))]
@@ -437,7 +437,7 @@ def gaussian_bound(subject: Subject) -> list[tuple[float, float]]:
         variance_OI /= square_OI.mean().clamp_min(1e-30)
         inputs_II, outputs_O = subject.found[name]
         factor = tg.factor_hessians(inputs_II[None])
-        per_column_I = factor.alive_LI[0] / factor.conditional_std_LI()[0].square()
+        per_column_I = factor.alive_LI[0] / factor.std_LI[0].square()
         costs.append((outputs_O[:, None] * variance_OI * per_column_I).flatten().double())
     cost_N = torch.cat(costs)
     points = []
@@ -538,6 +538,8 @@ def coder_cell(row: Json, coder: str) -> str:
     """Bytes of a coder, and by how much they are above those of ans."""
     if row[coder] is None:
         return "not installed"
+    if coder == "classes":
+        return f"{row[coder]:,.0f}"
     return f"{row[coder]:,.0f} ({100 * (row[coder] / row['ans'] - 1):+.2f} %)"
 
 
@@ -548,7 +550,7 @@ def group_lines(results: Results, model: str) -> Iterator[str]:
         errors, total = methods.get(name, {}).get("errors"), methods["reference"]["error"]
         if errors:
             shares = ", ".join(f"{group} {e / total:.1%}" for group, e in sorted(errors.items()))
-            yield f"Error by group, of the reference's whole: {METHODS[name].title}: {shares}."
+            yield f"\nError by group over the reference's whole: {METHODS[name].title}: {shares}."
 
 
 class Goal(NamedTuple):
@@ -674,7 +676,7 @@ def write_table(results: Results) -> None:
     for about in abouts:
         if "reference" in results.named("method", about["model"]):
             lines += ["", f"## {about['model']}", "", *method_lines(results, about["model"])]
-            lines += ["", *group_lines(results, about["model"])]
+            lines += group_lines(results, about["model"])
     lines += ["", "## Coders", CODER_NOTE, *coder_lines(results)]
     results.path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -719,7 +721,8 @@ def draw_plot(results: Results) -> None:
         for axes, model in zip(panels[0], models, strict=True):
             draw_curves(axes, results, model)
         panels[0][0].set_ylabel("weighted error over the reference's, dB")
-        panels[0][0].legend(loc="upper right")
+        handles = panels[0][0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3)
         figure.savefig(results.path.with_suffix(".png"))
         plt.close(figure)
 

@@ -75,6 +75,10 @@ TINY: dict[str, Any] = {
     "gate_bits": 16,
     "control_bits": 16,
     "compressor": "zlib",
+    "ttt_method": "none",
+    "ttt_context": "window",
+    "ttt_chunk_size": 48,
+    "ttt_lora_lr": 1e-3,
 }
 
 

@@ -214,10 +214,10 @@ def test_a_compressor_gives_back_what_it_was_given(name: str, kind: str):
         "one": b"\x07",
         "two": b"\x07\x09",
     }[kind]
-    coder = find_compressor(name)
-    packed = coder.pack(raw)
-    assert coder.unpack(packed, len(raw)) == raw
-    assert coder.pack(raw) == packed
+    pack, unpack = find_compressor(name)
+    packed = pack(raw)
+    assert unpack(packed, len(raw)) == raw
+    assert pack(raw) == packed
     if kind in ("zeros", "text"):
         assert len(packed) < len(raw) / 100
 
@@ -231,13 +231,13 @@ def test_each_compressor_writes_its_own_format():
         "brotli": brotli.decompress,
     }
     for name, reader in readers.items():
-        assert reader(find_compressor(name).pack(raw)) == raw
+        assert reader(find_compressor(name)[0](raw)) == raw
     even, odd = raw[0::2], raw[1::2]
-    assert brotli.decompress(find_compressor("brotli_shuffled").pack(raw)) == even + odd
+    assert brotli.decompress(find_compressor("brotli_shuffled")[0](raw)) == even + odd
     # Level 22 is stated in the frame by nothing; its result is.
     noise = np.random.default_rng(0).integers(0, 16, 200_000, dtype=np.uint8).tobytes()
     expected = zstandard.ZstdCompressor(level=22).compress(noise)
-    assert find_compressor("zstd").pack(noise) == expected
+    assert find_compressor("zstd")[0](noise) == expected
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_the_state_of_the_trellis_is_a_context():
     for row in range(256):  # states with the other quantiser have half the codes
         codes_OI[row::256] //= 1 + (state_I & 1)
         parity_I = codes_OI[row::256] & 1
-        state_I = coder.next_states(coder.TRELLIS_STATES)[2 * state_I + parity_I]
+        state_I = coder.NEXT_STATES[2 * state_I + parity_I]
     plain, walked = (
         len(coder.encode_codes([codes_OI], [CodeGrid(1024, 64, trellis)]))
         for trellis in (False, True)

@@ -46,17 +46,14 @@ shapes = st.integers(1, 40).flatmap(lambda T: st.tuples(st.just(T), st.integers(
 
 @given(lengths, shapes)
 def test_windows_are_those_of_a_plain_loop_over_all_starts(num_targets, shape):
-    planned = [
-        (w.start, list(range(w.start + w.score_from, w.end)))
-        for w in plan_windows(num_targets, *shape)
-    ]
+    planned = [(w.start, list(range(w.first, w.end))) for w in plan_windows(num_targets, *shape)]
     assert planned == reference_windows(num_targets, *shape)
 
 
 @given(lengths, shapes)
 def test_every_target_is_scored_exactly_once_and_in_order(num_targets, shape):
     windows = plan_windows(num_targets, *shape)
-    scored = [t for w in windows for t in range(w.start + w.score_from, w.end)]
+    scored = [t for w in windows for t in range(w.first, w.end)]
     assert scored == list(range(num_targets))
 
 
@@ -65,7 +62,7 @@ def test_every_target_is_scored_exactly_once_and_in_order(num_targets, shape):
 def test_edges_of_the_text_are_scored_once(num_targets, seq_len, stride):
     counts = Counter[int]()
     for window in plan_windows(num_targets, seq_len, stride):
-        counts.update(range(window.start + window.score_from, window.end))
+        counts.update(range(window.first, window.end))
     assert counts == Counter(range(num_targets))
 
 
@@ -74,7 +71,7 @@ def test_windows_fit_the_context_and_leave_none_that_scores_nothing(num_targets,
     seq_len, stride = shape
     for window in plan_windows(num_targets, seq_len, stride):
         assert 0 < window.end - window.start <= seq_len
-        assert 0 <= window.score_from < window.end - window.start
+        assert window.start <= window.first < window.end
         assert window.end <= num_targets
 
 
@@ -84,7 +81,7 @@ def test_targets_after_the_first_window_have_at_least_length_less_stride_context
 ):
     seq_len, stride = shape
     for window in plan_windows(num_targets, seq_len, stride)[1:]:
-        assert window.score_from >= seq_len - stride
+        assert window.first - window.start >= seq_len - stride
 
 
 @pytest.mark.parametrize(

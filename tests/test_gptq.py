@@ -73,9 +73,8 @@ def lone_run(cfg: Config) -> Run:
 def curvatures_of(run: Run, model: GPT, *windows: torch.Tensor) -> dict[str, Curvature]:
     """What the script finds on these windows, each a pass of its own."""
     moments = Moments(model)
-    with moments.watching():
-        for window_BT in windows:
-            moments.take(window_BT)
+    for window_BT in windows:
+        moments.take(window_BT)
     return moments.curvatures(run)
 
 
@@ -569,8 +568,7 @@ def larger() -> tuple[GPT, dict[str, Curvature]]:
     cfg = tiny_config(quantizer="gptq", gate_bits=8, control_bits=8, vocab_size=256)
     model = random_model(cfg)
     moments = Moments(model)
-    with moments.watching():
-        moments.take(windows_of(cfg, 16))
+    moments.take(windows_of(cfg, 16))
     return model, moments.curvatures(lone_run(cfg))
 
 
@@ -706,8 +704,7 @@ def small() -> Iterator[tuple[GPT, dict[str, Curvature]]]:
     cfg = tiny_config(**GPTQ | SHAPES["tables"] | SHAPES["values"])
     model = random_model(cfg)
     moments = Moments(model)
-    with moments.watching():
-        moments.take(windows_of(cfg, 2))
+    moments.take(windows_of(cfg, 2))
     yield model, moments.curvatures(lone_run(cfg))
 
 

@@ -201,19 +201,19 @@ def reference_counts(ids: list[int], order: int) -> dict[tuple[int, ...], Counte
 
 def check_counts(counts: NgramCounts, ids: list[int], text: Text) -> None:
     context_NK = text.context(len(counts.history_K))
-    seen = counts.look_up(context_NK)
+    hash_NO, total_NO, top_NO, token_NO = counts.look_up(context_NK)
     every = torch.arange(V).expand(len(context_NK), -1)
-    count_NCO = counts.count(seen, every)
+    count_NCO = counts.count(hash_NO, every)
     for column, order in enumerate(counts.orders):
         reference = reference_counts(ids, order)
         for row, context in enumerate(context_NK.tolist()):
             expected = reference.get(tuple(context[len(context) - order :]), Counter())
             assert count_NCO[row, :, column].tolist() == [expected[token] for token in range(V)]
-            assert seen.total_NO[row, column] == expected.total()
+            assert total_NO[row, column] == expected.total()
             if expected:  # of the most frequent ones, the largest token
                 top, token = max((count, token) for token, count in expected.items())
-                assert int(seen.top_NO[row, column]) == top
-                assert int(seen.token_NO[row, column]) == token
+                assert int(top_NO[row, column]) == top
+                assert int(token_NO[row, column]) == token
 
 
 def some_counts(bits: int = 16, orders: tuple[int, ...] = (0, 1, 2, 5)) -> NgramCounts:
@@ -249,10 +249,10 @@ def test_a_full_table_keeps_its_counts_and_its_sums(make_run: MakeRun):
         counts.update(text.ids[start : start + 20])
     assert not counts.has_room
     assert 300 < int(counts.keys.count_nonzero()) <= 512
-    seen = counts.look_up(text.context(5))
-    total = counts.count(seen, torch.arange(V).expand(3000, -1)).sum(1)
-    assert torch.equal(total, seen.total_NO)
-    assert (seen.total_NO[:, 1] > 0).any()
+    hash_NO, total_NO, *_ = counts.look_up(text.context(5))
+    total = counts.count(hash_NO, torch.arange(V).expand(3000, -1)).sum(1)
+    assert torch.equal(total, total_NO)
+    assert (total_NO[:, 1] > 0).any()
     mixer = make_mixer(make_run, **METHODS["all"], ngram_table_bits=9)
     stream(mixer, text, 2900, chunk=20)
     logp = mixer.log_probs(text.logits_NV[2900:], text.context(mixer.num_context)[2900:2999])

@@ -74,6 +74,7 @@ def run_events(seed: int, bpb: float, **changes: Any) -> list[dict[str, Any]]:
         {"event": "final_quantized", **score(bpb + 0.025)},
         {"event": "final_sliding", **score(bpb)},
         {"event": "size", **sizes, "budget_bytes": 16_000_000},
+        {"event": "bytes", "mlp_codes_bytes": 600_000 + seed, "frame_bytes": 900},
         {"event": "ledger", **spent, "training_budget_s": 600.0, "evaluation_budget_s": 600.0},
     ]  # fmt: skip
 
@@ -251,7 +252,16 @@ def test_budgets_are_compared_with_the_largest_run(record: Path) -> None:
     submission = json.loads((record / "submission.json").read_bytes())
     assert submission["artifact_bytes_max"] == 700_003
     assert submission["budget"]["bytes"]["total_bytes_max"] == 720_003
+    groups = {"mlp_codes_bytes": 600_003, "frame_bytes": 900}
+    assert submission["budget"]["bytes"]["groups"] == groups
     assert submission["budget"]["time"]["evaluation_s"] == 12.25
+
+
+def test_a_record_of_a_run_that_did_not_log_its_groups_of_bytes_is_as_good(tmp_path: Path) -> None:
+    events = [event for event in run_events(1, 1.25) if event["event"] != "bytes"]
+    log = RunLog.read(write_run(tmp_path / "old", events) / "metrics.jsonl")
+    submission = records.compute_submission([log], dict.fromkeys(records.DESCRIBED, ""))
+    assert submission["budget"]["bytes"].keys() == {"total_bytes_max", "budget_bytes"}
 
 
 def test_name_and_date_come_from_the_folder_author_from_the_runs(record: Path) -> None:

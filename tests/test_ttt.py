@@ -269,7 +269,7 @@ def test_plans_of_all_ranks_score_each_target_once_and_keep_in_step(data, name, 
               for p in plans]  # fmt: skip
     assert all(row == shared[0] for row in shared)  # the same collectives at the same ticks
     scored = [t for plan in plans for step in plan if step.action in ("score", "adapt")
-              for w in step.windows for t in range(w.start + w.score_from, w.end)]  # fmt: skip
+              for w in step.windows for t in range(w.first, w.end)]  # fmt: skip
     assert sorted(scored) == list(range(len(ids) - 1))
 
 
@@ -543,7 +543,7 @@ def test_a_window_of_the_text_may_begin_before_its_document(data):
     for context, starts in (("window", {90}), ("text", {66, 68}), ("incremental", {90, 98})):
         plan = plan_of(ids, 0, 1, **{**LORA, "ttt_context": context})
         windows = [w for step in plan for w in step.windows
-                   if 90 <= w.start + w.score_from < 100]  # fmt: skip
+                   if 90 <= w.first < 100]  # fmt: skip
         assert {w.start for w in windows} == starts
         assert all(isinstance(w, Window) and w.end - w.start <= T for w in windows)
 
@@ -597,13 +597,13 @@ def test_learning_stops_when_the_rest_of_the_time_is_needed_to_score(
                                           "ttt_batch_size": 1})  # fmt: skip
     clock = [0.0]
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
-    total = sum(train_gpt.positions(step) for step in plan)
+    total = sum(math.prod(step.shape) for step in plan)
     budget = train_gpt.Budget(run, plan, limit_s=2.0 * total, pace_s=1.0)  # all would take 3
     learned = []
     for tick, step in enumerate(plan, start=1):
         done = budget.cut(step, tick)
         learned.append(done.learns)
-        clock[0] += train_gpt.positions(step) * (3.0 if done.learns else 1.0)
+        clock[0] += math.prod(step.shape) * (3.0 if done.learns else 1.0)
     assert clock[0] <= 2.0 * total
     assert 0.2 < np.mean(np.array(learned) > 0) < 0.6 and budget.num_dropped > 0
     assert learned[0] > 0 and learned[-2] == 0

@@ -1,0 +1,135 @@
+"""The tool that compares ways of evaluating: its plan, its results, its statistics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from records import evaluations
+from records.evaluations import (
+    Evaluation,
+    gain_p,
+    main,
+    method_rows,
+    read_plan,
+    read_results,
+    scores_by_method,
+)
+from train_gpt import InputError
+
+PLAN = """
+settings = "DATA_PATH=data/x VAL_TOKENS_LIMIT=64"
+[models]
+small = ["a.bin", "b.bin"]
+large = ["c.bin"]
+[methods]
+lora = "TTT_METHOD=lora TTT_LORA_LR=1e-3"
+tilt = "NGRAM_TILT=1"
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN, encoding="utf-8")
+    return path
+
+
+def result(evaluation: Evaluation, sliding: float, adapted: float) -> dict[str, Any]:
+    """A line of results as a run would write it."""
+    scores = {
+        "final_quantized": sliding + 0.1,
+        "final_sliding": sliding,
+        "final_ttt": adapted,
+    }
+    return {
+        "key": evaluation.key,
+        "model": evaluation.model,
+        "artifact": evaluation.artifact,
+        "method": evaluation.method,
+        "status": 0,
+        "tokens": 64,
+        "bytes": 128,
+        "source_sha256": "0" * 64,
+        **{event: {"val_bpb": bpb, "eval_s": 2.0} for event, bpb in scores.items()},
+    }
+
+
+def test_every_artifact_is_scored_with_every_method_a_seed_of_each_model_first(plan: Path):
+    _, found = read_plan(plan)
+    assert [(e.artifact, e.method) for e in found] == [
+        (artifact, method)
+        for artifact in ("a.bin", "c.bin", "b.bin")
+        for method in ("lora", "tilt")
+    ]
+    assert found[0].settings == {
+        "DATA_PATH": "data/x",
+        "VAL_TOKENS_LIMIT": "64",
+        "TTT_METHOD": "lora",
+        "TTT_LORA_LR": "1e-3",
+    }
+    assert len({e.key for e in found}) == 6
+
+
+@pytest.mark.parametrize(
+    "text", ["", "settings = 3", "not toml", PLAN.replace("TTT_METHOD=", "X ")]
+)
+def test_what_is_no_plan_is_refused(plan: Path, text: str, capsys: pytest.CaptureFixture[str]):
+    plan.write_text(text, encoding="utf-8")
+    assert main(["table", str(plan)]) == 2
+    assert "InputError" in capsys.readouterr().err
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"key": "x", "status": 0}) + '\n{"key": "y", "sta', encoding="utf-8")
+    assert list(read_results(path)) == ["x"]
+    assert read_results(tmp_path / "none.jsonl") == {}
+
+
+def test_the_p_of_three_paired_gains_is_students():
+    # t = mean / (std / sqrt(3)) = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom: for these
+    # p = (1 - t / sqrt(t^2 + 2)) / 2.
+    t = 2 * 3**0.5
+    assert gain_p([1.0, 2.0, 3.0]) == pytest.approx((1 - t / (t * t + 2) ** 0.5) / 2, abs=1e-4)
+    assert gain_p([1.0]) is None and gain_p([1.0, 1.0]) is None
+
+
+def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path):
+    _, found = read_plan(plan)
+    small = [e for e in found if e.model == "small"]
+    bpb = {"lora": (1.5, 1.7), "tilt": (1.9, 2.0)}
+    results = [
+        result(e, {"a.bin": 2.0, "b.bin": 2.1}[e.artifact], bpb[e.method][e.artifact == "b.bin"])
+        for e in small
+    ]
+    scores = scores_by_method(results, ["a.bin", "b.bin"])
+    assert scores["lora"] == [(1.5, 2.0), (1.7, 2.0)]
+    rows = method_rows(scores, {"lora": "TTT_METHOD=lora"})
+    assert [row[0] for row in rows] == ["lora", "tilt", "sliding", "plain"]
+    assert rows[0][1:4] == ["1.6000", "0.1414", "-0.4500"] and rows[0][-1] == "TTT_METHOD=lora"
+    assert rows[2][3] == "-0.0000" or rows[2][3] == "+0.0000"
+
+
+def test_a_method_that_lacks_an_artifact_is_not_compared(plan: Path):
+    _, found = read_plan(plan)
+    results = [result(e, 2.0, 1.5) for e in found if e.artifact == "a.bin" or e.method == "tilt"]
+    assert "lora" not in scores_by_method(results, ["a.bin", "b.bin"])
+
+
+def test_the_table_and_the_plot_are_written_from_what_is_done(plan: Path):
+    _, found = read_plan(plan)
+    lines = [json.dumps(result(e, 2.0 + 0.01 * i, 1.5)) for i, e in enumerate(found[:4])]
+    plan.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    evaluations.write_table(plan)
+    text = plan.with_suffix(".md").read_text(encoding="utf-8")
+    assert "4 of 6 evaluations are done" in text and "| lora " in text
+    assert plan.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_nothing_is_refused(plan: Path):
+    with pytest.raises(InputError, match="no result"):
+        evaluations.write_table(plan)

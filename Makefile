@@ -33,7 +33,7 @@ run: $(READY)
 	@$(RUN) records/records.py demo
 
 test: $(READY)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory lint
 
 test-slow: $(READY)

@@ -82,7 +82,7 @@ def knob(default: Any, doc: str, **meta: Any) -> Any:
     return field(default=default, metadata={"doc": doc, **unset, **meta})
 
 BITS = (4, 5, 6, 7, 8, 16)
-MAX_ORDER = 64  # tokens of context of the longest n-grams
+MAX_ORDER = 63  # tokens of context of the longest n-grams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -262,7 +262,7 @@ class Config:
     ngram_tilt_orders: str = knob("16", "tokens of context that call for it; the longest one decides")  # noqa: E501
     ngram_tilt_share: float = knob(0.8, "least share of the context's continuations", low=0, high=1)
     ngram_tilt_min_count: int = knob(1, "least number of them", low=1)
-    ngram_table_bits: int = knob(24, "log2 of the rows of the n-gram table, of 24 bytes each", unit="bits", low=4, high=32)  # noqa: E501
+    ngram_table_bits: int = knob(22, "log2 of the rows of the n-gram table, of 24 bytes each", unit="bits", low=10, high=32)  # noqa: E501
 
     def __post_init__(self) -> None:
         problems = [p for f in fields(self) if (p := out_of_range(f, getattr(self, f.name)))]
@@ -3709,16 +3709,14 @@ def scramble(bits: Tensor) -> Tensor:
 class NgramCounts:
     """How often which token followed which context, for contexts of some lengths: a hash table of
     contexts and of contexts with their continuation. A row stores its 63-bit key, which tells it
-    from others of the same slot. A table that is half full takes no new rows.
+    from others of the same slot. A table that becomes half full is emptied.
     """
-    UPDATE_TOKENS = 16_384  # bounds an update's memory
-
     def __init__(self, orders: Sequence[int], vocab_size: int, bits: int, device: torch.device):
         self.orders, self.vocab_size, self.mask = orders, vocab_size, 2**bits - 1
         self.history_K = torch.zeros(max(1, *orders), dtype=torch.int64, device=device)
-        self.num_tokens, self.most_keys, self.has_room = 0, 0, True
-        # The last row takes what has no other; no search ends there.
-        self.keys, self.counts, self.tops = self.history_K.new_zeros(3, 2**bits + 1)
+        self.num_tokens = self.most_keys = 0
+        self.table = self.history_K.new_zeros(3, 2**bits)
+        self.keys, self.counts, self.tops = self.table
 
     def find(self, key_N: Tensor, claim: bool = False) -> Tensor:
         """The row of each key, or the empty one where it belongs, which is then claimed for it."""
@@ -3747,22 +3745,21 @@ class NgramCounts:
 
     def update(self, ids_N: Tensor) -> None:
         """Count a stretch of text, which continues that of the last call."""
-        for piece in torch.split(ids_N, self.UPDATE_TOKENS):
+        for piece in torch.split(ids_N, min(16_384, len(self.keys) // (16 * len(self.orders)))):
             text = torch.cat([self.history_K, piece])
             window, self.history_K = text.unfold(0, len(self.history_K) + 1, 1), text[len(piece):]
             hash_NO = self.hashes(window[:, :-1])
             token_NO = window[:, -1:].expand_as(hash_NO)
             key_M = torch.cat([self.keys_of(hash_NO), self.keys_of(hash_NO, token_NO)]).flatten()
             self.most_keys += len(key_M)
-            if self.has_room and 2 * self.most_keys > self.mask:  # some were no new ones: recount
+            if 2 * self.most_keys > len(self.keys):  # some were there before: count them
                 self.most_keys = int(self.keys.count_nonzero()) + len(key_M)
-                self.has_room = 2 * self.most_keys <= self.mask
-            row_M = self.find(key_M, claim=self.has_room)
-            row_M[self.keys[row_M] != key_M] = self.mask + 1
+                if 2 * self.most_keys > len(self.keys):  # old text says little of what comes
+                    self.table.zero_()
+                    self.most_keys = len(key_M)
+            row_M = self.find(key_M, claim=True)
+            self.counts.index_add_(0, row_M, torch.ones_like(row_M))
             context, pair = row_M.chunk(2)
-            # A context counts only the continuations that have a row, or they would not sum to 1.
-            context = torch.where(pair <= self.mask, context, self.mask + 1)
-            self.counts.index_add_(0, torch.cat([context, pair]), torch.ones_like(row_M))
             best = self.counts[pair] * self.vocab_size + token_NO.flatten()
             self.tops.scatter_reduce_(0, context, best, "amax")
             self.num_tokens += len(piece)
@@ -3845,7 +3842,7 @@ class Mixer:
         orders = sorted({*cfg.mixer_contexts, *cfg.tilt_contexts})
         self.mixed = [orders.index(order) for order in cfg.mixer_contexts]
         self.tilting = [orders.index(order) for order in cfg.tilt_contexts]
-        bits = cfg.ngram_table_bits if orders else 1
+        bits = cfg.ngram_table_bits if orders else 4
         self.counts = NgramCounts(orders or [0], cfg.vocab_size, bits, run.device)
         self.num_context = len(self.counts.history_K)
         self.weights: Hedge | Backoff | None = None

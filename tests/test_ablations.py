@@ -271,13 +271,18 @@ def start_runner(grid: Path) -> subprocess.Popen[bytes]:
     """A runner in a process of its own, which has done all of a grid that does not wait."""
     program = [sys.executable, str(ROOT / "records/ablations.py")]
     process = subprocess.Popen([*program, *command(grid)], stderr=subprocess.PIPE)
-    waiting = tmp_runs(grid)
     wait_until(
-        lambda: len(lines_of(grid)) == 3 and len(list(waiting.glob("*/pid"))) == 2,
+        lambda: len(lines_of(grid)) == 3 and len(waiting_pids(grid)) == 2,
         timeout_s=60,
         problem="the runner has not come to the runs that wait",
     )
     return process
+
+
+def waiting_pids(grid: Path) -> list[int]:
+    """The processes of the runs in progress that have written down theirs."""
+    texts = [path.read_text() for path in tmp_runs(grid).glob("*/pid")]
+    return [int(text) for text in texts if text]
 
 
 def tmp_runs(grid: Path) -> Path:
@@ -300,7 +305,7 @@ def is_alive(pid: int) -> bool:
 def test_a_killed_runner_loses_only_the_runs_in_progress(tmp_path: Path) -> None:
     grid = waiting_grid(tmp_path)
     process = start_runner(grid)
-    pids = [int(path.read_text()) for path in tmp_runs(grid).glob("*/pid")]
+    pids = waiting_pids(grid)
     process.kill()
     process.communicate()
     for pid in pids:  # nobody is left who could end them
@@ -315,7 +320,7 @@ def test_a_killed_runner_loses_only_the_runs_in_progress(tmp_path: Path) -> None
 def test_a_runner_that_is_told_to_stop_ends_its_runs(tmp_path: Path) -> None:
     grid = waiting_grid(tmp_path)
     process = start_runner(grid)
-    pids = [int(path.read_text()) for path in tmp_runs(grid).glob("*/pid")]
+    pids = waiting_pids(grid)
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and b"the same command goes on" in said

@@ -669,7 +669,6 @@ def open_device(cfg: Config, env: Mapping[str, str]) -> tuple[torch.device, torc
     if torch.cuda.is_available():
         device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         device, flags = torch.device("cpu"), processor_fact("flags").split()
@@ -2132,12 +2131,15 @@ def save_checkpoint(trainer: Trainer) -> None:
 
 def load_checkpoint(trainer: Trainer) -> None:
     """Continue from the newest checkpoint of RUN_DIR, if there is one; without RESUME remove it."""
-    run, found = trainer.run, None
-    if run.is_main and not run.cfg.resume:
-        shutil.rmtree(run.directory / "checkpoint", ignore_errors=True)
-    elif run.is_main and (folders := checkpoint_folders(run)):
-        found = read_checkpoint(folders[-1], run.cfg)
-    if (found := run.share(found)) is not None:
+    run = trainer.run
+
+    def newest() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if not run.cfg.resume:
+            shutil.rmtree(run.directory / "checkpoint", ignore_errors=True)
+        folders = checkpoint_folders(run) if run.cfg.resume else []
+        return read_checkpoint(folders[-1], run.cfg) if folders else None
+
+    if (found := run.on_main(newest)) is not None:
         trainer.load(found[1], Progress(*found[0]["progress"]))
         run.ledger.update(found[0]["ledger"])
         run.log("resume", step=trainer.progress.step, train_s=round(trainer.progress.train_s, 3))
@@ -2251,7 +2253,7 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
 # an error costs is measured once (Curvature); GPTQ then rounds column after column and lets later
 # columns make up for earlier ones. parameter_roles decides which knobs a tensor listens to.
 
-PLAIN_BITS, LARGEST_CODE = 16, 1023  # bits of what is not coded; bound of codes of solved steps
+PLAIN_BITS, MAX_CODE = 16, 1023  # bits of what is not coded; largest magnitude that has a code
 # Below the one fp16 loses precision and then is 0, above the other it is infinite.
 SMALLEST_SCALE, LARGEST_SCALE = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
 SCALE_RANGE = 240  # coded steps are 2^(n / 8), |n| <= 240
@@ -2553,7 +2555,9 @@ def rows_by_hand(cfg: Config, weight_OI: Tensor, group: str, found: Curvature | 
         codes_OI = (weight_OI / step_O1).round().clamp(-qmax, qmax)
         return float((codes_OI * step_O1 - weight_OI).square().sum())
 
-    return min((size_OI.quantile(q, dim=1) / qmax for q in shares[cfg.row_steps]), key=error)
+    pieces = torch.split(size_OI, 512)  # torch.quantile takes 2^24 numbers at most
+    return min((torch.cat([rows.quantile(q, dim=1) for rows in pieces]) / qmax
+                for q in shares[cfg.row_steps]), key=error)
 
 def solved_steps(found: Curvature, column_I: Tensor) -> tuple[Tensor, Tensor]:
     """Relative steps of rows and columns at which a bit saves the same loss everywhere.
@@ -2614,7 +2618,7 @@ def quantize_stack(cfg: Config, stack: Stack, multiplier: float) -> dict[str, Qu
     """The matrices of a stack, with all steps multiplied, by name."""
     solved, trellis = cfg.solves_steps, cfg.quant_grid == "trellis" and stack.factor is not None
     row_LO, column_LI = as_stored(cfg, stack.row_LO * multiplier), stack.column_LI
-    qmax = LARGEST_CODE if solved else 2 ** (stack.bits - 1) - 1
+    qmax = MAX_CODE if solved else 2 ** (stack.bits - 1) - 1
     largest_LI = (stack.weight_LOI.abs() / row_LO[:, :, None]).amax(dim=1)  # if columns are 1
     if solved:  # a column with a few huge weights gets coarser steps, not clipped codes
         column_LI = as_stored(cfg, torch.maximum(column_LI, largest_LI / (0.8 * qmax)))
@@ -2766,7 +2770,7 @@ def find_compressor(name: str) -> Sequence[Callable[..., bytes]]:
 # Tensor suffixes: M matrices, C columns of all matrices, L lanes, N columns of all lanes,
 #                  K classes, W symbols of the alphabet, O x I a matrix.
 
-MAX_CODE, UNIT, COUNT = 1023, 2**12, 1024  # largest magnitude; 1.0 of magnitudes; 1.0 of frequency
+UNIT, COUNT = 2**12, 1024  # 1.0 of magnitudes; 1.0 of frequency
 PRIOR_ROWS, PRIOR_CODES, MEMORY_CODES = 32, 128, 2**16  # what a model's start is worth, and its end
 MAGNITUDES = np.array([round(UNIT * 2 ** (j / 8 - 7)) for j in range(128)])  # 1/8 octave apart
 EDGES = np.array([round(UNIT * 2 ** (j / 8 - 7 + 1 / 16)) for j in range(127)])
@@ -3002,7 +3006,7 @@ def unpack_group(packed: Mapping[str, bytes], stored: list[Quantized], coder: st
         blanks = [getattr(stored[i], name) for i, name in streams[kind]]
         found = unpack_stream(kind, packed[kind], blanks, coder, grids_of(stored))
         for (i, name), x, like in zip(streams[kind], found, blanks, strict=True):
-            largest = LARGEST_CODE if like.itemsize == 2 else 2 ** (stored[i].bits - 1) - 1
+            largest = MAX_CODE if like.itemsize == 2 else 2 ** (stored[i].bits - 1) - 1
             require(kind != "codes" or abs(x.astype(np.int32)).max() <= largest,
                     f"codes beyond {stored[i].bits} bits")
             filled: dict[str, Any] = {name: x.astype(like.dtype).reshape(like.shape)}
@@ -3341,8 +3345,7 @@ class Scorer:
         self.run, self.validation, self.tick = run, validation, 1
         self.scored_at = np.zeros(validation.num_targets, dtype=np.int32)  # tick; 0 = not yet
         self.nll_T = np.zeros(validation.num_targets, dtype=np.float32)
-        self.updates: list[Update] = []
-        self.nats, self.num_bytes = 0.0, 0
+        self.nats, self.num_bytes, self.updates = 0.0, 0, list[Update]()
 
     def record(self, first: int, nll: np.ndarray) -> None:
         """Take the nats of targets first, first + 1, ...; each must be new."""
@@ -3528,18 +3531,18 @@ def scoring_pace(run: Run, model: GPT, plan: Sequence[Step]) -> float:
 def sized_plan(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Step], Budget]:
     """The adaptive pass; in longer chunks and strides if it could not even score in time."""
     cfg, limit_s, pace_s = run.cfg, math.inf, 0.0
-    plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
     if cfg.eval_max_seconds:
         limit_s = run.share(cfg.eval_max_seconds - run.ledger["evaluation"])
-        pace_s = scoring_pace(run, model, plan)
     while True:
+        plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
+        if cfg.eval_max_seconds:
+            pace_s = pace_s or scoring_pace(run, model, plan)
         budget = Budget(run, plan, limit_s, pace_s)
         most = float(run.max_(torch.tensor(float(budget.to_score[0]), device=run.device)))
         size, stride = 2 * cfg.ttt_chunk_size, 2 * cfg.eval_stride
         if 1.1 * pace_s * most <= limit_s or 2 * max(size, stride) > cfg.score_seq_len:
             return plan, budget
         cfg = dataclasses.replace(cfg, ttt_chunk_size=size, eval_stride=stride)
-        plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
 
 def evaluate(run: Run, model: GPT, validation: Validation, stride: int, *,
              adaptive: bool = False, learns: bool = True) -> Score:
@@ -4013,12 +4016,15 @@ def train_and_write(run: Run, artifact: Path, validation: Validation, tokenizer_
     if cfg.quantizer == "gptq":
         with run.stage("calibrate", "training"):
             found = calibrate(run, model, loader, trainer.progress)
-    with run.stage("write_artifact"):
-        payload = run.on_main(lambda: quantize_and_encode(run, model, found, tokenizer_sha))
+
+    def write() -> None:  # the state first: a continuation that finds the artifact needs it
+        payload = quantize_and_encode(run, model, found, tokenizer_sha)
         state = {"ledger": run.ledger, "scores": run.scores, "config": dataclasses.asdict(cfg)}
-        if run.is_main:  # the state first: a continuation that finds the artifact needs it
-            write_atomic(run.directory / "run_state.json", json.dumps(state).encode())
-            write_atomic(artifact, payload)
+        write_atomic(run.directory / "run_state.json", json.dumps(state).encode())
+        write_atomic(artifact, payload)
+
+    with run.stage("write_artifact"):
+        run.on_main(write)
 
 def encode_model(run: Run, model: GPT, stacks: Sequence[Stack], tokenizer_sha: str,
                  multiplier: float) -> bytes:
@@ -4084,7 +4090,7 @@ def prepare_directory(run: Run, artifact: Path) -> None:
         require(cfg.resume or not trains,
                 f"{artifact} exists; set RESUME=1 to score it, or another RUN_ID")
         try:
-            state = run.share(json.loads(state_path.read_bytes()) if run.is_main else None)
+            state = run.on_main(lambda: json.loads(state_path.read_bytes()))
         except (OSError, ValueError) as error:
             raise InputError(f"{artifact} exists without {state_path}: {error}; set another "
                              "RUN_ID") from error
@@ -4092,13 +4098,16 @@ def prepare_directory(run: Run, artifact: Path) -> None:
             refuse_other_run(state["config"], cfg, artifact)
         run.ledger.update(state["ledger"])
         run.scores.update(state["scores"])
-    if run.is_main:
+
+    def write_code() -> None:
         is_own = code.exists() and code.samefile(__file__) and "PACKED_SOURCE" not in globals()
         require(not is_own, f"RUN_DIR={folder} holds the running script; choose another folder")
         write_atomic(code, pack_source(own_source()).encode())
-        for path in (folder / "train.log", folder / "metrics.jsonl"):
-            if path.exists() and not path.read_bytes().endswith(b"\n"):
-                run.append(path.name, "")  # end the line that a kill cut short
+
+    run.on_main(write_code)
+    for path in (folder / "train.log", folder / "metrics.jsonl"):
+        if run.is_main and path.exists() and not path.read_bytes().endswith(b"\n"):
+            run.append(path.name, "")  # end the line that a kill cut short
     log_setup(run)
 
 def execute(run: Run) -> None:

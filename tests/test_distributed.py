@@ -489,14 +489,20 @@ def test_signal_during_validation_loses_no_step(
     assert checkpoints(work) == [4]
 
 
-def test_checkpoint_that_rank_0_refuses_ends_all_ranks(data: TinyData, work: Path):
+def test_what_rank_0_refuses_ends_all_ranks(data: TinyData, work: Path):
     env = run_environment(data, mode="train", iterations=2)
     assert run_script(env, work).status == 0
+    (work / "run" / "run_state.json").write_bytes(b"{")
+    assert_refused(run_ranks([env, env], work), "artifact.bin exists without run/run_state.json")
     (work / "run" / "artifact.bin").unlink()
     (work / "run" / "checkpoint" / "step_000000002" / "state.safetensors").write_bytes(b"")
-    results = run_ranks([env, env], work)
-    assert results[0].status == 2 and "step_000000002 is damaged" in results[0].err
-    assert results[1].status != 0
+    assert_refused(run_ranks([env, env], work), "step_000000002 is damaged")
+
+
+def assert_refused(results: list[Result], problem: str) -> None:
+    """Both ranks ended of themselves as bad input, and the first one said why."""
+    assert [result.status for result in results] == [2, 2]
+    assert problem in results[0].err and "InputError" not in results[1].err
 
 
 def test_describe_speaks_once(work: Path):

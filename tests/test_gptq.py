@@ -387,6 +387,14 @@ def test_percentiles_are_the_quantiles_of_each_row():
     )
 
 
+def test_percentiles_of_a_table_of_more_than_2_to_the_24_numbers():
+    weight_OI = torch.randn(65_537, 8).repeat(1, 32)
+    cfg = tiny_config(row_steps="percentile", clip_percentile=0.5)
+    step_O = rows_by_hand(cfg, weight_OI, "embed", None)
+    last_O = rows_by_hand(cfg, weight_OI[-600:], "embed", None)
+    assert step_O.shape == (65_537,) and torch.equal(step_O[-600:], last_O)
+
+
 def test_the_search_takes_the_percentile_of_the_least_squared_error_of_the_matrix():
     # One row has an outlier, for which 4 bits would give up all others.
     weight_OI = torch.randn(6, 3000)

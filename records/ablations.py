@@ -66,9 +66,11 @@ from records.records import (  # noqa: E402
     STYLE,
     Json,
     RunLog,
+    append_result,
     mean_and_std,
+    paired_p,
+    read_results,
     setting_of,
-    student_above,
     table_lines,
     welch_p,
 )
@@ -246,25 +248,6 @@ def list_jobs(grid: Grid) -> list[Job]:
 # --- 2. Results ----------------------------------------------------------------------------------
 # One line a finished run, good or failed; of lines with the same key the last counts. The file is
 # replaced as a whole, so that a kill at any moment leaves it with or without a line, never half.
-
-
-def read_results(path: Path) -> dict[str, Json]:
-    """The result of each run by its key; none if the file does not exist."""
-    results = {}
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            result = json.loads(line)
-            results[result["key"]] = result
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number} is no result of a run: {error!r}") from error
-    return results
-
-
-def append_result(path: Path, result: Json) -> None:
-    """Add a line to the results, atomically."""
-    before = path.read_bytes() if path.exists() else b""
-    train_gpt.write_atomic(path, before + json.dumps(result).encode() + b"\n")
 
 
 def last_losses(log: RunLog) -> float:
@@ -551,9 +534,7 @@ class Comparison(NamedTuple):
     @property
     def paired(self) -> float | None:
         """The same by a one-sided t test of the seeds' differences; None if it is undefined."""
-        gains = self.gains
-        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-        return student_above(statistics.fmean(gains) / error, len(gains) - 1) if error else None
+        return paired_p(self.gains)
 
 
 def finished_runs(stack: Stack, variant: Variant, results: Mapping[str, Json]) -> dict[int, Json]:

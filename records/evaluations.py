@@ -48,8 +48,10 @@ from records.records import (  # noqa: E402
     SEED_COLORS,
     STYLE,
     Json,
+    append_result,
     mean_and_std,
-    student_above,
+    paired_p,
+    read_results,
     table_lines,
 )
 from train_gpt import InputError  # noqa: E402
@@ -96,18 +98,6 @@ def read_plan(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:
         for method, changes in methods.items()
     ]
     return plan, evaluations
-
-
-def read_results(path: Path) -> dict[str, Json]:
-    """The lines of results by key; a line that a kill cut short is dropped."""
-    found: dict[str, Json] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue
-        found[result["key"]] = result
-    return found
 
 
 # --- 2. Running ----------------------------------------------------------------------------------
@@ -162,8 +152,7 @@ def run(plan_path: Path, jobs: int, hours: float, script: Path) -> int:
             if result is None:
                 continue
             failed |= result["status"] != 0
-            with open(results_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            append_result(results_path, result)
             score = result.get("final_ttt") or result.get("final_sliding") or result.get("error")
             print(result["model"], result["artifact"], result["method"], score, flush=True)
     return failed
@@ -191,14 +180,6 @@ def scores_by_method(results: Sequence[Json], artifacts: Sequence[str]) -> Score
     }
 
 
-def gain_p(gains: Sequence[float]) -> float | None:
-    """One-sided p that the mean gain is by chance (paired t-test); None if undefined."""
-    if len(gains) < 2 or statistics.stdev(gains) == 0:
-        return None
-    t = statistics.fmean(gains) / (statistics.stdev(gains) / len(gains) ** 0.5)
-    return student_above(t, len(gains) - 1)
-
-
 def method_rows(scores: Scores, methods: dict[str, str]) -> list[list[str]]:
     """A row a method, the lowest bpb first."""
     rows = []
@@ -208,7 +189,7 @@ def method_rows(scores: Scores, methods: dict[str, str]) -> list[list[str]]:
         bpb, seconds = ([pair[i] for pair in pairs] for i in (0, 1))
         gains = [base - own for (base, _), own in zip(scores["sliding"], bpb, strict=True)]
         mean, std = mean_and_std(bpb)
-        p = gain_p(gains)
+        p = paired_p(gains)
         rows.append(
             [
                 method,

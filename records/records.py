@@ -63,7 +63,8 @@ Json = dict[str, Any]
 
 # --- 1. Run logs ---------------------------------------------------------------------------------
 # A run that was killed and resumed logs some events twice: the last one counts. A kill can also
-# leave a line cut short, with the next event right behind it.
+# leave a line cut short, with the next event right behind it. What compares runs keeps a line of
+# results for each, which is added whole or not at all.
 
 METRICS, LOG, SOURCE = "metrics.jsonl", "train.log", "train_gpt_source.py"
 # Scores of the artifact in the order of the run; the last one that a run has is its result.
@@ -132,6 +133,25 @@ class RunLog:
         """The final score that the run reports."""
         names = [name for name in FINAL_SCORES if self.last(name)]
         return self.need(names[-1] if names else FINAL_SCORES[0])
+
+
+def read_results(path: Path) -> dict[str, Json]:
+    """The lines of a file of results by their key; none if the file does not exist."""
+    results = {}
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            result = json.loads(line)
+            results[result["key"]] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number} is no result: {error!r}") from error
+    return results
+
+
+def append_result(path: Path, result: Json) -> None:
+    """Add a line to the results, atomically."""
+    before = path.read_bytes() if path.exists() else b""
+    train_gpt.write_atomic(path, before + json.dumps(result).encode() + b"\n")
 
 
 # --- 2. Plot -------------------------------------------------------------------------------------
@@ -496,6 +516,12 @@ def welch_p(scores: Sequence[float], previous: Sequence[float]) -> float | None:
     sizes = (len(scores), len(previous))
     freedom = sum(shares) ** 2 / sum(s**2 / (n - 1) for s, n in zip(shares, sizes, strict=True))
     return student_above(t, freedom)
+
+
+def paired_p(gains: Sequence[float]) -> float | None:
+    """One-sided paired t test: p of such a mean gain if there is none; None if undefined."""
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return student_above(statistics.fmean(gains) / error, len(gains) - 1) if error else None
 
 
 # --- 5. Record folder ----------------------------------------------------------------------------

@@ -40,9 +40,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 import train_gpt as tg
-from records.records import FAINT, SEED_COLORS, STYLE
+from records.records import FAINT, SEED_COLORS, STYLE, Json, append_result
 
-Json = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 
 # --- What is measured ----------------------------------------------------------------------------
@@ -246,8 +245,7 @@ class Results:
         row = {"kind": kind, "model": subject.name, "name": name, **values}
         row |= {"weights_sha256": subject.weights_sha256, "source_sha256": source_sha256()}
         self.rows[kind, subject.name, name] = row
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_result(self.path, row)
         shown = {k: v for k, v in values.items() if isinstance(v, int | float)}
         print(tg.format_event(f"{kind} {subject.name} {name}", **shown), flush=True)
 

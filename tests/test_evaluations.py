@@ -11,11 +11,9 @@ import pytest
 from records import evaluations
 from records.evaluations import (
     Evaluation,
-    gain_p,
     main,
     method_rows,
     read_plan,
-    read_results,
     scores_by_method,
 )
 from train_gpt import InputError
@@ -83,19 +81,12 @@ def test_what_is_no_plan_is_refused(plan: Path, text: str, capsys: pytest.Captur
     assert "InputError" in capsys.readouterr().err
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path):
-    path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps({"key": "x", "status": 0}) + '\n{"key": "y", "sta', encoding="utf-8")
-    assert list(read_results(path)) == ["x"]
-    assert read_results(tmp_path / "none.jsonl") == {}
-
-
-def test_the_p_of_three_paired_gains_is_students():
-    # t = mean / (std / sqrt(3)) = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom: for these
-    # p = (1 - t / sqrt(t^2 + 2)) / 2.
-    t = 2 * 3**0.5
-    assert gain_p([1.0, 2.0, 3.0]) == pytest.approx((1 - t / (t * t + 2) ** 0.5) / 2, abs=1e-4)
-    assert gain_p([1.0]) is None and gain_p([1.0, 1.0]) is None
+def test_a_damaged_line_of_results_is_refused(plan: Path, capsys: pytest.CaptureFixture[str]):
+    results = plan.with_suffix(".jsonl")
+    results.write_text(json.dumps({"key": "x", "status": 0}) + '\n{"key": "y", "sta')
+    for command in ("run", "table"):
+        assert main([command, str(plan)]) == 2
+        assert f"{results}:2 is no result" in capsys.readouterr().err
 
 
 def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path):

@@ -301,6 +301,23 @@ def test_welch_is_undefined_for_single_runs_and_without_spread() -> None:
     assert records.welch_p([1.0, 1.0], [2.0, 2.0]) is None
 
 
+def test_the_p_of_three_paired_gains_is_students():
+    # t = mean / (std / sqrt(3)) = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom: for these
+    # p = (1 - t / sqrt(t^2 + 2)) / 2.
+    t = 2 * 3**0.5
+    p = records.paired_p([1.0, 2.0, 3.0])
+    assert p == pytest.approx((1 - t / (t * t + 2) ** 0.5) / 2, abs=1e-4)
+    assert records.paired_p([1.0]) is None and records.paired_p([1.0, 1.0]) is None
+
+
+def test_damaged_results_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "grid.jsonl"
+    for line in ("{}", "[1]", '{"key": "a"', ""):
+        path.write_text(f'{{"key": "b"}}\n{line}\n')
+        with pytest.raises(train_gpt.InputError, match="grid.jsonl:2 is no result"):
+            records.read_results(path)
+
+
 # --- Build and check -----------------------------------------------------------------------------
 
 

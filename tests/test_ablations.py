@@ -281,9 +281,10 @@ def start_runner(grid: Path) -> subprocess.Popen[bytes]:
 
 
 def waiting_pids(grid: Path) -> list[int]:
-    """The processes of the runs in progress that have written down theirs."""
+    """The processes in progress that have written down theirs; one that has ended does not count,
+    whose folder is removed only after its result is written."""
     texts = [path.read_text() for path in tmp_runs(grid).glob("*/pid")]
-    return [int(text) for text in texts if text]
+    return [int(text) for text in texts if text and is_alive(int(text))]
 
 
 def tmp_runs(grid: Path) -> Path:

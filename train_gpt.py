@@ -105,7 +105,7 @@ class Config:
     # Data
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin")  # noqa: E501
     tokenizer_path: str = knob("", "SentencePiece model; empty = DATA_PATH/tokenizer.model")
-    loader: str = knob("stream", "order of training windows", choices=("stream", "shuffled", "coprime"))  # noqa: E501
+    loader: str = knob("stream", "order of training windows", choices=("stream", "shuffled", "coprime", "annealed"))  # noqa: E501
     isolate_documents: bool = knob(False, "attention does not cross document starts (BOS)", shape=True)  # noqa: E501
     train_seq_len: int = knob(1024, "training context", unit="tokens", low=1, high=2**20, shape=True)  # noqa: E501
     train_batch_tokens: int = knob(524_288, "tokens of one optimizer step, over all ranks", unit="tokens", low=1)  # noqa: E501
@@ -824,10 +824,10 @@ class TokenStream:
 
 class StreamPlan:
     """Windows in the order of the data, from a document start that the seed chooses."""
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int):
+    def __init__(self, stream: TokenStream, seq_len: int, cfg: Config):
         require(stream.num_tokens > seq_len, f"{stream.num_tokens} training tokens are fewer than "
                 f"TRAIN_SEQ_LEN={seq_len} + 1")
-        guess = int(np.random.default_rng(seed).integers(stream.num_tokens))
+        guess = int(np.random.default_rng(cfg.seed).integers(stream.num_tokens))
         ahead = np.flatnonzero(stream.read(guess, min(1 << 20, stream.num_tokens)) == BOS_ID)
         self.first = guess + (int(ahead[0]) if ahead.size else 0)
 
@@ -837,31 +837,42 @@ class StreamPlan:
 
 class ShuffledPlan:
     """Every window of every shard once an epoch, in random order, from a random phase a shard."""
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int):
-        self.stream, self.seq_len, self.seed = stream, seq_len, seed
+    def __init__(self, stream: TokenStream, seq_len: int, cfg: Config):
+        self.stream, self.seq_len, self.seed = stream, seq_len, cfg.seed
         # One window is given up so that the count is the same at every phase.
         self.counts = [max(0, (size - seq_len) // seq_len) for size in stream.sizes]
         self.num_windows, self.epochs = sum(self.counts), dict[int, np.ndarray]()
         require(self.num_windows, f"no training shard holds two windows of TRAIN_SEQ_LEN={seq_len} "
-                "tokens, which LOADER=shuffled and coprime need")
+                f"tokens, which LOADER={cfg.loader} needs")
 
     def arrange(self, starts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """The windows of all shards, whose starts are given in order, as they are visited."""
         # What drawing shards by their remaining windows and windows at random amounts to (#1394).
         return rng.permutation(np.concatenate(starts))
 
+    def windows(self, shard: int, rng: np.random.Generator) -> np.ndarray:
+        """Where the windows of a shard begin, in order, from a random phase on."""
+        first = self.stream.starts[shard] + int(rng.integers(self.seq_len))
+        return first + np.arange(self.counts[shard]) * self.seq_len
+
     def order(self, epoch: int) -> np.ndarray:
         """Start positions of all windows of an epoch, in the order they are visited."""
         if epoch not in self.epochs:
-            rng, shards = np.random.default_rng([self.seed, epoch]), self.stream.starts
-            starts = [first + int(rng.integers(self.seq_len)) + np.arange(count) * self.seq_len
-                      for first, count in zip(shards, self.counts, strict=False) if count]
+            rng = np.random.default_rng([self.seed, epoch])
+            starts = [self.windows(i, rng) for i, count in enumerate(self.counts) if count]
             self.epochs = {epoch: self.arrange(starts, rng)}
         return self.epochs[epoch]
 
     def start(self, position: int) -> int:
         epoch, index = divmod(position // self.seq_len, self.num_windows)
         return int(self.order(epoch)[index])
+
+def walk(windows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The windows of a shard by a random stride coprime to their number, from a random one on."""
+    n, stride = len(windows), 1
+    while n > 2 and math.gcd(stride := int(rng.integers(1, n)), n) > 1:
+        pass
+    return windows[(int(rng.integers(n)) + stride * np.arange(n)) % n]
 
 class CoprimePlan(ShuffledPlan):
     """Each shard is walked by a stride coprime to its number of windows (#1460, after #726)."""
@@ -870,13 +881,46 @@ class CoprimePlan(ShuffledPlan):
         order = rng.permutation(np.repeat(np.arange(len(starts)), [len(s) for s in starts]))
         walked = np.empty(len(order), dtype=np.int64)
         for shard, windows in enumerate(starts):
-            n, stride = len(windows), 1
-            while n > 2 and math.gcd(stride := int(rng.integers(1, n)), n) > 1:
-                pass
-            walked[order == shard] = windows[(int(rng.integers(n)) + stride * np.arange(n)) % n]
+            walked[order == shard] = walk(windows, rng)
         return walked
 
-LOADERS: dict[str, Any] = {"stream": StreamPlan, "shuffled": ShuffledPlan, "coprime": CoprimePlan}
+class AnnealedPlan(ShuffledPlan):
+    """Every batch mixes the walks of some shards, of 8 at first, of 64 from batch 1,800 on (#726,
+    #1060). A shard whose walk has ended is walked anew: a batch is what elsewhere is an epoch.
+    """
+    def __init__(self, stream: TokenStream, seq_len: int, cfg: Config):
+        super().__init__(stream, seq_len, cfg)
+        self.num_windows = cfg.train_batch_tokens // seq_len
+        self.rng = np.random.default_rng(cfg.seed)
+        self.left = {i: np.empty(0, dtype=np.int64) for i, n in enumerate(self.counts) if n}
+
+    def take(self, shard: int, count: int) -> np.ndarray:
+        """The next windows of a shard's walk."""
+        while len(left := self.left[shard]) < count:
+            again = walk(self.windows(shard, self.rng), self.rng)
+            self.left[shard] = np.concatenate([left, again])
+        self.left[shard] = left[count:]
+        return left[:count]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Start positions of the windows of a batch; those before it are drawn first."""
+        rng, rows = self.rng, self.num_windows
+        for batch in range(len(self.epochs), epoch + 1):
+            progress, shards_S = min(1.0, batch / 1800), np.array([*self.left])
+            left_S = np.array([len(self.left[i]) or self.counts[i] for i in shards_S])
+            weight_S = left_S ** (0.9 - 0.4 * progress)
+            mixed = min(round(8 + 56 * progress), len(shards_S), rows)
+            chosen = rng.choice(len(shards_S), mixed, replace=False, p=weight_S / weight_S.sum())
+            share = weight_S[chosen] / weight_S[chosen].sum()
+            counts = 1 + rng.multinomial(rows - mixed, share)
+            windows = [rng.permutation(self.take(int(i), n))
+                       for i, n in zip(shards_S[chosen], counts, strict=True)]
+            turns = [np.arange(n) + rng.random(n) for n in counts]  # one of each shard a round
+            self.epochs[batch] = np.concatenate(windows)[np.concatenate(turns).argsort()]
+        return self.epochs[epoch]
+
+LOADERS: dict[str, Any] = {"stream": StreamPlan, "shuffled": ShuffledPlan, "coprime": CoprimePlan,
+                           "annealed": AnnealedPlan}
 
 class BatchLoader:
     """Batches of training windows for one rank; the next one is read while this one is used."""
@@ -889,7 +933,7 @@ class BatchLoader:
                     f"{rows} rows do not divide over {world_size} ranks; use a multiple of "
                     f"{phase.seq_len * world_size} tokens")
         lengths = {phase.seq_len for phase in phases(cfg)}
-        self.plans = {T: LOADERS[cfg.loader](stream, T, cfg.seed) for T in lengths}
+        self.plans = {T: LOADERS[cfg.loader](stream, T, cfg) for T in lengths}
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.ahead: dict[tuple[int, int, int], Future[Tensor]] = {}
 
@@ -3372,20 +3416,25 @@ class Scorer:
 
 class Budget:
     """What a pass of limited time can still afford. Learning goes before scoring does."""
-    def __init__(self, run: Run, plan: Sequence[Step], limit_s: float, pace_s: float):
+    def __init__(self, run: Run, plan: Sequence[Step], limit_s: float, cost: tuple[float, float]):
         self.run, self.limit_s, self.started_s = run, limit_s, time.perf_counter()
-        self.num_dropped, scoring = 0, [math.prod(s.shape) * (s.action != "train") for s in plan]
-        self.to_score = [*np.cumsum(scoring[::-1])[::-1].tolist(), 0]
+        self.cost, self.num_dropped = cost, 0
+        scoring = [self.seconds(step) * (step.action != "train") for step in plan]
+        self.to_score = [*np.cumsum(scoring[::-1])[::-1].tolist(), 0.0]
         # What calibration says counts as a tenth of the pass, until the pass says more.
-        self.work = 0.1 * self.to_score[0] + 1
-        self.spent_s = pace_s * self.work
+        self.spent_s = self.work = 0.1 * self.to_score[0] + 1e-9
+
+    def seconds(self, step: Step) -> float:
+        """What the step takes without learning, by calibration."""
+        step_s, position_s = self.cost
+        return step_s * (len(step.windows) > 0) + position_s * math.prod(step.shape)
 
     def cut(self, step: Step, tick: int) -> Step:
         """The step, without its learning if there is no time for it and then to score the rest."""
-        # In scored positions: a backward pass costs as much as two forward ones.
+        # A backward pass costs as much as two forward ones.
         share, steps = step.learns / max(1, len(step.windows)), self.run.cfg.ttt_grad_steps
         factor = 3.0 if step.action == "train" else share * (3 * steps - 1)
-        learning, elapsed_s = factor * math.prod(step.shape), time.perf_counter() - self.started_s
+        learning, elapsed_s = factor * self.seconds(step), time.perf_counter() - self.started_s
         pace_s = (self.spent_s + elapsed_s) / self.work
         left_s = self.limit_s - elapsed_s - 1.1 * pace_s * (self.to_score[tick - 1] + learning)
         drop = left_s < 0 and (step.learns > 0 or step.action == "train")
@@ -3516,33 +3565,51 @@ def borrowed(cfg: Config, model: GPT) -> Generator[None]:
         for param, value in before:
             param.data.copy_(value)
 
-def scoring_pace(run: Run, model: GPT, plan: Sequence[Step]) -> float:
-    """Seconds of scoring a position, measured on zeros in the shape of a typical step."""
-    shape, elapsed_s = max((step.shape for step in plan), key=math.prod), 0.0
-    ids_BT = torch.zeros(shape, dtype=torch.int64, device=run.device)
-    for _ in range(2 if ids_BT.numel() else 0):  # the first one compiles
-        run.synchronize()
-        started_s = time.perf_counter()
-        model.score(ids_BT, ids_BT)
-        run.synchronize()
-        elapsed_s = time.perf_counter() - started_s
-    return float(run.max_(torch.tensor(elapsed_s / max(1, ids_BT.numel()), device=run.device)))
+def step_cost(run: Run, model: GPT, plan: Sequence[Step]) -> tuple[float, float]:
+    """Seconds of a step without learning and of each position in it, on the slowest rank: measured
+    on zeros in the longest steps of the plan, those of the fewest and of the most rows.
+    """
+    shapes = {step.shape for step in plan if step.windows and step.action != "train"}
+    length = max((shape[1] for shape in shapes), default=1)
+    rows = sorted(shape[0] for shape in shapes if shape[1] == length) or [0]
+    measured = list[tuple[int, float]]()
+    for size in (rows[0], rows[-1]):
+        ids_BT, elapsed_s = torch.zeros(size, length, dtype=torch.int64, device=run.device), 0.0
+        batch = Batch(ids_BT, ids_BT, 0, None, ids_BT.float())
+        adapters = AdapterTrainer(run, model, size) if run.cfg.ttt_method == "lora" else None
+        # Until all is compiled, and the past as long as it gets.
+        for _ in range(2 + run.cfg.score_seq_len // length if size else 0):
+            run.synchronize()
+            started_s = time.perf_counter()
+            adapters.step(batch, 0) if adapters else model.score(*batch[:2])
+            run.synchronize()
+            elapsed_s = time.perf_counter() - started_s
+        measured.append((ids_BT.numel(), elapsed_s))
+    model.wear([])
+    (few, few_s), (many, many_s) = measured
+    position_s = max(0.0, many_s - few_s) / (many - few) if many > few else 0.0
+    cost = torch.tensor([max(0.0, few_s - few * position_s), position_s], dtype=torch.float64)
+    step_s, position_s = run.max_(cost.to(run.device)).tolist()
+    return step_s, position_s
 
 def sized_plan(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Step], Budget]:
     """The adaptive pass; in longer chunks and strides if it could not even score in time."""
-    cfg, limit_s, pace_s = run.cfg, math.inf, 0.0
+    cfg, end_s, cost = run.cfg, math.inf, (0.0, 1.0)
     if cfg.eval_max_seconds:
-        limit_s = run.share(cfg.eval_max_seconds - run.ledger["evaluation"])
+        end_s = time.perf_counter() + run.share(cfg.eval_max_seconds - run.ledger["evaluation"])
     while True:
         plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
         if cfg.eval_max_seconds:
-            pace_s = pace_s or scoring_pace(run, model, plan)
-        budget = Budget(run, plan, limit_s, pace_s)
-        most = float(run.max_(torch.tensor(float(budget.to_score[0]), device=run.device)))
-        size, stride = 2 * cfg.ttt_chunk_size, 2 * cfg.eval_stride
-        if 1.1 * pace_s * most <= limit_s or 2 * max(size, stride) > cfg.score_seq_len:
+            cost = step_cost(run, model, plan)
+        limit_s = run.share(end_s - time.perf_counter())
+        budget = Budget(run, plan, limit_s, cost)
+        most_s = float(run.max_(torch.tensor(budget.to_score[0], device=run.device)))
+        size, stride = (max(n, min(2 * n, cfg.score_seq_len // 2))
+                        for n in (cfg.ttt_chunk_size, cfg.eval_stride))
+        wider = dataclasses.replace(cfg, ttt_chunk_size=size, eval_stride=stride)
+        if 1.2 * most_s <= limit_s or wider == cfg:
             return plan, budget
-        cfg = dataclasses.replace(cfg, ttt_chunk_size=size, eval_stride=stride)
+        cfg = wider
 
 def evaluate(run: Run, model: GPT, validation: Validation, stride: int, *,
              adaptive: bool = False, learns: bool = True) -> Score:

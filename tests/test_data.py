@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_the_sequential_plan_begins_at_a_document_and_goes_on_without_gaps(tmp_p
     stream = make_stream(tmp_path, DOCUMENTS[:8], DOCUMENTS[8:])
     firsts = set()
     for seed in range(40):
-        plan = StreamPlan(stream, 4, seed)
+        plan = StreamPlan(stream, 4, tiny_config(seed=seed))
         starts = [plan.start(4 * n) for n in range(20)]
         assert np.diff(starts).tolist() == [4] * 19
         firsts.add(starts[0] % len(DOCUMENTS))
@@ -200,7 +201,8 @@ def test_the_sequential_plan_begins_at_a_document_and_goes_on_without_gaps(tmp_p
 
 def test_the_sequential_plan_without_any_document_start_begins_anywhere(tmp_path: Path):
     stream = make_stream(tmp_path, np.full(30, 5))
-    assert len({StreamPlan(stream, 4, seed).start(0) % 30 for seed in range(20)}) > 5
+    plans = [StreamPlan(stream, 4, tiny_config(seed=seed)) for seed in range(20)]
+    assert len({plan.start(0) % 30 for plan in plans}) > 5
 
 
 @pytest.mark.parametrize("kind", [ShuffledPlan, CoprimePlan])
@@ -211,7 +213,7 @@ def test_the_shuffled_plan_visits_every_window_of_every_shard_once_an_epoch(
     T = 4
     stream = make_stream(tmp_path, *(np.arange(size) for size in sizes))
     first_of_shard = np.cumsum([0, *sizes])
-    plan = kind(stream, T, seed=3)
+    plan = kind(stream, T, tiny_config(seed=3))
     offsets = set()
     for epoch in range(20):
         starts = np.sort(
@@ -234,7 +236,7 @@ def test_the_shuffled_plan_visits_every_window_of_every_shard_once_an_epoch(
 
 def test_the_shuffled_plan_draws_another_order_each_epoch_and_for_each_seed(tmp_path: Path):
     stream = make_stream(tmp_path, np.arange(403))
-    plan, other = ShuffledPlan(stream, 4, seed=0), ShuffledPlan(stream, 4, seed=1)
+    plan, other = (ShuffledPlan(stream, 4, tiny_config(seed=seed)) for seed in (0, 1))
     orders = [plan.order(0), plan.order(1), other.order(0)]
     steps = [np.mean(np.diff(order) == 4) for order in orders]
     assert max(steps) < 0.1  # neighbours follow each other in 1 of 99 cases by chance
@@ -248,7 +250,7 @@ def test_a_plan_is_a_function_of_seed_and_window_not_of_what_was_asked_before(
     tmp_path: Path, name: str
 ):
     stream = make_stream(tmp_path, np.tile(DOCUMENTS, 10))
-    plans = [train_gpt.LOADERS[name](stream, 4, seed) for seed in (7, 7)]
+    plans = [train_gpt.LOADERS[name](stream, 4, tiny_config(seed=7)) for _ in range(2)]
     in_order = [plans[0].start(4 * n) for n in range(150)]
     scattered = np.random.default_rng(0).permutation(150)
     assert all(plans[1].start(4 * int(n)) == in_order[n] for n in scattered)
@@ -256,14 +258,16 @@ def test_a_plan_is_a_function_of_seed_and_window_not_of_what_was_asked_before(
 
 def test_too_little_data_for_a_plan_is_refused_with_the_numbers(tmp_path: Path):
     stream = make_stream(tmp_path, np.arange(7), np.arange(3))
-    assert StreamPlan(stream, 9, 0).start(9) - StreamPlan(stream, 9, 0).start(0) == 9
+    cfg = tiny_config()
+    assert StreamPlan(stream, 9, cfg).start(9) - StreamPlan(stream, 9, cfg).start(0) == 9
     text = "10 training tokens are fewer than TRAIN_SEQ_LEN=10 + 1"
-    assert refusal_of(lambda: StreamPlan(stream, 10, 0)) == text
-    assert ShuffledPlan(stream, 3, 0).num_windows == 1
-    for kind in (ShuffledPlan, CoprimePlan):
-        assert refusal_of(lambda kind=kind: kind(stream, 4, 0)) == (  # type: ignore[misc]
+    assert refusal_of(lambda: StreamPlan(stream, 10, cfg)) == text
+    assert ShuffledPlan(stream, 3, cfg).num_windows == 1
+    for name in ("shuffled", "coprime", "annealed"):
+        plan = functools.partial(train_gpt.LOADERS[name], stream, 4, tiny_config(loader=name))
+        assert refusal_of(plan) == (
             "no training shard holds two windows of TRAIN_SEQ_LEN=4 tokens, "
-            "which LOADER=shuffled and coprime need"
+            f"which LOADER={name} needs"
         )
 
 

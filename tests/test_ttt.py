@@ -573,6 +573,39 @@ def test_a_pass_that_could_not_score_in_time_takes_longer_chunks(make_run: MakeR
     assert windows[0] < windows[1] / 1.5
 
 
+def test_a_step_costs_time_by_itself_and_by_its_positions(
+    make_run: MakeRun, data, monkeypatch: pytest.MonkeyPatch
+):
+    clock, ids = [0.0], np.tile(text_of(data), 10)
+
+    def seconds(rows: int, length: int) -> float:
+        return 3.0 + 0.25 * rows * length
+
+    def adapt(self: train_gpt.AdapterTrainer, batch: train_gpt.Batch, learns: int) -> torch.Tensor:
+        clock[0] += seconds(*batch.ids_BT.shape)
+        return torch.zeros(batch.ids_BT.shape)
+
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train_gpt.AdapterTrainer, "step", adapt)
+    knobs = {**LORA, "ttt_context": "incremental"}
+    calibrating_s, passes = 0.0, dict[int, float]()
+    for size in (2, 4, 8):
+        shapes = [s.shape for s in plan_of(ids, 0, 1, **{**knobs, "ttt_chunk_size": size})]
+        rows = [shape[0] for shape in shapes if shape[1] == size]
+        calibrating_s += (2 + T // size) * (seconds(min(rows), size) + seconds(max(rows), size))
+        passes[size] = sum(itertools.starmap(seconds, shapes))
+        # The smallest chunks whose steps fit behind the calibrations, with a fifth in reserve.
+        limit_s = calibrating_s + 1.21 * passes[size]
+        run = make_run(**{**knobs, "ttt_chunk_size": 2}, eval_max_seconds=limit_s)
+        model = random_model(run.cfg)
+        with train_gpt.borrowed(run.cfg, model):
+            plan, budget = train_gpt.sized_plan(run, model, ids)
+        assert budget.cost == pytest.approx((3.0, 0.25)) and len(plan) == len(shapes)
+        assert budget.to_score[0] == pytest.approx(passes[size])
+        assert budget.limit_s == pytest.approx(limit_s - calibrating_s)
+    assert passes[2] > 1.3 * passes[4] > 1.3 * passes[8]
+
+
 def test_a_phase_whose_first_step_was_dropped_learns_with_the_next(make_run: MakeRun, data):
     run, ids = make_run(**METHODS["lora_phases"], eval_max_seconds=1e6), text_of(data)
     model = random_model(run.cfg)
@@ -598,7 +631,7 @@ def test_learning_stops_when_the_rest_of_the_time_is_needed_to_score(
     clock = [0.0]
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
     total = sum(math.prod(step.shape) for step in plan)
-    budget = train_gpt.Budget(run, plan, limit_s=2.0 * total, pace_s=1.0)  # all would take 3
+    budget = train_gpt.Budget(run, plan, limit_s=2.0 * total, cost=(0.0, 1.0))  # all: 3
     learned = []
     for tick, step in enumerate(plan, start=1):
         done = budget.cut(step, tick)

@@ -3469,10 +3469,12 @@ class Pass:
     def execute(self, budget: Budget | None = None) -> Score:
         """Every step in order; a budget may drop the learning of some."""
         started_s = time.perf_counter()
-        for tick, step in enumerate(self.plan, start=1):
+        for tick, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
             self.scorer.tick = tick
-            step = budget.cut(step, tick) if budget else step
+            step = budget.cut(planned, tick) if budget else planned
+            if planned.action == "train" and planned.begins:
+                self.weights = None  # on every rank, even if there is no time for this step
             getattr(self, step.action)(step)
             if step.text[1]:
                 self.scorer.updates.append(Update(tick, step.text, self.whole, True))
@@ -3515,7 +3517,7 @@ class Pass:
     def train(self, step: Step) -> None:
         """Train the weights on the targets of all ranks' windows."""
         self.model.wear([])
-        if self.weights is None or step.begins:
+        if self.weights is None:
             self.weights = WeightTrainer(self.run, self.model)
         rows = len(step.windows)
         batch = self.batch(step.windows, rows, self.seq_len) if rows else None

@@ -622,6 +622,28 @@ def test_a_phase_whose_first_step_was_dropped_learns_with_the_next(make_run: Mak
     assert (partly[:90] == whole[:90]).all() and (partly != whole).any()
 
 
+def test_an_optimizer_begins_anew_even_if_its_first_step_was_dropped(make_run: MakeRun, data):
+    run, ids = make_run(**CHUNK, ttt_momentum=0.9), text_of(data)
+    plan = plan_of(ids, 0, 1, **CHUNK)
+    trained = [i for i, step in enumerate(plan) if step.action == "train"]
+    first = next(i for i in trained[2:] if i + 1 in trained)
+    plan[first] = plan[first]._replace(begins=True)
+    without = [*plan[:first], plan[first + 1]._replace(begins=True), *plan[first + 2 :]]
+
+    class DropsOne(train_gpt.Budget):
+        def cut(self, step: Step, tick: int) -> Step:
+            return Step("score") if tick == first + 1 else step
+
+    dropping = DropsOne(run, plan, math.inf, (0.0, 1.0))
+    nats = []
+    for steps, budget in ((plan, None), (plan, dropping), (without, None)):
+        model = random_model(run.cfg)
+        done = train_gpt.Pass(run, model, validation_of(ids), steps, adaptive=True)
+        nats.append(done.execute(budget).nll_T)
+    whole, dropped, other = nats
+    assert (dropped == other).all() and (dropped != whole).any()
+
+
 def test_learning_stops_when_the_rest_of_the_time_is_needed_to_score(
     make_run: MakeRun, data, monkeypatch: pytest.MonkeyPatch
 ):

@@ -194,7 +194,7 @@ def method_rows(scores: Scores, methods: dict[str, str]) -> list[list[str]]:
             [
                 method,
                 f"{mean:.4f}",
-                f"{std:.4f}",
+                f"{std:.4f}" if len(bpb) > 1 else "-",
                 f"{-statistics.fmean(gains):+.4f}",
                 "-" if p is None else f"{p:.4f}",
                 f"{statistics.fmean(seconds):.0f}",
@@ -237,7 +237,7 @@ def write_table(plan_path: Path) -> None:
             own = [r for r in results if r["model"] == model]
             have = [a for a in artifacts if any(r["artifact"] == a for r in own)]
             scores = scores_by_method(own, have)
-            lines += ["", f"## {model} ({len(have)} seeds)", ""]
+            lines += ["", f"## {model} (seeds: {len(have)})", ""]
             lines += table_lines(header, method_rows(scores, plan["methods"]))
             draw(axes, scores, color, model)
         axes.set_xlabel("seconds of the pass")

@@ -69,6 +69,7 @@ from records.records import (  # noqa: E402
     append_result,
     mean_and_std,
     paired_p,
+    parse_settings,
     read_results,
     setting_of,
     table_lines,
@@ -157,15 +158,11 @@ class Job:
 
 
 def parse_overrides(text: Any, where: str) -> dict[str, str]:
-    """The settings in `KEY=value KEY=value ...`, a value with spaces quoted as in a shell."""
-    words = shlex.split(text) if isinstance(text, str) else [repr(text)]
-    pairs = [word.partition("=") for word in words]
-    bad = [f"{where}: {name + sep + value!r} is not KEY=value" for name, sep, value in pairs
-           if not (sep and name.isidentifier() and name.isupper())]  # fmt: skip
-    bad += [f"{where}: {name} is set by the runner" for name, _, _ in pairs if name in OWN_KNOBS]
-    if bad:
-        raise InputError("; ".join(bad))
-    return {name: value for name, _, value in pairs}
+    """The settings of a grid, which leaves to the runner what is the runner's."""
+    settings = parse_settings(text, where)
+    if own := [f"{where}: {name} is set by the runner" for name in settings if name in OWN_KNOBS]:
+        raise InputError("; ".join(own))
+    return settings
 
 
 def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

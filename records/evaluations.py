@@ -25,7 +25,6 @@ import argparse
 import hashlib
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -51,6 +50,7 @@ from records.records import (  # noqa: E402
     append_result,
     mean_and_std,
     paired_p,
+    parse_settings,
     read_results,
     table_lines,
 )
@@ -75,14 +75,6 @@ class Evaluation:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def settings_of(text: str) -> dict[str, str]:
-    """KNOB=value words as a dictionary; InputError if a word is none."""
-    pairs = [word.partition("=") for word in shlex.split(text)]
-    if bad := [name for name, equals, _ in pairs if not equals]:
-        raise InputError(f"{bad[0]!r} is not KNOB=value")
-    return {name: value for name, _, value in pairs}
-
-
 def read_plan(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:
     """The plan's content, and its evaluations in the order in which they run."""
     try:
@@ -91,7 +83,12 @@ def read_plan(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:
     except (OSError, ValueError, LookupError) as error:
         raise InputError(f"{path} is not a plan of evaluations: {error!r}") from error
     evaluations = [
-        Evaluation(model, artifact, method, {**settings_of(common), **settings_of(changes)})
+        Evaluation(
+            model,
+            artifact,
+            method,
+            {**parse_settings(common, "settings"), **parse_settings(changes, f"methods.{method}")},
+        )
         for seed in range(max(map(len, models.values())))  # a seed of every model first
         for model, artifacts in models.items()
         for artifact in artifacts[seed : seed + 1]

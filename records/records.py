@@ -154,6 +154,17 @@ def append_result(path: Path, result: Json) -> None:
     train_gpt.write_atomic(path, before + json.dumps(result).encode() + b"\n")
 
 
+def parse_settings(text: Any, where: str) -> dict[str, str]:
+    """The settings in `KEY=value KEY=value ...`, a value with spaces quoted as in a shell."""
+    words = shlex.split(text) if isinstance(text, str) else [repr(text)]
+    pairs = [word.partition("=") for word in words]
+    bad = [f"{where}: {name + sep + value!r} is not KEY=value" for name, sep, value in pairs
+           if not (sep and name.isidentifier() and name.isupper())]  # fmt: skip
+    if bad:
+        raise InputError("; ".join(bad))
+    return {name: value for name, _, value in pairs}
+
+
 # --- 2. Plot -------------------------------------------------------------------------------------
 # Left the loss over the training, right the bits per byte of every stage of the run beside what
 # general compressors reach on the same text. Several runs (seeds) share one plot.

@@ -15,6 +15,7 @@ from train_gpt import (
     RATE_PRICE,
     TRELLIS_SEGMENT,
     best_path,
+    best_path_by_fours,
     factor_hessians,
     gaussian_code_bits,
     gptq,
@@ -160,6 +161,31 @@ def test_viterbi_finds_the_cheapest_of_all_paths(length: int):
                 state = NEXT_STATES[2 * state + parity]
             costs[tuple(path)] = cost_T4N[np.arange(length), path, segment].sum()
         assert tuple(subset_TN[:, segment]) == min(costs, key=lambda path: costs[path])
+
+
+@pytest.mark.parametrize("num_segments", [1, 3, 44])
+def test_the_search_on_a_device_finds_a_path_as_cheap_as_the_host_s(num_segments: int):
+    cost_T4N = torch.rand(TRELLIS_SEGMENT, 4, num_segments) * 9
+    costs = []
+    for subset_TN in (torch.from_numpy(best_path(cost_T4N.numpy())), best_path_by_fours(cost_T4N)):
+        assert subset_TN.shape == (TRELLIS_SEGMENT, num_segments)
+        state_N = np.zeros(num_segments, np.int64)
+        for subset_N in subset_TN.numpy():  # each of the quantiser that the state asks for
+            assert (subset_N >> 1 == state_N & 1).all()
+            state_N = NEXT_STATES[2 * state_N + (subset_N & 1)].astype(np.int64)
+        costs.append(cost_T4N.double().gather(1, subset_TN[:, None]).sum(dim=(0, 1)))
+    # Sums in another order may round another way: paths are as cheap, not always the same.
+    torch.testing.assert_close(costs[1], costs[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+def test_the_trellis_s_codes_are_the_host_s_on_a_gpu():
+    target_LO, column_L = 4 * torch.randn(3, 700), torch.tensor([0, 4, 2])
+    bits_LIV = gaussian_code_bits(0.5 + torch.rand(3, 5), 30)
+    on_host = trellis(bits_LIV, RATE_PRICE)(target_LO, column_L)
+    on_gpu = trellis(bits_LIV.cuda(), RATE_PRICE)(target_LO.cuda(), column_L.cuda())
+    for found, expected in zip(on_gpu, on_host, strict=True):
+        assert (found.cpu() == expected).float().mean() > 0.999  # ties may break another way
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 40, 64])

@@ -1029,8 +1029,61 @@ def sdpa_prepare(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | None:
 def sdpa_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's scaled dot product attention: the reference for every other kernel."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+    if (mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16
+            and q.size(2) <= LONGEST_TILED and torch.is_grad_enabled()):
+        return TiledAttention.apply(q, k, v).transpose(1, 2)  # type: ignore[no-untyped-call]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+LONGEST_TILED, TILE = 512, 64  # positions; beyond, PyTorch's backward is as fast
+
+@torch.library.custom_op("golf::tiled_gradients", mutates_args=())
+def tiled_gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, less_2BHT: Tensor
+                    ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v (B, heads, T, E) from g, that of causal attention's output, as in
+    FlashAttention-2 (arXiv:2307.08691): a few large products for TILE queries at a time. Its lse
+    and delta ride along in two channels each, bf16 halves of a float32: no pass of their own.
+    """
+    (B, H, T, E), K, scale = q.shape, k.size(1), q.size(-1) ** -0.5
+
+    def with_channels(x: Tensor, *more_BHT: Tensor) -> Tensor:
+        wide = torch.cat([x, *(channel[..., None].to(x.dtype) for channel in more_BHT)], dim=-1)
+        return wide.view(B * K, -1, T, E + len(more_BHT))
+
+    one_BKT, more_2BHT = torch.ones_like(k[..., 0]), -less_2BHT
+    q, g = (with_channels(x, more_BHT, more_BHT - more_BHT.to(x.dtype))
+            for x, more_BHT in zip((q * scale, g), more_2BHT, strict=True))
+    k, v = (with_channels(x, one_BKT, one_BKT)[:, 0] for x in (k, v))
+    dq, dk, dv = q.new_empty(*q.shape[:3], E), k.new_zeros(B * K, T, E), v.new_zeros(B * K, T, E)
+    for start in range(0, T, TILE):
+        end = min(T, start + TILE)
+        q_tile, g_tile = (x[:, :, start:end].flatten(1, 2) for x in (q, g))
+        p = torch.bmm(q_tile, k[:, :end].mT).exp_()
+        p.view(B * K, H // K, -1, end)[..., start:].tril_()
+        dv[:, :end].baddbmm_(p.mT, g_tile[..., :E])
+        ds = torch.bmm(g_tile, v[:, :end].mT).mul_(p)
+        dk[:, :end].baddbmm_(ds.mT, q_tile[..., :E])
+        dq[:, :, start:end] = (torch.bmm(ds, k[:, :end, :E]) * scale).view_as(dq[:, :, start:end])
+    return dq.view(B, H, T, E), dk.view(B, K, T, E), dv.view(B, K, T, E)
+
+@tiled_gradients.register_fake
+def _(_g: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:3])
+
+class TiledAttention(torch.autograd.Function):
+    """PyTorch's causal attention on a CPU, with tiled_gradients as its backward."""
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal=True)
+        ctx.save_for_backward(q, k, v, y, lse_BHT)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        *qkv, y, lse_BHT = ctx.saved_tensors
+        delta_BHT = (g.float() * y).sum(dim=-1)
+        return tiled_gradients(g, *qkv, torch.stack([lse_BHT, delta_BHT]))
 
 def flash_prepare(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | None:
     """Cumulative sequence lengths of the flattened rows cut at each BOS, or None."""

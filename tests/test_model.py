@@ -458,6 +458,35 @@ def test_sdpa_equals_attention_by_loops_in_value_and_gradient(isolate: bool):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [2, 63, 64, 200, 512, 513])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bf16_gradients_on_a_cpu_are_those_of_exact_attention(T: int, compiled: bool):
+    qkv = attention_inputs(2, T, dtype=torch.bfloat16)
+    exact = Inputs(*(x.detach().double().requires_grad_() for x in qkv))
+    attention, ids = kernel("sdpa"), torch.full((2, T), 5)
+    tested = attention._replace(attend=torch.compile(attention.attend)) if compiled else attention
+    values, *gradients = values_and_gradients(tested, qkv, ids, False)
+    for got, expected in zip(
+        [values, *gradients], values_and_gradients(attention, exact, ids, False), strict=True
+    ):
+        assert (got.double() - expected).norm() <= 0.01 * expected.norm()
+    with torch.no_grad():  # which takes the other path, PyTorch's own
+        assert torch.equal(attention.attend(*qkv, None), values)
+
+
+def test_gradients_of_large_scores_stay_finite():
+    q, k, v = attention_inputs(1, 130, dtype=torch.bfloat16)
+    q, k = (60 * x.detach() for x in (q, k))
+    q[:, 1::2] = k[:, 1::2].repeat_interleave(2, dim=2)  # what is masked would pass exp(88)
+    gradients = values_and_gradients(
+        kernel("sdpa"),
+        Inputs(*(x.detach().requires_grad_() for x in (q, k, v))),
+        q[..., 0, 0],
+        False,
+    )
+    assert all(bool(x.isfinite().all()) for x in gradients)
+
+
 @pytest.mark.parametrize("isolate", [False, True])
 def test_flex_attention_equals_sdpa(isolate: bool):
     ids = packed_ids(2, 150)  # more than one block of 128

@@ -267,7 +267,7 @@ class Config:
     def __post_init__(self) -> None:
         problems = [p for f in fields(self) if (p := out_of_range(f, getattr(self, f.name)))]
         with contextlib.suppress(ZeroDivisionError):  # of a 0 that is among the problems already
-            problems += contradictions(self)
+            problems += contradictions(self) + (misfits(self) if self.trains else [])
         require(not problems, "\n  ".join(["invalid configuration:", *problems]))
 
     @property
@@ -291,11 +291,6 @@ class Config:
     @property
     def score_seq_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
-
-    @property
-    def chunk_sizes(self) -> list[int]:
-        """Chunk sizes of documents that occur."""
-        return [*(size for size, _ in parse_sizes(self.ttt_short_chunks)), self.ttt_chunk_size]
 
     @property
     def adapts(self) -> bool:
@@ -350,49 +345,42 @@ def parse_layers(text: str) -> list[int]:
     spans = [part.split("-") if "-" in part else (part, part) for part in text.split(",") if text]
     return [n for first, last in spans for n in range(int(first), int(last) + 1)]
 
-def parse_schedule(text: str, last: int) -> list[tuple[int, float]]:
-    """(value, share of progress until which it holds) of VALUE@SHARE,...; `last` holds to 1."""
+def parse_pairs(text: str) -> list[tuple[int, float]]:
+    """(value, limit until which it holds) of VALUE@LIMIT,...; ValueError if it is not that."""
     pairs = (part.split("@") for part in text.split(",") if text)
-    return [*((int(value), float(until)) for value, until in pairs), (last, 1.0)]
-
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """(chunk size, position in a document until which it holds) of SIZE@UNTIL,..."""
-    pairs = (part.split("@") for part in text.split(",") if text)
-    return [(int(size), int(until)) for size, until in pairs]
+    return [(int(value), float(limit)) for value, limit in pairs]
 
 def malformed(cfg: Config) -> list[str]:
     """What is wrong with the knobs that hold lists."""
-    def are_blocks(text: str) -> bool:
-        layers = parse_layers(text)
-        return bool(layers) == bool(text) and layers == sorted({*layers} & {*range(cfg.num_layers)})
+    def lists(allowed: range, text: str) -> bool:
+        numbers = parse_layers(text)
+        rising = numbers == sorted({*numbers}) and all(number in allowed for number in numbers)
+        return rising and bool(numbers) == bool(text)
 
-    def rises(text: str) -> bool:
-        values, shares = zip(*parse_schedule(text, 1), strict=True)
-        return min(values) > 0 and 0 < shares[0] and list(shares) == sorted(set(shares))
+    def rises(most: float, text: str) -> bool:
+        limits = [limit for value, limit in parse_pairs(text) if value > 0 and 0 < limit < most]
+        return limits == sorted(set(limits)) and len(limits) == len(parse_pairs(text))
 
     def are_loops(text: str) -> bool:
         shares = [0.0, *map(float, text.split(",")), 1.0]
         rising = all(a <= b for a, b in itertools.pairwise(shares))  # false for nan
         return len(shares) - 2 in {1, cfg.num_loops} and rising
 
-    def are_sizes(text: str) -> bool:
-        untils = [until for size, until in parse_sizes(text) if size > 0]
-        return untils == sorted(set(untils)) and len(untils) == len(parse_sizes(text))
-
-    def are_orders(text: str) -> bool:
-        orders = parse_layers(text)
-        return orders == sorted({*orders} & {*range(MAX_ORDER + 1)})
-
-    orders = (are_orders, f"list rising lengths of at most {MAX_ORDER}, as 0-2,16")
-    blocks = (are_blocks, f"list blocks below NUM_LAYERS={cfg.num_layers}, as 0,2,5-7")
-    schedule = (rises, "be VALUE@SHARE,... with rising shares below 1, as 1024@0.1,2048@0.7")
+    partial = functools.partial
+    orders = (partial(lists, range(MAX_ORDER + 1)),
+              f"list rising lengths of at most {MAX_ORDER}, as 0-2,16")
+    blocks = (partial(lists, range(cfg.num_layers)),
+              f"list blocks below NUM_LAYERS={cfg.num_layers}, as 0,2,5-7")
+    schedule = (partial(rises, 1.0),
+                "be VALUE@SHARE,... with rising shares below 1, as 1024@0.1,2048@0.7")
     rules: dict[str, tuple[Callable[[str], bool], str]] = {
         "xsa_layers": blocks, "ve_layers": blocks,
         "mixer_orders": orders, "ngram_tilt_orders": orders,
         "train_seq_schedule": schedule, "train_batch_schedule": schedule,
         "enable_looping_at": (are_loops, "be one share of progress, or NUM_LOOPS rising ones"),
-        "ttt_short_chunks": (are_sizes, "be SIZE@UNTIL,... with rising lengths, as 8@256,24@2000"),
-        "ttt_phases": (lambda text: parse_layers(text) == sorted(set(parse_layers(text)) - {0}),
+        "ttt_short_chunks": (partial(rises, math.inf),
+                             "be SIZE@UNTIL,... with rising lengths, as 8@256,24@2000"),
+        "ttt_phases": (partial(lists, range(1, 2**31)),
                        "be rising numbers of documents, as 833,1666"),
         "ttt_lora_targets": (lambda text: set(text.split(",")) <= LORA_TARGETS,
                              f"name matrices of {', '.join(sorted(LORA_TARGETS))}"),
@@ -416,14 +404,12 @@ def contradictions(cfg: Config) -> list[str]:
     """What is wrong between knobs that are each in range."""
     problems = malformed(cfg)
     D, H, K, L = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.num_layers
-    window, context, polar = cfg.gate_window, cfg.score_seq_len, len(NS_POLAR_EXPRESS)
+    window, polar = cfg.gate_window, len(NS_POLAR_EXPRESS)
     rules = {
         f"NUM_HEADS={H} must divide MODEL_DIM={D}": D % H == 0,
         f"NUM_KV_HEADS={K} must divide NUM_HEADS={H}": H % K == 0,
         f"ROPE_DIMS={cfg.rope_dims} (0 = the head's width) must be even and at most MODEL_DIM/"
         f"NUM_HEADS={cfg.head_dim}": cfg.rotary_dims % 2 == 0 and cfg.rotary_dims <= cfg.head_dim,
-        f"EVAL_STRIDE={cfg.eval_stride} must be at most the evaluation context {context} "
-        "(EVAL_SEQ_LEN or TRAIN_SEQ_LEN)": cfg.eval_stride <= context,
         f"MUON_BACKEND_STEPS={cfg.muon_backend_steps} must be at most {polar} with MUON_"
         "COEFFICIENTS=polar": cfg.muon_coefficients != "polar" or cfg.muon_backend_steps <= polar,
         f"XSA_LAST_N={cfg.xsa_last_n} must be at most NUM_LAYERS={L}": cfg.xsa_last_n <= L,
@@ -448,11 +434,6 @@ def contradictions(cfg: Config) -> list[str]:
             not cfg.clip_sigmas or cfg.row_steps == "solved",
         "VALUE_RESIDUAL=x0 needs one stream: PARALLEL_RESIDUAL=none or stream":
             cfg.value_residual != "x0" or cfg.parallel_residual in ("none", "stream"),
-        f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} must be a multiple of the evaluation context "
-        f"{context}": cfg.ttt_method != "chunk" or cfg.ttt_chunk_tokens % context == 0,
-        f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} must be below the evaluation context {context}, and "
-        f"{LOOK_BACK} less with TTT_CONTEXT=incremental": cfg.ttt_method != "lora" or
-            max(cfg.chunk_sizes) + LOOK_BACK * (cfg.ttt_context == "incremental") <= context,
         f"TTT_METHOD={cfg.ttt_method} breaks the rules; it needs ALLOW_NONCOMPLIANT=1":
             cfg.ttt_method != "pretrain" or cfg.allow_noncompliant}
     longest, trains = cfg.train_seq_len, cfg.trains
@@ -462,6 +443,21 @@ def contradictions(cfg: Config) -> list[str]:
                 not trains or tokens % T == 0,
             f"TRAIN_SEQ_SCHEDULE: {T} is above TRAIN_SEQ_LEN={longest}": T <= longest}
     return problems + [text for text, holds in rules.items() if not holds]
+
+def misfits(cfg: Config) -> list[str]:
+    """What does not fit the evaluation context, which an artifact may bring along."""
+    context, sizes = cfg.score_seq_len, [cfg.ttt_chunk_size]
+    with contextlib.suppress(ValueError):  # malformed: said already
+        sizes += [size for size, _ in parse_pairs(cfg.ttt_short_chunks)]
+    rules = {
+        f"EVAL_STRIDE={cfg.eval_stride} must be at most the evaluation context {context} "
+        "(EVAL_SEQ_LEN or TRAIN_SEQ_LEN)": cfg.eval_stride <= context,
+        f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} must be a multiple of the evaluation context "
+        f"{context}": cfg.ttt_method != "chunk" or cfg.ttt_chunk_tokens % context == 0,
+        f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} must be below the evaluation context {context}, and "
+        f"{LOOK_BACK} less with TTT_CONTEXT=incremental": cfg.ttt_method != "lora" or
+            max(sizes) + LOOK_BACK * (cfg.ttt_context == "incremental") <= context}
+    return [text for text, holds in rules.items() if not holds]
 
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 # Parts of a name that no foreign variable has: a name with one of them is a misspelt knob.
@@ -579,7 +575,8 @@ def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far: on the GPU its allocator's peak, else the process's peak RSS."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # it is in bytes there, elsewhere in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 @dataclass(kw_only=True)
 class Run:
@@ -622,15 +619,13 @@ class Run:
             self.ledger[budget] += elapsed_s
             self.log("stage", name=name, elapsed_s=round(elapsed_s, 3), budget=budget)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def sum_(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, op=op)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
+        return self.sum_(tensor, dist.ReduceOp.MAX)
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value` on every rank (objects of this program's own making only)."""
@@ -641,13 +636,13 @@ class Run:
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """What `work` gives on rank 0, on every rank; what it raises there is raised everywhere."""
-        outcome: tuple[Any, Exception | None] = None, None
+        value = problem = None
         if self.is_main:
             try:
-                outcome = work(), None
+                value = work()
             except Exception as error:
-                outcome = None, error
-        value, problem = self.share(outcome)
+                problem = error
+        value, problem = self.share((value, problem))
         if problem is not None:
             raise problem
         return value
@@ -684,7 +679,8 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
               world_size=int(env.get("WORLD_SIZE", 1)), device=device, dtype=dtype)
     with contextlib.ExitStack() as undo:
         if run.world_size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(hours=1))  # of rank 0's own work
             undo.callback(dist.destroy_process_group)
         run_id = cfg.run_id or run.share(f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}")
         run.directory = Path(cfg.run_dir or Path("logs") / run_id)
@@ -1032,6 +1028,9 @@ def sdpa_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Tensor | N
     if (mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16
             and q.size(2) <= LONGEST_TILED and torch.is_grad_enabled()):
         return TiledAttention.apply(q, k, v).transpose(1, 2)  # type: ignore[no-untyped-call]
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # The kernels for these have no grouped heads there; what replaces them takes T^2 memory.
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
@@ -1092,8 +1091,10 @@ def flash_prepare(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | None
     starts = ids_BT == BOS_ID
     starts[:, 0] = True
     cuts = starts.flatten().nonzero().flatten().to(torch.int32)
-    # Empty sequences pad the count to a multiple of 64, so that few shapes occur.
-    return F.pad(cuts, (0, 64 - len(cuts) % 64), value=ids_BT.numel())
+    # Empty sequences fill the count up to one that nearly all batches share: each new one would
+    # compile the blocks anew, on the training clock.
+    bucket = max(64, ids_BT.numel() // 256)
+    return F.pad(cuts, (0, bucket - len(cuts) % bucket), value=ids_BT.numel())
 
 def flash_attend(kernels: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor,
                  cuts: Tensor | None) -> Tensor:
@@ -1114,10 +1115,17 @@ def flex_prepare(ids_BT: Tensor, isolate: bool, past: int = 0) -> Any:
             lambda b, h, q, k: (k <= q) & (doc_BT[b, q] == doc_BT[b, k]))
     return flex_attention.create_block_mask(sees, B, None, T, past + T, device=str(ids_BT.device))
 
-def flex_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Any) -> Tensor:
-    """PyTorch's flex attention: a fused kernel inside a compiled block, slow but exact outside."""
+def flex_attend(kernel: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Any) -> Tensor:
+    """PyTorch's flex attention: fused if it is compiled, else exact, with T^2 memory."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-    return flex_attention.flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    y: Tensor = kernel(q, k, v, block_mask=mask, enable_gqa=True)
+    return y.transpose(1, 2)
+
+def flex_kernel() -> Any:
+    """Compiled on a GPU, also for passes outside compiled blocks, as calibration's and LoRA's."""
+    if not torch.cuda.is_available() or why_not_compile(torch.device("cuda")):
+        return flex_attention.flex_attention
+    return torch.compile(flex_attention.flex_attention, dynamic=False)
 
 # Each is called when it is chosen: a flash kernel that is not installed raises ImportError.
 ATTENTIONS: dict[str, Callable[[], Attention]] = {
@@ -1125,7 +1133,7 @@ ATTENTIONS: dict[str, Callable[[], Attention]] = {
         flash_attend, importlib.import_module("flash_attn_interface"))),
     "fa2": lambda: Attention("fa2", flash_prepare, functools.partial(
         flash_attend, importlib.import_module("flash_attn"))),
-    "flex": lambda: Attention("flex", flex_prepare, flex_attend),
+    "flex": lambda: Attention("flex", flex_prepare, functools.partial(flex_attend, flex_kernel())),
     "sdpa": lambda: Attention("sdpa", sdpa_prepare, sdpa_attend)}
 
 def choose_attention(cfg: Config, device: torch.device, dtype: torch.dtype) -> Attention:
@@ -1319,10 +1327,6 @@ class Past:
     def __init__(self, num_visits: int, capacity: int):
         self.visits, self.capacity = [Keys() for _ in range(num_visits)], capacity
         self.length, self.ids_BT = 0, torch.zeros(0, 0, dtype=torch.int64)
-
-    def rewind(self, num_last: int) -> None:
-        """Forget the last positions, to run over them once more."""
-        self.forget(0, self.length - num_last)
 
     def forget(self, start: int, stop: int) -> None:
         for keys in self.visits:
@@ -1668,12 +1672,6 @@ class GPT(nn.Module):
             return x_BTD + skip_BTD
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
-    def rotary_for(self, num_positions: int) -> Tensor:
-        """Rotary table of the training context, or the rescaled one for a longer context."""
-        table = self.rotary if num_positions <= self.cfg.train_seq_len else self.long_rotary
-        assert num_positions <= table.size(1), "longer than EVAL_SEQ_LEN"
-        return table[:, :num_positions]
-
     def wear(self, adapters: list[list[tuple[Linear | Embedding, LowRank]]]) -> None:
         """Take these adapters, by visit, in the place of those before."""
         for matrix, _ in itertools.chain(*self.adapters):
@@ -1700,8 +1698,9 @@ class GPT(nn.Module):
             scale, table_BTI = self.ve_scale.to(self.dtype), self.ve_table(ids_BT).to(self.dtype)
             shared_BTC = self.ve_proj(table_BTI) * scale
         # By the capacity, not the length so far: positions must not change their meaning.
-        rotary_2TE = self.rotary_for(capacity)[:, :length]
-        inputs = Inputs(x0_BTD, rotary_2TE, mask, None, shared_BTC)
+        table_2PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
+        assert capacity <= table_2PE.size(1), "longer than EVAL_SEQ_LEN"
+        inputs = Inputs(x0_BTD, table_2PE[:, :length], mask, None, shared_BTC)
         if "value" in self.mixing:  # once more what block 0 computes: cheaper than its own graph
             block: Any = self.blocks[0]
             n_BTD = block.norm(block.with_x0(x0_BTD, inputs))
@@ -1790,26 +1789,24 @@ class Role(NamedTuple):
     optimizer: str  # token, head, matrix, scalar or cap
     tensors: str  # embed, attn, mlp, table, gate or control
 
-def role_of(path: str, module: nn.Module) -> Role:
-    """The role of the parameters that a module owns itself; `path` is its name."""
+def role_of(name: str, module: nn.Module) -> Role:
+    """The role of a parameter by its name and the module that owns it."""
+    path = name.rpartition(".")[0]
     if isinstance(module, nn.Embedding):
         return Role("token", "embed" if path == "tok_emb" else "table")
     if isinstance(module, Linear):
         part = next((p for p in ("attn", "mlp") if f".{p}." in path), "table")
         return Role("head", "embed") if path == "lm_head" else Role("matrix", part)
+    if name == "caps":
+        return Role("cap", "control")
     return Role("scalar", "gate" if isinstance(module, OutputGate) else "control")
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
-    """The role of every parameter by name, decided by the module that owns it."""
-    roles: dict[str, Role] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            assert name not in roles and parameter.requires_grad, f"{name} has two owners"
-            roles[name] = Role("cap", "control") if name == "caps" else role_of(path, module)
-    # The proof that none is left untrained, as tables outside the blocks easily are.
-    found = [name for name, _ in model.named_parameters()]
-    assert sorted(roles) == sorted(found), "every parameter has exactly one role"
-    return roles
+    """The role of every parameter by name."""
+    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+    assert not frozen, f"{frozen} would not be trained"
+    return {name: role_of(name, model.get_submodule(name.rpartition(".")[0]))
+            for name, _ in model.named_parameters()}
 
 def build_model(run: Run) -> GPT:
     """A freshly initialised model on the run's device, compiled if COMPILE."""
@@ -1940,10 +1937,6 @@ class Muon:
         whole = own_LOI.new_empty(self.run.world_size * len(own_LOI), *own_LOI.shape[1:])
         return whole, dist.all_gather_into_tensor(whole, own_LOI.contiguous(), async_op=True)
 
-    def momenta(self) -> list[Tensor]:
-        """The momentum of every matrix, stack by stack, without what pads it for the ranks."""
-        return [buffer[: len(s)] for buffer, s in zip(self.buffers, self.stacks, strict=True)]
-
     def gather_buffers(self) -> None:
         """Complete the momentum on every rank, for a checkpoint."""
         for buffer in self.buffers:
@@ -2062,10 +2055,10 @@ class Phase(NamedTuple):
 
 def phase_at(cfg: Config, progress: float, scale: float) -> Phase:
     """The phase at `progress` in [0, 1], with learning rate multiplier `scale`."""
-    lengths = parse_schedule(cfg.train_seq_schedule, cfg.train_seq_len)
-    batches = parse_schedule(cfg.train_batch_schedule, cfg.train_batch_tokens)
-    seq_len, batch = (next((v for v, until in stages if progress < until), stages[-1][0])
-                      for stages in (lengths, batches))
+    stages = ((cfg.train_seq_schedule, cfg.train_seq_len),
+              (cfg.train_batch_schedule, cfg.train_batch_tokens))
+    seq_len, batch = (next((v for v, until in parse_pairs(text) if progress < until), last)
+                      for text, last in stages)
     shares = [float(share) for share in cfg.enable_looping_at.split(",")] * cfg.num_loops
     return Phase(seq_len, batch, sum(progress >= share for share in shares[: cfg.num_loops]),
                  scale < cfg.late_qat_threshold)
@@ -2073,7 +2066,7 @@ def phase_at(cfg: Config, progress: float, scale: float) -> Phase:
 def phases(cfg: Config) -> list[Phase]:
     """Every phase that training may come through, in order."""
     texts = (cfg.train_seq_schedule, cfg.train_batch_schedule)
-    cuts = {until for text in texts for _, until in parse_schedule(text, 0)}
+    cuts = {until for text in texts for _, until in parse_pairs(text)}
     cuts |= {0.0, *map(float, cfg.enable_looping_at.split(","))}
     scales = (1.0, 0.0) if cfg.late_qat_threshold else (1.0,)
     return list(dict.fromkeys(phase_at(cfg, cut, s) for cut in sorted(cuts) for s in scales))
@@ -2094,10 +2087,6 @@ class Trainer:
         by_pace = cfg.warmdown_iters * done / max(1, self.progress.step)  # measured so far
         warmdown = by_pace if cfg.warmdown_iters else cfg.warmdown_frac
         return lr_scale(done, warmdown_frac=warmdown, floor=cfg.min_lr)
-
-    def phase(self) -> Phase:
-        """The phase of the next step."""
-        return phase_at(self.run.cfg, self.progress.fraction(self.run.cfg), self.scale())
 
     def enter(self, phase: Phase) -> None:
         """Let the model run with the phase's loops, and on quantised weights if it is time."""
@@ -2171,7 +2160,8 @@ class Trainer:
         return {
             **{f"model/{name}": param.detach() for name, param in self.model.named_parameters()},
             **{f"adam/{i}/{key}": entry[key] for i, entry in enumerate(adam) for key in entry},
-            **{f"muon/{i}": momentum for i, momentum in enumerate(self.muon.momenta())},
+            **{f"muon/{i}": buffer[: len(stack)] for i, (buffer, stack)  # not what pads it
+               in enumerate(zip(self.muon.buffers, self.muon.stacks, strict=True))},
             **{f"average/{i}": average for i, average in enumerate(self.averager.average)},
             "average/count": self.averager.count}
 
@@ -2223,7 +2213,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     sync_folder(final.parent)
     for folder in final.parent.iterdir():  # older ones, and what a kill left half-written
         if folder != final:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a strange file is none
     run.log("checkpoint", step=progress.step, train_s=round(progress.train_s, 3), path=str(final))
 
 def load_checkpoint(trainer: Trainer) -> None:
@@ -2283,21 +2273,25 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
     clock_s = saved_s = time.perf_counter()
     save_s = 0.0  # how long the last checkpoint took, on the slowest rank
     while not trainer.progress.is_over(cfg):
-        scale, phase = trainer.scale(), trainer.phase()
-        trainer.enter(phase)
+        scale = trainer.scale()
+        trainer.enter(phase := phase_at(cfg, trainer.progress.fraction(cfg), scale))
         loss = trainer.step(loader.batch(trainer.progress.tokens, phase)).item()
         now_s = time.perf_counter()
         due, interrupted, bad_loss = decide(trainer, loss, now_s - clock_s, now_s - saved_s)
         clock_s, step = now_s, trainer.progress.step
-        if bad_loss:
-            raise RunFailed(f"the loss is {loss} at step {step} (last finite: {last_good:.4f} at "
-                            f"step {step - 1}); the checkpoint before it is kept; lower the "
-                            "learning rates")
-        last_good, over = loss, trainer.progress.is_over(cfg)
+        over = trainer.progress.is_over(cfg)
+        saves = (due and not trainer.progress.is_over(cfg, save_s)) or interrupted or over
+        bad_update = saves and not all(bool(param.isfinite().all()) for param in trainer.params)
+        if bad_loss or bad_update:
+            what = "a weight is not finite after" if bad_update else f"the loss is {loss} at"
+            raise RunFailed(f"{what} step {step} (last finite loss: {last_good:.4f} at step "
+                            f"{step - bad_loss}); the checkpoint before it is kept; start again "
+                            "with lower learning rates and another RUN_ID")
+        last_good = loss
         if step % cfg.train_log_every == 0 or step <= resumed_step + 5 or over:
             run.log("step", step=step, steps=cfg.iterations, train_loss=round(loss, 5),
                     lr_scale=round(scale, 5), **trainer.progress.pace())
-        if (due and not trainer.progress.is_over(cfg, save_s)) or interrupted or over:
+        if saves:
             train_s = trainer.progress.train_s
             trainer.muon.gather_buffers()
             save_checkpoint(trainer)
@@ -2331,6 +2325,9 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
     load_checkpoint(trainer)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
+    # Lays out the epoch and reads the first batch before the clock runs.
+    progress = trainer.progress
+    loader.batch(progress.tokens, phase_at(cfg, progress.fraction(cfg), trainer.scale()))
     train_loop(trainer, loader, validate)
     progress, averaging = trainer.progress, cfg.averaging
     run.ledger["training"] = progress.train_s
@@ -3229,6 +3226,7 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
             require(type(value) is kinds[name] and finite,
                     f"{name.upper()}={value!r} is not a valid {kinds[name].__name__}")
         run.cfg = dataclasses.replace(run.cfg, **knobs)
+        require(not (problems := misfits(run.cfg)), "; ".join(problems))
         weights = assembled(decode_tensors(header, body, *blueprint(run.cfg)))
     except Exception as error:  # of the coders, of JSON, of numpy: whatever strange bytes lead to
         raise InputError(f"cannot use the artifact {path}: {error}") from error
@@ -3290,12 +3288,13 @@ class Step(NamedTuple):
     windows: Sequence[Window] = ()
     begins: bool = False  # with new adapters, or a new optimizer of the weights
     learns: int = 0  # adapt: how many of the rows, the first ones, have more to score
+    width: int = 0  # adapt: least positions, so that no document's end tells in what is kept
     progress: float = 0.0  # train: how much of it is done
     text: Span = (0, 0)  # train, absorb: what all ranks together learn from
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.windows), max((w.end - w.start for w in self.windows), default=0)
+        return len(self.windows), max([self.width, *(w.end - w.start for w in self.windows)])
 
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
     """Windows at 0, S, 2S, ... while there is something to score (w + T - S < N): the first scores
@@ -3377,13 +3376,18 @@ class Planner:
                 steps += self.epochs(bounds[last])
         return steps
 
+    def chunk_size(self, place: int) -> int:
+        """Targets of the chunk that begins at this place of a document, if it does not end.
+        By position: by the document's length it would tell of its end.
+        """
+        sizes = parse_pairs(self.cfg.ttt_short_chunks)
+        return next((n for n, until in sizes if place < until), self.cfg.ttt_chunk_size)
+
     def chunk_bounds(self, first: int, stop: int) -> list[Span]:
-        """The chunks of a document. By position: by its length they would tell of its end."""
-        cuts, sizes = [first], parse_sizes(self.cfg.ttt_short_chunks)
+        """The chunks of a document."""
+        cuts = [first]
         while cuts[-1] < stop:
-            place = cuts[-1] - first
-            size = next((n for n, until in sizes if place < until), self.cfg.ttt_chunk_size)
-            cuts.append(min(cuts[-1] + size, stop))
+            cuts.append(min(cuts[-1] + self.chunk_size(cuts[-1] - first), stop))
         return [*itertools.pairwise(cuts)]
 
     def batches(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
@@ -3391,8 +3395,10 @@ class Planner:
         def longest_first(spans: Sequence[Span]) -> list[Span]:
             return sorted(spans, key=lambda span: span[0] - span[1])
 
-        rows = min(self.cfg.ttt_batch_size, -(-len(documents) // self.world_size))
-        order = documents if self.cfg.ttt_warm_start_a else longest_first(documents)
+        rows, order = self.cfg.ttt_batch_size, documents
+        if not self.cfg.ttt_warm_start_a:  # else what a batch learns from must not tell of others
+            rows = min(rows, -(-len(documents) // self.world_size))
+            order = longest_first(documents)
         shares: list[list[Sequence[Span]]] = [[] for _ in range(self.world_size)]
         load = [0] * self.world_size
         for batch in (longest_first(order[i : i + rows]) for i in range(0, len(order), rows)):
@@ -3405,12 +3411,17 @@ class Planner:
         """The chunks of some documents, the longest first, side by side from their beginnings."""
         def window(document: Span, first: int, stop: int) -> Window:
             earliest = {"window": document[0], "text": 0, "incremental": first}
-            return Window(max(earliest[self.cfg.ttt_context], stop - self.seq_len), stop, first)
+            full = first + self.chunk_size(first - document[0])  # `stop` may be the end
+            return Window(max(earliest[self.cfg.ttt_context], full - self.seq_len), stop, first)
 
         rows = [[window(document, *chunk) for chunk in self.chunk_bounds(*document)]
                 for document in documents]
-        return [Step("adapt", [row[c] for row in rows if c < len(row)], begins=c == 0,
-                     learns=sum(c + 1 < len(row) for row in rows)) for c in range(len(rows[0]))]
+        steps, kept = list[Step](), self.cfg.ttt_context == "incremental"
+        for c, (_, _, first) in enumerate(rows[0]):
+            steps.append(Step("adapt", [row[c] for row in rows if c < len(row)], begins=c == 0,
+                              learns=sum(c + 1 < len(row) for row in rows),
+                              width=kept * self.chunk_size(first - documents[0][0])))
+        return steps
 
 def document_bounds(ids: np.ndarray) -> list[int]:
     """The first target of each document, and the end; a document's last target is the next BOS."""
@@ -3842,7 +3853,7 @@ class AdapterTrainer:
         scored = list[Tensor]()
         for step in range(self.cfg.ttt_grad_steps if learns else 1):
             if step and self.past is not None:
-                self.past.rewind(batch.ids_BT.size(1))
+                self.past.forget(0, self.past.length - batch.ids_BT.size(1))  # once more
             with torch.set_grad_enabled(learns > 0):
                 nll_BT, scored_BT = self.model.nats(
                     *batch[:3], past=self.past, mixed=None if step else batch.mixed)

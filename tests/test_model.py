@@ -336,7 +336,7 @@ def test_the_longer_table_is_used_only_beyond_the_training_context():
     longer, plain = random_model(cfg), random_model(config_of("baseline"))
     ids = random_ids(cfg, B=1, T=32)
     assert torch.equal(longer.logits(ids[:, :16]), plain.logits(ids[:, :16]))
-    torch.testing.assert_close(longer.rotary_for(17), rotary_table(cfg, 32)[:, :17])
+    torch.testing.assert_close(longer.long_rotary, rotary_table(cfg, 32))
     beyond = random_model(config_of("baseline", train_seq_len=32))
     assert (longer.logits(ids) - beyond.logits(ids)).abs().max() > 1e-2
     with pytest.raises(AssertionError, match="longer than EVAL_SEQ_LEN"):

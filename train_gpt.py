@@ -44,6 +44,7 @@ import signal
 import struct
 import sys
 import time
+import tokenize
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -453,7 +454,8 @@ def misfits(cfg: Config) -> list[str]:
         f"EVAL_STRIDE={cfg.eval_stride} must be at most the evaluation context {context} "
         "(EVAL_SEQ_LEN or TRAIN_SEQ_LEN)": cfg.eval_stride <= context,
         f"TTT_CHUNK_TOKENS={cfg.ttt_chunk_tokens} must be a multiple of the evaluation context "
-        f"{context}": cfg.ttt_method != "chunk" or cfg.ttt_chunk_tokens % context == 0,
+        f"{context}": cfg.ttt_chunk_tokens % context == 0 or not (
+            cfg.ttt_method == "chunk" or cfg.ttt_method == "none" and cfg.needs_mixer),
         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} must be below the evaluation context {context}, and "
         f"{LOOK_BACK} less with TTT_CONTEXT=incremental": cfg.ttt_method != "lora" or
             max(sizes) + LOOK_BACK * (cfg.ttt_context == "incremental") <= context}
@@ -1952,6 +1954,14 @@ def gradient(param: Tensor) -> Tensor:
     """The gradient of a parameter; 0 if the step did not use it."""
     return torch.zeros_like(param) if param.grad is None else param.grad
 
+def sum_gradients(run: Run, first: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """`first` and all gradients, summed over the ranks as one vector, whose views they become."""
+    flat = run.sum_(torch.cat([first.view(1), *(gradient(param).flatten() for param in params)]))
+    pieces = torch.split(flat[1:], [param.numel() for param in params])
+    for param, piece in zip(params, pieces, strict=True):
+        param.grad = piece.view_as(param)
+    return flat
+
 def make_optimizers(model: GPT, run: Run) -> tuple[torch.optim.AdamW, Muon]:
     """AdamW and Muon over a partition of the model's parameters."""
     cfg, roles = run.cfg, parameter_roles(model)
@@ -2117,12 +2127,7 @@ class Trainer:
     def average_gradients(self, loss: Tensor) -> Tensor:
         """Average the gradients of AdamW's parameters over the ranks, and the loss."""
         if self.run.world_size > 1:
-            grads = [gradient(param) for param in self.replicated]
-            flat = torch.cat([loss[None], *(grad.flatten() for grad in grads)])
-            self.run.sum_(flat).div_(self.run.world_size)
-            loss, pieces = flat[0], torch.split(flat[1:], [grad.numel() for grad in grads])
-            for param, piece in zip(self.replicated, pieces, strict=True):
-                param.grad = piece.view_as(param)
+            loss = sum_gradients(self.run, loss, self.replicated).div_(self.run.world_size)[0]
         return loss
 
     def clip_gradients(self) -> None:
@@ -2469,6 +2474,7 @@ def calibrate(run: Run, model: GPT, loader: BatchLoader, trained: Progress) -> d
     """Curvature of every matrix, by text after what was trained on or text of the model's own."""
     cfg, moments, started_s = run.cfg, Moments(model), time.perf_counter()
     model.plan, limit_s = model.plans[-1], cfg.max_wallclock_seconds or math.inf
+    limit_s = math.inf if cfg.calibration == "self" else limit_s
     T, batch = cfg.train_seq_len, cfg.train_batch_tokens
     generator = torch.Generator().manual_seed(cfg.seed + run.rank)
     for i in range(cfg.gptq_calibration_batches):
@@ -3215,7 +3221,7 @@ def byte_ledger(payload: bytes) -> dict[str, int]:
 def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
     """The model that a file holds, whose shape run.cfg takes on; InputError unless it is sound."""
     try:
-        header, body = decode_header(run.share(path.read_bytes() if run.is_main else b""))
+        header, body = decode_header(run.on_main(path.read_bytes))
         require(header["tokenizer_sha256"] == tokenizer_sha256,
                 "it was trained with another tokenizer than the data set's")
         knobs, kinds = header["model"], get_type_hints(Config)
@@ -3246,21 +3252,38 @@ linecache.cache["<train_gpt>"]=(len(PACKED_SOURCE),None,PACKED_SOURCE.splitlines
 exec(compile(PACKED_SOURCE,"<train_gpt>","exec"))
 """  # noqa: E501
 
+def bare_source(source: str) -> str:
+    """The source without comments, docstrings and blank lines, cut out by position: what
+    ast.unparse writes of an f-string is not Python to every version.
+    """
+    lines, dropped = source.splitlines(keepends=True), set[int]()
+    for kind, _, (row, column), *_ in tokenize.generate_tokens(iter(lines.copy()).__next__):
+        if kind == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column].rstrip() + "\n"
+        if kind == tokenize.NL and not lines[row - 1].strip():
+            dropped.add(row)
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, documented) or ast.get_docstring(node, clean=False) is None:
+            continue
+        text, place = node.body[0], slice(node.body[0].lineno - 1, node.body[0].end_lineno)
+        if "".join(lines[place]).strip() == ast.get_source_segment(source, text):
+            alone = len(node.body) == 1 and not isinstance(node, ast.Module)
+            instead = " " * text.col_offset + "pass\n" if alone else ""
+            lines[place] = [instead, *[""] * (len(lines[place]) - 1)]
+    return "".join(line for row, line in enumerate(lines, start=1) if row not in dropped)
+
 def pack_source(source: str) -> str:
     """A script that runs as `source` does, packed without comments and docstrings; idempotent."""
     # By the standard library alone, so that the counted size depends on no installed minifier.
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for node in ast.walk(tree := ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    packed = lzma.compress(ast.unparse(tree).encode(), format=lzma.FORMAT_RAW, filters=filters)
+    packed = lzma.compress(bare_source(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
     return PACKED_STUB.format(payload=base64.b85encode(packed).decode())
 
 def account_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     """Bytes on disk of the packed script and of the artifact; RunFailed if over the budget."""
     files = {"artifact_bytes": artifact, "code_bytes": run.directory / "train_gpt.py"}
-    sizes = run.share({k: p.stat().st_size for k, p in files.items()} if run.is_main else {})
+    sizes = run.on_main(lambda: {k: p.stat().st_size for k, p in files.items()})
     total, budget = sum(sizes.values()), run.cfg.artifact_budget_bytes
     sizes |= {"total_bytes": total, "budget_bytes": budget}
     run.log("size", **sizes)
@@ -3666,6 +3689,11 @@ def step_cost(run: Run, model: GPT, plan: Sequence[Step]) -> tuple[float, float]
     """Seconds of a step without learning and of each position in it, on the slowest rank: measured
     on zeros in the longest steps of the plan, those of the fewest and of the most rows.
     """
+    trained = [step.shape for step in plan if step.windows and step.action == "train"]
+    if trained and model.run_block is not run_block:  # compiling is not what a step costs
+        ids_BT = torch.zeros(max(trained), dtype=torch.int64, device=run.device)
+        model.loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
+        model.zero_grad()
     shapes = {step.shape for step in plan if step.windows and step.action != "train"}
     length = max((shape[1] for shape in shapes), default=1)
     rows = sorted(shape[0] for shape in shapes if shape[1] == length) or [0]
@@ -3689,11 +3717,14 @@ def step_cost(run: Run, model: GPT, plan: Sequence[Step]) -> tuple[float, float]
     step_s, position_s = run.max_(cost.to(run.device)).tolist()
     return step_s, position_s
 
+BUDGETED = 0.98  # share of EVAL_MAX_SECONDS to plan for: the trace is checked after the pass
+
 def sized_plan(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Step], Budget]:
     """The adaptive pass; in longer chunks and strides if it could not even score in time."""
     cfg, end_s, cost = run.cfg, math.inf, (0.0, 1.0)
     if cfg.eval_max_seconds:
-        end_s = time.perf_counter() + run.share(cfg.eval_max_seconds - run.ledger["evaluation"])
+        left_s = BUDGETED * cfg.eval_max_seconds - run.ledger["evaluation"]
+        end_s = time.perf_counter() + run.share(left_s)
     while True:
         plan = plan_adaptive(Planner(cfg, run.rank, run.world_size), ids)
         if cfg.eval_max_seconds:
@@ -3701,12 +3732,11 @@ def sized_plan(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Step], Budge
         limit_s = run.share(end_s - time.perf_counter())
         budget = Budget(run, plan, limit_s, cost)
         most_s = float(run.max_(torch.tensor(budget.to_score[0], device=run.device)))
-        size, stride = (max(n, min(2 * n, cfg.score_seq_len // 2))
-                        for n in (cfg.ttt_chunk_size, cfg.eval_stride))
-        wider = dataclasses.replace(cfg, ttt_chunk_size=size, eval_stride=stride)
-        if 1.2 * most_s <= limit_s or wider == cfg:
+        name = "ttt_chunk_size" if cfg.ttt_method == "lora" else "eval_stride"
+        size = min(2 * (now := getattr(cfg, name)), (cfg.score_seq_len - LOOK_BACK) // 2)
+        if 1.2 * most_s <= limit_s or size <= now:
             return plan, budget
-        cfg = wider
+        cfg = dataclasses.replace(cfg, **{name: size})
 
 def evaluate(run: Run, model: GPT, validation: Validation, stride: int, *,
              adaptive: bool = False, learns: bool = True) -> Score:
@@ -3773,10 +3803,8 @@ class WeightTrainer:
             loss = self.model.loss(batch.ids_BT, batch.target_BT, batch.weight_BT)
             loss.backward()  # type: ignore[no-untyped-call]
             total += batch.weight_BT.sum()
-        flat = self.run.sum_(torch.cat([total, *(gradient(param).flatten() for param in params)]))
-        grads = torch.split(flat[1:] / flat[0].clamp_min(1), [param.numel() for param in params])
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad.view_as(param)
+        flat = sum_gradients(self.run, total, params)
+        flat[1:] /= flat[0].clamp_min(1)
         if cfg.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, cfg.ttt_grad_clip)
         ramp = 1 + (cfg.ttt_ramp - 1) * min(1.0, progress / 0.3)
@@ -4093,6 +4121,8 @@ def audit_scores(run: Run, model: GPT, text: Validation, *, learns: bool = True
                      adaptive=run.cfg.adapts, learns=learns)
     return score, run.sum_(torch.from_numpy(score.nll_T).to(run.device)).cpu().numpy()
 
+ROUNDING = 1e-3  # nats: what other batches may change
+
 def audit_causality(run: Run, model: GPT, text: Validation, base_T: np.ndarray) -> list[str]:
     """C1: no other token, and no other continuation, may change a score before it."""
     # Kernels that add up in any order differ between equal runs; where none does, this is 0.
@@ -4101,13 +4131,16 @@ def audit_causality(run: Run, model: GPT, text: Validation, base_T: np.ndarray) 
     for share in (1 / 3, 2 / 3):
         place = int(share * text.num_targets)
         place += int(is_bos[place])  # where documents begin stays
-        token, rest = text.ids.copy(), text.ids.copy()
+        token, begun, rest = text.ids.copy(), text.ids.copy(), text.ids.copy()
         token[place] = 2 + (text.ids[place] == 2)
+        begun[place] = BOS_ID
         rest[place:][~is_bos[place:]] = text.ids[place:][~is_bos[place:]][::-1]
-        for what, ids in (("token", token), ("text from", rest)):
+        # A new document deals others to other batches, whose sums may round another way.
+        for what, ids, rounding in (("token", token, 0.0), ("text from", rest, 0.0),
+                                    ("document from", begun, ROUNDING)):
             nll_T = audit_scores(run, model, text._replace(ids=ids))[1]
-            change = float(np.abs(nll_T - base_T)[: place - 1].max(initial=0))
-            if change > 4 * noise:
+            change = float(np.abs(nll_T - base_T)[: max(0, place - 1)].max(initial=0))
+            if change > max(4 * noise, rounding):
                 problems.append(f"another {what} {place} changes earlier scores by {change:.3g}")
     return problems
 
@@ -4178,7 +4211,8 @@ def train_and_write(run: Run, artifact: Path, validation: Validation, tokenizer_
     final_score(run, model, validation, "prequant")
     found = dict[str, Curvature]()
     if cfg.quantizer == "gptq":
-        with run.stage("calibrate", "training"):
+        # Text of the model's own is not training data (#1019), and takes long.
+        with run.stage("calibrate", "training" if cfg.calibration == "train" else "other"):
             found = calibrate(run, model, loader, trainer.progress)
 
     def write() -> None:  # the state first: a continuation that finds the artifact needs it
@@ -4210,21 +4244,25 @@ def quantize_and_encode(run: Run, model: GPT, found: Mapping[str, Curvature], to
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
     return fill_budget(stacks, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
 
-def finish(run: Run, sizes: Mapping[str, Any]) -> None:
-    """Log the ledger, write submission.json, and raise RunFailed for every bound passed."""
+def close_ledger(run: Run) -> tuple[dict[str, float], list[str]]:
+    """Log the seconds spent and their bounds; return both, and which bounds were passed."""
     cfg, spent = run.cfg, {name: round(elapsed_s, 3) for name, elapsed_s in run.ledger.items()}
     limits = {"training": cfg.max_wallclock_seconds, "evaluation": cfg.eval_max_seconds}  # 0 = none
     times = {**{f"{name}_s": spent[name] for name in limits},
              **{f"{name}_budget_s": limit for name, limit in limits.items()}}
     run.log("ledger", **times, other_s=spent["other"])
-    problems = [f"{name} took {spent[name]:.1f} s of {limit:.1f}"
-                for name, limit in limits.items() if 0 < limit < spent[name]]
+    return times, [f"{name} took {spent[name]:.1f} s of {limit:.1f}"
+                   for name, limit in limits.items() if 0 < limit < spent[name]]
+
+def finish(run: Run, sizes: Mapping[str, Any]) -> None:
+    """Write submission.json; RunFailed for every bound passed."""
+    cfg, (times, problems) = run.cfg, close_ledger(run)
     score = run.scores[next(name for name in ("final_ttt", "final_sliding", "final_quantized")
                             if name in run.scores)]
     train_end = run.scores.get("train_end", {"steps": 0, "train_s": 0.0})
     result = {"val_bpb": score["val_bpb"], "val_loss": score["val_loss"],
               "steps": train_end["steps"], "train_s": train_end["train_s"],
-              "eval_s": spent["evaluation"], "artifact_bytes": sizes["artifact_bytes"]}
+              "eval_s": times["evaluation_s"], "artifact_bytes": sizes["artifact_bytes"]}
     total = {"total_bytes_max": sizes["total_bytes"],
              **{key: sizes[key] for key in ("budget_bytes", "groups")}}
     report = {
@@ -4255,6 +4293,7 @@ def prepare_directory(run: Run, artifact: Path) -> None:
                 f"{artifact} exists; set RESUME=1 to score it, or another RUN_ID")
         try:
             state = run.on_main(lambda: json.loads(state_path.read_bytes()))
+            require(state.keys() >= {"ledger", "scores", "config"}, "it lacks a part")
         except (OSError, ValueError) as error:
             raise InputError(f"{artifact} exists without {state_path}: {error}; set another "
                              "RUN_ID") from error
@@ -4288,6 +4327,8 @@ def execute(run: Run) -> None:
         train_and_write(run, artifact, validation, tokenizer_sha)
     sizes = account_sizes(run, artifact)
     if cfg.mode == "train":
+        if problems := close_ledger(run)[1]:
+            raise RunFailed("; ".join(problems))
         return
     with run.stage("read_artifact", "evaluation"):
         model = read_artifact(artifact, run, tokenizer_sha)

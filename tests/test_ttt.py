@@ -23,6 +23,7 @@ from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_co
 from tests.processes import SCRIPT, log_events, run_ranks, run_script, submission
 from train_gpt import (
     BOS_ID,
+    BUDGETED,
     GPT,
     Pass,
     Planner,
@@ -579,7 +580,7 @@ def test_a_pass_that_could_not_score_in_time_takes_longer_chunks(make_run: MakeR
     ids = text_of(data)
     windows = []
     for limit_s in (1e-9, 1e9):
-        run = make_run(**LORA, eval_max_seconds=limit_s)
+        run = make_run(**LORA, eval_max_seconds=limit_s / BUDGETED)
         model = random_model(run.cfg)
         with train_gpt.borrowed(run.cfg, model):
             plan, budget = train_gpt.sized_plan(run, model, ids)
@@ -611,7 +612,7 @@ def test_a_step_costs_time_by_itself_and_by_its_positions(
         passes[size] = sum(itertools.starmap(seconds, shapes))
         # The smallest chunks whose steps fit behind the calibrations, with a fifth in reserve.
         limit_s = calibrating_s + 1.21 * passes[size]
-        run = make_run(**{**knobs, "ttt_chunk_size": 2}, eval_max_seconds=limit_s)
+        run = make_run(**{**knobs, "ttt_chunk_size": 2}, eval_max_seconds=limit_s / BUDGETED)
         model = random_model(run.cfg)
         with train_gpt.borrowed(run.cfg, model):
             plan, budget = train_gpt.sized_plan(run, model, ids)

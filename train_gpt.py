@@ -554,6 +554,9 @@ def atomic_file(path: Path) -> Generator[io.BufferedWriter]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk comes without a name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2299,7 +2302,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         if saves:
             train_s = trainer.progress.train_s
             trainer.muon.gather_buffers()
-            save_checkpoint(trainer)
+            run.on_main(functools.partial(save_checkpoint, trainer))
             saved_s = time.perf_counter()
             if not over:  # saving is on the clock
                 decide(trainer, loss, saved_s - clock_s, 0.0)
@@ -4273,8 +4276,8 @@ def finish(run: Run, sizes: Mapping[str, Any]) -> None:
         "source_sha256": hashlib.sha256(own_source().encode()).hexdigest(),
         "hardware": describe_hardware(run), "versions": VERSIONS, "previous": "",
         "compliant": score["compliant"] and not problems, "budget": {"time": times, "bytes": total}}
-    if run.is_main:
-        write_atomic(run.directory / "submission.json", json.dumps(report, indent=2).encode())
+    text = json.dumps(report, indent=2).encode()
+    run.on_main(lambda: write_atomic(run.directory / "submission.json", text))
     if 0 < cfg.target_val_bpb < score["val_bpb"]:
         problems.append(
             f"val_bpb {score['val_bpb']} is above TARGET_VAL_BPB={cfg.target_val_bpb}")
@@ -4356,10 +4359,10 @@ def main() -> int:
         elif is_main:
             print(describe(cfg))
         return 0
-    except (InputError, RunFailed, Interrupted) as error:
+    except (InputError, RunFailed, Interrupted, OSError) as error:
         if is_main:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return {InputError: 2, RunFailed: 1, Interrupted: 143}[type(error)]
+        return {InputError: 2, Interrupted: 143}.get(type(error), 1)
 
 if __name__ == "__main__":
     sys.exit(main())

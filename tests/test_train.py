@@ -820,6 +820,39 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143_and_one_line(
     assert_same_run(work / "run", whole)
 
 
+FULL_SCRIPT = f"""
+import errno, os, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_gpt
+
+fsync, full = os.fsync, os.environ.pop("FULL")
+
+def refuse(number):
+    if full in os.readlink(f"/proc/self/fd/{{number}}"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync(number)
+
+os.fsync = refuse
+sys.exit(train_gpt.main())
+"""
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "artifact.bin"])
+def test_full_disk_ends_the_run_with_one_line_and_can_be_gone_on_from(
+    data: TinyData, work: Path, whole: Whole, file: str
+):
+    env = environment(run_config(data))
+    (work / "full.py").write_text(FULL_SCRIPT)
+    result = run_script({**env, "FULL": file}, work, work / "full.py")
+    assert result.status == 1
+    assert len(result.err.splitlines()) == 1, result.err
+    assert result.err.startswith("OSError: [Errno 28] No space left on device: ")
+    assert file in result.err and not [*work.rglob("*.safetensors.*.tmp")]
+    resumed = run_script(env, work)
+    assert resumed.status == 0, resumed.err
+    assert_same_run(work / "run", whole)
+
+
 @pytest.mark.parametrize("moment", ["step", "saving"])
 def test_signal_that_arrives_twice_in_a_moment_still_writes_a_checkpoint(
     data: TinyData, work: Path, held_script: Path, moment

@@ -1,7 +1,8 @@
 """What each technique is worth: a grid of changed knobs times seeds, run, tabulated and drawn.
 
     python records/ablations.py run GRID.toml --jobs 2      # what GRID.jsonl does not have yet
-    python records/ablations.py table GRID.toml             # write GRID.md and GRID.png from it
+    python records/ablations.py time GRID.toml --jobs 2     # what a step takes: GRID_time.jsonl
+    python records/ablations.py table GRID.toml             # write GRID.md and GRID.png from both
 
 A grid has stacks: a recipe, settings over it, and named variants of it, each a change of knobs that
 is added to the stack (`add`) or takes something out of it (`leave_out`):
@@ -20,9 +21,11 @@ is added to the stack (`add`) or takes something out of it (`leave_out`):
 
 A run is a fresh process; when it has ended it is a line of GRID.jsonl, under the hash of all that
 it was set to. A runner that is killed loses the runs in progress and, started again, goes on; of a
-grid that was changed, only what changed is run.
+grid that was changed, only what changed is run. Runs that other work ran beside say nothing about
+the time of a step; `time` measures that, in the same way, and wants the machine for itself.
 
-Sections: 1. Grid  2. Results  3. Running  4. Statistics  5. Table  6. Plot  7. Command line
+Sections: 1. Grid  2. Results  3. Running  4. Step times  5. Statistics  6. Table  7. Plot
+8. Command line
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -45,11 +49,11 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of a script, the own folder comes first on the path: records.py would hide the folder records.
@@ -131,6 +135,15 @@ class Grid:
     def results(self) -> Path:
         return self.path.with_suffix(".jsonl")
 
+    @property
+    def timings(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}_time.jsonl")
+
+
+def digest(settings: Any) -> str:
+    """What identifies a run in the results."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -148,9 +161,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """What identifies the run in the results."""
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self.settings)
 
     @property
     def name(self) -> str:
@@ -227,8 +238,19 @@ def read_grid(path: Path) -> Grid:
     return Grid(path, str(table.get("data", "")), stacks)
 
 
-def list_jobs(grid: Grid) -> list[Job]:
-    """All runs, each once: the first seed of everything, then the second, and so on."""
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+def each_once(jobs: Iterable[AnyJob]) -> list[AnyJob]:
+    """The first job of every key."""
+    once: dict[str, AnyJob] = {}
+    for job in jobs:
+        once.setdefault(job.key, job)
+    return list(once.values())
+
+
+def jobs_by_seed(grid: Grid) -> list[Job]:
+    """The runs of every stack: the first seed of everything, then the second, and so on."""
     jobs = [
         (place, Job(stack, variant, seed))
         for stack in grid.stacks
@@ -236,10 +258,12 @@ def list_jobs(grid: Grid) -> list[Job]:
         for place, seed in enumerate(stack.seeds)
     ]
     jobs.sort(key=lambda pair: pair[0])  # stable: within a seed, the order of the file
-    once: dict[str, Job] = {}
-    for _, job in jobs:
-        once.setdefault(job.key, job)
-    return list(once.values())
+    return [job for _, job in jobs]
+
+
+def list_jobs(grid: Grid) -> list[Job]:
+    """All runs, each once."""
+    return each_once(jobs_by_seed(grid))
 
 
 # --- 2. Results ----------------------------------------------------------------------------------
@@ -253,11 +277,20 @@ def last_losses(log: RunLog) -> float:
     return round(statistics.fmean(losses[-max(1, len(losses) // 10) :]), 6)
 
 
+def origin_of(log: RunLog) -> Json:
+    """The source that ran, and on what."""
+    versions = {k: v for k, v in log.need("versions").items() if k != "event"}
+    return {
+        "source_sha256": versions.pop("source_sha256"),
+        "hardware": log.need("hardware")["name"],
+        "versions": versions,
+    }
+
+
 def collect_result(folder: Path) -> Json:
     """What a finished run measured, from its metrics."""
     log = RunLog.read(folder / METRICS)
     end, score = log.need("train_end"), log.need("final_quantized")
-    versions = {k: v for k, v in log.need("versions").items() if k != "event"}
     return {
         "bpb_prequant": log.need("final_prequant")["val_bpb"],
         "bpb_quantized": score["val_bpb"],
@@ -270,9 +303,7 @@ def collect_result(folder: Path) -> Json:
         "train_s": end["train_s"],
         "scored_bytes": score["bytes"],
         "scored_tokens": score["tokens"],
-        "source_sha256": versions.pop("source_sha256"),
-        "hardware": log.need("hardware")["name"],
-        "versions": versions,
+        **origin_of(log),
         "setting": setting_of(log),
     }
 
@@ -280,14 +311,16 @@ def collect_result(folder: Path) -> Json:
 MAX_ERROR_CHARACTERS = 2_000
 
 
-def describe_end(status: int, folder: Path) -> Json:
+def describe_end(
+    status: int, folder: Path, collect: Callable[[Path], Json] = collect_result
+) -> Json:
     """The measurements of a run that ended with `status`, or an `error` that says why not."""
     console = (folder / "console").read_text(encoding="utf-8", errors="replace")
     ending = f"exit status {status}: {console[-MAX_ERROR_CHARACTERS:].strip()}"
     if status:
         return {"error": ending}
     try:
-        return collect_result(folder)
+        return collect(folder)
     except (InputError, KeyError) as error:
         return {"error": f"{error!r}; {ending}"}
 
@@ -370,6 +403,9 @@ def run_environment(job: Job, folder: Path, work: Path, threads: int) -> dict[st
 class Runner:
     """Works off a queue of runs, several side by side."""
 
+    # What the progress line of a run shows, by its name in the results.
+    shown: ClassVar[Mapping[str, str]] = {"val_bpb": "bpb_quantized", "step_avg_ms": "step_avg_ms"}
+
     results: Path
     work: Path
     script: Path
@@ -403,10 +439,13 @@ class Runner:
         self.active[process] = job, time.monotonic()
 
     def finish(self, process: subprocess.Popen[bytes]) -> None:
-        """Write down a run that has ended."""
-        job, started_s = self.active[process]
-        elapsed_s = time.monotonic() - started_s
+        """Take in a run that has ended."""
+        job, started_s = self.active.pop(process)
         end = describe_end(process.returncode, self.folder(job))
+        self.write_down(job, time.monotonic() - started_s, end)
+
+    def write_down(self, job: Job, elapsed_s: float, end: Json) -> None:
+        """Make a line of a run; only that of a failed one leaves a folder."""
         result = {
             "key": job.key,
             "stack": job.stack.name,
@@ -421,7 +460,6 @@ class Runner:
             **end,
         }
         append_result(self.results, result)
-        del self.active[process]
         self.finished_s.append(elapsed_s)
         self.failures_in_a_row = self.failures_in_a_row + 1 if "error" in end else 0
         if "error" not in end:
@@ -432,10 +470,9 @@ class Runner:
         """The progress line of a finished run."""
         left = len(self.queue) + len(self.active)
         left_s = statistics.fmean(self.finished_s) * left / self.side_by_side
-        shown = {"variant": job.name, "seed": job.seed}
-        shown |= {"error": end["error"].splitlines()[-1]} if "error" in end else {
-            "val_bpb": end["bpb_quantized"], "step_avg_ms": end["step_avg_ms"],
-        }  # fmt: skip
+        measured = {name: end[key] for name, key in self.shown.items() if key in end}
+        error = {"error": end["error"].splitlines()[-1]} if "error" in end else {}
+        shown = {"variant": job.name, "seed": job.seed, **measured, **error}
         shown |= {"elapsed_s": round(self.finished_s[-1], 1), "left": left}
         print(train_gpt.format_event("run", **shown, left_h=round(left_s / 3600, 2)), flush=True)
 
@@ -473,19 +510,21 @@ def is_due(result: Json | None, retry: bool) -> bool:
     return result is None or (retry and "error" in result)
 
 
-def run_grid(options: argparse.Namespace) -> int:
-    """Run what the results do not have; 1 if a run of the grid has failed."""
-    grid = read_grid(options.grid)
-    jobs, work = list_jobs(grid), options.work.resolve()
+def run_missing(
+    options: argparse.Namespace, grid: Grid, list_runs: Callable[[ModuleType], Sequence[Job]],
+    kind: type[Runner], path: Path,
+) -> int:  # fmt: skip
+    """Run what the results in `path` do not have; 1 if a run of the grid has failed."""
+    work = options.work.resolve()
     with hold_lock(work):
-        results = read_results(grid.results)
         script = copy_script(options.script, work)
         module = load_script(script)
         refuse_bad_variants(grid, module)
+        jobs, results = list_runs(module), read_results(path)
         queue = [job for job in jobs if is_due(results.get(job.key), options.retry)]
         print(f"{len(jobs)} runs, {len(queue)} to do; the script is {script}", flush=True)
-        runner = Runner(
-            results=grid.results,
+        runner = kind(
+            results=path,
             work=work,
             script=script,
             knobs={f.name.upper() for f in fields(module.Config)},
@@ -494,14 +533,218 @@ def run_grid(options: argparse.Namespace) -> int:
             queue=queue,
         )
         runner.work_off(time.monotonic() + 3600 * options.hours)
-    results = read_results(grid.results)
+    results = read_results(path)
     failed = [job for job in jobs if "error" in results.get(job.key, {})]
     done = sum(job.key in results for job in jobs)
     print(f"{done} of {len(jobs)} runs done, {len(failed)} of them failed", flush=True)
     return int(bool(failed))
 
 
-# --- 4. Statistics -------------------------------------------------------------------------------
+def run_grid(options: argparse.Namespace) -> int:
+    """The command `run`."""
+    grid = read_grid(options.grid)
+    return run_missing(options, grid, lambda script: list_jobs(grid), Runner, grid.results)
+
+
+# --- 4. Step times -------------------------------------------------------------------------------
+# A measurement is two short runs, one right after the other on the same core: the stack's, then the
+# variant's. A machine that is slower now than then slows both; other work beside them may slow one.
+# A schedule is a function of progress, so that a short run comes through all of it; where the steps
+# differ, the average one is put together from the medians of the phases and their shares of the
+# whole run.
+
+# What has nothing to do with a step is kept short: validation, quantisation, the artifact.
+SHORT_SETTINGS = {
+    "MODE": "train",
+    "TRAIN_LOG_EVERY": "1",
+    "VAL_TOKENS_LIMIT": "1",
+    "QUANTIZER": "rtn",
+    "QUANT_GRID": "uniform",
+    "ROW_STEPS": "max",
+    "CLIP_SIGMAS": "",
+    "CALIBRATION": "train",
+    "COMPRESSOR": "zlib",
+}
+DROPPED_STEPS = 2  # at the start: caches and memory are still being filled
+
+
+@dataclass(frozen=True)
+class ShortRun(Job):
+    """A run of a few steps: one part of a measurement."""
+
+    phase_of: tuple[int, ...]  # the phase of each step; -1: one that the whole run does not have
+    shares: tuple[float, ...]  # of the steps of the whole run, by phase
+    base: ShortRun | None = None  # what runs before it, the stack itself
+    then: ShortRun | None = None  # what runs after it, the variant
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {**super().settings, **SHORT_SETTINGS, "ITERATIONS": str(len(self.phase_of))}
+
+    @property
+    def key(self) -> str:
+        parts = [self.settings, self.base and self.base.settings, self.then and self.then.key]
+        return digest(parts)
+
+    @property
+    def whole(self) -> Job:
+        """The run whose step it measures."""
+        return Job(self.stack, self.variant, self.seed)
+
+
+def phases_by_step(script: ModuleType, settings: Mapping[str, str]) -> list[Any]:
+    """The phase of every step of a run that only its number of steps limits."""
+    cfg, found = script.config_from_env(settings), []
+    for step in range(cfg.iterations):
+        progress = step / cfg.iterations
+        by_steps = cfg.warmdown_iters * progress / max(1, step)
+        share = by_steps if cfg.warmdown_iters else cfg.warmdown_frac
+        scale = script.lr_scale(progress, warmdown_frac=share, floor=cfg.min_lr)
+        found.append(script.phase_at(cfg, progress, scale))
+    return found
+
+
+def counted_steps(phases: Sequence[Any]) -> list[int]:
+    """The steps that are timed: not the first ones, nor the first of a later phase."""
+    return [i for i in range(DROPPED_STEPS, len(phases)) if phases[i] == phases[i - 1]]
+
+
+def shorten(script: ModuleType, job: Job, steps: int, base: ShortRun | None = None) -> ShortRun:
+    """The short run of at least `steps` that counts a third as many of every phase."""
+    whole = phases_by_step(script, job.settings)
+    shares = {phase: count / len(whole) for phase, count in Counter(whole).items()}
+    for num_steps in range(steps, 100 * steps):
+        short = {**job.settings, **SHORT_SETTINGS, "ITERATIONS": str(num_steps)}
+        phases = phases_by_step(script, short)
+        counted = Counter(phases[i] for i in counted_steps(phases))
+        if all(counted[phase] >= steps // 3 for phase in shares):
+            order = list(shares)
+            phase_of = tuple(order.index(p) if p in shares else -1 for p in phases)
+            own = job.stack, job.variant, job.seed
+            return ShortRun(*own, phase_of, tuple(shares.values()), base)
+    raise InputError(f"{job.name}: a phase of its schedule is too short to be timed")
+
+
+def collect_steps(part: ShortRun, folder: Path) -> Json:
+    """What the steps of a short run took, and the average step of the whole run."""
+    log = RunLog.read(folder / METRICS)
+    log.need("train_end")
+    train_s = [0.0, *(event["train_s"] for event in log.by_step("step"))]
+    steps_ms = [round(1e3 * (train_s[i + 1] - train_s[i]), 1) for i in range(len(train_s) - 1)]
+    if len(steps_ms) != len(part.phase_of):
+        raise InputError(f"{log.path} has {len(steps_ms)} of {len(part.phase_of)} steps")
+    counted = counted_steps(part.phase_of)
+    medians_ms = [
+        statistics.median(steps_ms[i] for i in counted if part.phase_of[i] == phase)
+        for phase in range(len(part.shares))
+    ]
+    phases = [*zip(part.shares, medians_ms, strict=True)]
+    return {
+        "step_ms": round(sum(share * step_ms for share, step_ms in phases), 3),
+        "phases": [{"share": round(share, 4), "step_ms": ms} for share, ms in phases],
+        "steps_ms": steps_ms,
+        **origin_of(log),
+    }
+
+
+def compare_steps(job: ShortRun, base: Json, end: Json) -> Json:
+    """The measurements of a pair of short runs."""
+    assert job.base, f"{job.name} has nothing to be compared with"
+    return {
+        "run": job.whole.key,
+        "base_run": job.base.whole.key,
+        "ratio": round(end["step_ms"] / base["step_ms"], 5),
+        **end,
+        "base_step_ms": base["step_ms"],
+        "base_steps_ms": base["steps_ms"],
+    }
+
+
+def split_cores(jobs: int, threads: int) -> list[set[int]]:
+    """Cores for each of `jobs` side by side; none where a process cannot be held on them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [set() for _ in range(jobs)]
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < jobs * threads:
+        raise InputError(
+            f"--jobs {jobs} of {threads} threads need as many cores; {len(cores)} are here"
+        )
+    return [set(cores[i * threads : (i + 1) * threads]) for i in range(jobs)]
+
+
+@contextlib.contextmanager
+def held_on(cores: set[int]) -> Generator[None]:
+    """What is started within stays on these cores."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@dataclass(kw_only=True)
+class Timer(Runner):
+    """Works off a queue of measurements, each on cores of its own."""
+
+    shown: ClassVar[Mapping[str, str]] = {
+        "step_ms": "step_ms", "base_step_ms": "base_step_ms", "x_reference": "ratio",
+    }  # fmt: skip
+
+    free: list[set[int]] = field(init=False)
+    cores: dict[str, set[int]] = field(default_factory=dict)  # of the measurements in progress
+    bases: dict[str, tuple[Json, float]] = field(default_factory=dict)  # theirs, and their starts
+
+    def __post_init__(self) -> None:
+        self.free = split_cores(self.side_by_side, self.threads)
+
+    def start(self, job: Job) -> None:
+        """Start what comes next of a measurement: the base, or after it the variant."""
+        assert isinstance(job, ShortRun) and job.base, f"{job.name} is not a measurement"
+        is_second = job.key in self.bases
+        if not is_second:
+            self.cores[job.key] = self.free.pop()
+        with held_on(self.cores[job.key]):
+            super().start(job if is_second else replace(job.base, then=job))
+
+    def finish(self, process: subprocess.Popen[bytes]) -> None:
+        """Take in a short run; after the base goes on with the variant, in the same minute."""
+        part, started_s = self.active.pop(process)
+        assert isinstance(part, ShortRun), f"{part.name} is not a short run"
+        job, folder = part.then or part, self.folder(part)
+        end = describe_end(process.returncode, folder, functools.partial(collect_steps, part))
+        if part.then and "error" not in end:
+            shutil.rmtree(folder)
+            self.bases[job.key] = end, started_s
+            self.start(job)
+            return
+        self.free.append(self.cores.pop(job.key))
+        base, started_s = self.bases.pop(job.key, ({}, started_s))
+        end = end if "error" in end else compare_steps(job, base, end)
+        self.write_down(job, time.monotonic() - started_s, end)
+
+
+def list_short_runs(grid: Grid, steps: int, num_seeds: int, script: ModuleType) -> list[ShortRun]:
+    """All measurements on the first seeds of each stack; the stack itself is measured, too."""
+    found = []
+    for job in jobs_by_seed(grid):
+        if job.seed in job.stack.seeds[:num_seeds]:
+            base = shorten(script, replace(job, variant=job.stack.variants[0]), steps)
+            found.append(shorten(script, job, steps, base))
+    return each_once(found)
+
+
+def time_grid(options: argparse.Namespace) -> int:
+    """The command `time`."""
+    grid = read_grid(options.grid)
+    list_runs = functools.partial(list_short_runs, grid, options.steps, options.seeds)
+    return run_missing(options, grid, list_runs, Timer, grid.timings)
+
+
+# --- 5. Statistics -------------------------------------------------------------------------------
 # A variant and its stack are compared on the seeds that both have. What a technique gains is what
 # the bits per byte fall by where it is: from the stack to the variant if it is added, from the
 # variant to the stack if it is left out.
@@ -557,13 +800,13 @@ def compare(stack: Stack, mode: str, results: Mapping[str, Json]) -> list[Compar
     return sorted(found, key=lambda c: -statistics.fmean(c.gains) if c.gains else math.inf)
 
 
-# --- 5. Table ------------------------------------------------------------------------------------
+# --- 6. Table ------------------------------------------------------------------------------------
 
 HEADER = [
     "variant", "changed", "params", "bpb", "std", "n", "difference", "std of it", "p (paired)",
-    "p (Welch)", "before quantization", "step time", "artifact bytes",
+    "p (Welch)", "before quantization", "artifact bytes", "step ms", "x reference",
 ]  # fmt: skip
-NO_COMPARISON = ["-"] * 7
+NO_COMPARISON = ["-"] * 6
 MODE_TITLES = {"add": "Added, one at a time", "leave_out": "Left out, one at a time"}
 EXPLANATION = """\
 bpb: bits per byte of the artifact on the validation text that is scored (its bytes are below), in
@@ -571,10 +814,17 @@ windows of the training context without overlap; mean and standard deviation ove
 Difference: variant minus reference, mean over the seeds that both have, and its standard deviation;
 the same before quantization. p: that the technique gains as much by chance, one-sided, from the
 differences of the seeds (paired) and from the scores as if the seeds had nothing in common (Welch);
-the seed also decides the order of the data, so that the former sees smaller effects. Step time: the
-variant's over the reference's, compilation not counted; it means little where other work ran beside
-the runs. Artifact bytes: variant minus reference. Sorted by what the technique gains. The runs are
-short: what pays only late in a long training shows less here."""
+the seed also decides the order of the data, so that the former sees smaller effects. Artifact
+bytes: variant minus reference. Sorted by what the technique gains. The runs are short: what pays
+only late in a long training shows less here."""
+TIME_EXPLANATION = """\
+Step ms: what the average step of the training takes, without compilation; x reference: over what
+the reference's takes, which ran right before it on the same core. Compare these ratios: the ms of
+two rows may lie hours apart. The reference's row is a measurement of it against itself: it differs
+from 1 by chance alone. A time is the median of a few steps, and of the seeds if there are several;
+where the schedule changes the steps, it is put together from the medians of its phases by their
+shares of the training. The median does not see what less than half of the steps do: the averaging
+of SWA and of the tail."""
 
 
 def spell_overrides(overrides: Mapping[str, str]) -> str:
@@ -602,19 +852,52 @@ def comparison_cells(compared: Comparison) -> list[str]:
         return NO_COMPARISON
     mean, std = mean_and_std(differences)
     before = statistics.fmean(paired(runs, references, "bpb_prequant"))
-    step_time = mean_of(runs, "step_avg_ms") / mean_of(references, "step_avg_ms")
     return [
         f"{mean:+.5f}",
         f"{std:.5f}" if len(differences) > 1 else "-",
         *("-" if p is None else f"{p:.4f}" for p in (compared.paired, compared.welch)),
         f"{before:+.5f}",
-        f"{step_time:.3f}",
         f"{statistics.fmean(paired(runs, references, 'artifact_bytes')):+,.0f}",
     ]
 
 
-def format_stack(stack: Stack, results: Mapping[str, Json]) -> list[str]:
+def timings_of(stack: Stack, timings: Iterable[Json]) -> dict[str, Json]:
+    """The measurements against this stack, by the run whose step they measure."""
+    bases = {Job(stack, stack.variants[0], seed).key for seed in stack.seeds}
+    good = [line for line in timings if "error" not in line]
+    return {line["run"]: line for line in good if line["base_run"] in bases}
+
+
+def time_cells(measured: Mapping[int, Json]) -> list[str]:
+    """The step time of a variant and its ratio to the reference's."""
+    if not measured:
+        return ["-", "-"]
+    step_ms, ratio = (
+        statistics.median(line[key] for line in measured.values()) for key in ("step_ms", "ratio")
+    )
+    return [f"{step_ms:,.0f}", f"{ratio:.2f}"]
+
+
+def format_timings(stack: Stack, timings: Mapping[str, Json]) -> list[str]:
+    """What the columns of the step times do not say: their spread, and steps that change."""
+    if not timings:
+        return []
+    base_ms = [line["base_step_ms"] for line in timings.values()]
+    lines = [
+        f"Step of the reference, of {len(base_ms)} measurements: median "
+        f"{statistics.median(base_ms):,.0f} ms, {min(base_ms):,.0f} to {max(base_ms):,.0f} ms."
+    ]
+    for variant in stack.variants:
+        for line in [*finished_runs(stack, variant, timings).values()][:1]:
+            phases = [f"{p['share']:.0%} at {p['step_ms']:,.0f} ms" for p in line["phases"]]
+            if len(phases) > 1:
+                lines.append(f"Steps of {variant.name}: {', '.join(phases)}.")
+    return lines
+
+
+def format_stack(stack: Stack, results: Mapping[str, Json], timings: Iterable[Json]) -> list[str]:
     """The tables of one stack, the reference at the head of each."""
+    timed = timings_of(stack, timings)
     references = finished_runs(stack, stack.variants[0], results)
     setting = f"`{stack.recipe}`" if stack.recipe else "the defaults of `train_gpt.py`"
     if stack.settings:
@@ -624,14 +907,15 @@ def format_stack(stack: Stack, results: Mapping[str, Json]) -> list[str]:
     trained = f"{stack.steps:,} steps"
     if references:
         trained += f" ({mean_of(references, 'tokens'):,.0f} tokens)"
-    lines += [f"Every run: {trained}; seeds {seeds}."]
+    lines += [f"Every run: {trained}; seeds {seeds}.", *format_timings(stack, timed)]
+    times = {v.name: time_cells(finished_runs(stack, v, timed)) for v in stack.variants}
     for mode, title in MODE_TITLES.items():
         if not (compared := compare(stack, mode, results)):
             continue
-        rows = [[REFERENCE, "-", *score_cells(references), *NO_COMPARISON]]
+        rows = [[REFERENCE, "-", *score_cells(references), *NO_COMPARISON, *times[REFERENCE]]]
         for c in compared:
-            change = f"`{spell_overrides(c.variant.overrides)}`"
-            rows.append([c.variant.name, change, *score_cells(c.runs), *comparison_cells(c)])
+            name, change = c.variant.name, f"`{spell_overrides(c.variant.overrides)}`"
+            rows.append([name, change, *score_cells(c.runs), *comparison_cells(c), *times[name]])
         lines += ["", f"### {title}", "", *table_lines(HEADER, rows)]
     return lines
 
@@ -659,15 +943,33 @@ def format_origin(grid: Grid, done: Sequence[Json]) -> list[str]:
         lines.append(f"- Data: `{grid.data}`.")
     if not done:
         return lines
-    side_by_side = ", ".join(distinct(done, "side_by_side"))
-    threads = ", ".join(distinct(done, "threads"))
     return [
         *lines,
         f"- Scored: {', '.join(distinct(done, 'scored_bytes'))} bytes of validation text.",
-        f"- Hardware: {'; '.join(distinct(done, 'hardware'))}. Runs side by side: {side_by_side}; "
-        f"threads of each: {threads}.",
+        f"- Hardware: {format_hardware(done)}",
         f"- Versions: {'; '.join(distinct(done, 'versions'))}.",
         f"- SHA-256 of `train_gpt.py`: {'; '.join(distinct(done, 'source_sha256'))}.",
+    ]
+
+
+def format_hardware(done: Sequence[Json]) -> str:
+    """What ran them, and how many at a time."""
+    side_by_side, threads = (", ".join(distinct(done, key)) for key in ("side_by_side", "threads"))
+    return (
+        f"{'; '.join(distinct(done, 'hardware'))}. Runs side by side: {side_by_side}; "
+        f"threads of each: {threads}."
+    )
+
+
+def format_time_origin(grid: Grid, timings: Sequence[Json]) -> list[str]:
+    """Command, hardware and sources of the step times that are shown."""
+    stacks = [timings_of(stack, timings) for stack in grid.stacks]
+    if not (shown := [line for timed in stacks for line in timed.values()]):
+        return []
+    return [
+        f"- Step times: `python records/ablations.py time {shown_path(grid.path)}`, ratios within "
+        f"one measurement. {format_hardware(shown)}",
+        f"- SHA-256 of `train_gpt.py` there: {'; '.join(distinct(shown, 'source_sha256'))}.",
     ]
 
 
@@ -681,26 +983,28 @@ def format_failures(jobs: Sequence[Job], results: Mapping[str, Json]) -> list[st
     return ["", "## Failed runs", "", *lines] if lines else []
 
 
-def format_ablations(grid: Grid, results: Mapping[str, Json]) -> str:
+def format_ablations(grid: Grid, results: Mapping[str, Json], timings: Sequence[Json] = ()) -> str:
     """The content of GRID.md."""
     jobs = list_jobs(grid)
     done = [results[job.key] for job in jobs if "error" not in results.get(job.key, {"error": ""})]
     compared = [c for stack in grid.stacks for mode in MODES for c in compare(stack, mode, results)]
     num_tests = sum(c.paired is not None for c in compared)
     command = f"python records/ablations.py table {shown_path(grid.path)}"
+    origin = [*format_origin(grid, done), *(times := format_time_origin(grid, timings))]
     lines = ["# Ablations", "", f"Made by `{command}`: do not edit.", "", *EXPLANATION.splitlines()]
     if num_tests:
         lines.append(
             f"Of {num_tests} tests of a kind, {num_tests / 20:.1f} are below 0.05 by chance alone."
         )
-    lines += ["", f"- {len(done)} of {len(jobs)} runs are done.", *format_origin(grid, done)]
+    lines += ["", *TIME_EXPLANATION.splitlines()] if times else []
+    lines += ["", f"- {len(done)} of {len(jobs)} runs are done.", *origin]
     lines += ["", f"![What each technique gains]({grid.path.stem}.png)"]
     for stack in grid.stacks:
-        lines += format_stack(stack, results)
+        lines += format_stack(stack, results, timings)
     return "\n".join([*lines, *format_failures(jobs, results), ""])
 
 
-# --- 6. Plot -------------------------------------------------------------------------------------
+# --- 7. Plot -------------------------------------------------------------------------------------
 # One panel a stack: what each technique gains, a small dot a seed, and the standard error of the
 # mean where there are two seeds or more.
 
@@ -755,14 +1059,32 @@ def draw_ablations(grid: Grid, results: Mapping[str, Json], path: Path) -> None:
 def write_table(options: argparse.Namespace) -> int:
     """Write the table and the plot beside the results."""
     grid = read_grid(options.grid)
-    results = read_results(grid.results)
-    train_gpt.write_atomic(grid.path.with_suffix(".md"), format_ablations(grid, results).encode())
+    results, timings = read_results(grid.results), [*read_results(grid.timings).values()]
+    text = format_ablations(grid, results, timings)
+    train_gpt.write_atomic(grid.path.with_suffix(".md"), text.encode())
     draw_ablations(grid, results, grid.path.with_suffix(".png"))
     return 0
 
 
-# --- 7. Command line -----------------------------------------------------------------------------
+# --- 8. Command line -----------------------------------------------------------------------------
 # Exit status: 0, 1 if a run failed, 2 for unusable input, 130 for Ctrl-C.
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """The options of the commands that run something."""
+    command.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
+    command.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
+    command.add_argument(
+        "--hours", type=float, default=math.inf, help="start no run after that; 0: only check"
+    )
+    command.add_argument("--retry", action="store_true", help="the failed runs, too")
+    command.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="what to run")
+    command.add_argument(
+        "--work", type=Path, default=ROOT / "logs/ablations", help="runs in progress, compiled code"
+    )
+
+
+COMMANDS = {"run": run_grid, "time": time_grid, "table": write_table}
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -771,22 +1093,19 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ablations.py", description=summary)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run what the results do not have yet")
-    run.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
-    run.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
-    run.add_argument(
-        "--hours", type=float, default=math.inf, help="start no run after that; 0: only check"
-    )
-    run.add_argument("--retry", action="store_true", help="the failed runs, too")
-    run.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="what to run")
-    run.add_argument(
-        "--work", type=Path, default=ROOT / "logs/ablations", help="runs in progress, compiled code"
-    )
+    timed = commands.add_parser("time", help="measure the steps that were not measured yet")
+    timed.add_argument("--steps", type=int, default=12, help="of a short run, at least (12)")
+    timed.add_argument("--seeds", type=int, default=1, help="how many of each stack's (1)")
+    for command in (run, timed):
+        add_run_options(command)
     table = commands.add_parser("table", help="write GRID.md and GRID.png from the results")
-    for command in (run, table):
+    for command in (run, timed, table):
         command.add_argument("grid", type=Path, metavar="GRID.toml")
     options = parser.parse_args(argv)
-    if options.command == "run" and min(options.jobs, options.threads) < 1:
+    if options.command != "table" and min(options.jobs, options.threads) < 1:
         parser.error("--jobs and --threads are at least 1")
+    if options.command == "time" and (options.steps < 3 or options.seeds < 1):
+        parser.error("--steps is at least 3, --seeds at least 1")
     return options
 
 
@@ -794,7 +1113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         options = parse_options(argv)
-        return run_grid(options) if options.command == "run" else write_table(options)
+        return COMMANDS[options.command](options)
     except (InputError, OSError) as error:
         print(f"ablations.py: {error}", file=sys.stderr)
         return 2

@@ -1010,13 +1010,15 @@ RECORDS_TAIL = """\
 What each technique is worth at a track's scale stands in its `ablations.md`, where there is one: a
 grid of changed knobs times seeds, each run a fixed number of steps. The grid is `ablations.toml`
 beside it (how to write one: the head of `records/ablations.py`), every run a line of
-`ablations.jsonl`, table and plot are made from that.
+`ablations.jsonl`, table and plot are made from that. What a step takes is measured by itself, each
+variant next to its reference, into `ablations_time.jsonl`.
 
 ```bash
 grid=records/track_cpu_10min_1mb/ablations.toml
 python records/ablations.py run $grid --hours 0             # check the grid, run nothing
 python records/ablations.py run $grid --jobs 2 --hours 4    # what is missing; killed, it goes on
 python records/ablations.py run $grid --retry               # the failed runs, too
+python records/ablations.py time $grid --jobs 2             # what a step takes; nothing else runs
 python records/ablations.py table $grid                     # ablations.md and ablations.png
 ```"""
 

@@ -1,7 +1,9 @@
 """The ablation runner: grids, runs that are killed, fail and go on, statistics, table and plot.
 
 The runs are those of a stand-in for the script, which starts at once and writes what a run writes;
-its score is 2 less its QUALITY, and the seed adds its hundredth. One test runs the script itself.
+its score is 2 less its QUALITY, and the seed adds its hundredth; its steps say that they took
+STEP_MS, from the share CHANGE_AT of the run on LATE_MS, and the first two ten times as long. One
+test runs the script itself.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +26,7 @@ import pytest
 import train_gpt
 from records import ablations
 from records.ablations import Job, main, read_grid
-from records.records import append_result, read_results
+from records.records import append_result, parse_settings, read_results
 from tests.conftest import TinyData
 from tests.processes import wait_until
 from train_gpt import InputError
@@ -31,7 +35,7 @@ ROOT = Path(ablations.__file__).resolve().parent.parent
 GRIDS = sorted(ROOT.glob("records/*/ablations.toml"))
 
 STAND_IN = """
-import dataclasses, hashlib, json, os, pathlib, sys, time
+import dataclasses, hashlib, json, os, pathlib, sys, time, types
 
 @dataclasses.dataclass
 class Config:
@@ -41,11 +45,36 @@ class Config:
 def config_from_env(env):
     if "MISSPELT" in env:
         raise ValueError("MISSPELT is not a knob")
-    return {name: env.get(name, "0") for name in ("QUALITY", "FAIL", "OTHER", "WAIT_FOR")}
+    names = ("QUALITY", "FAIL", "OTHER", "WAIT_FOR", "STEP_MS", "LATE_MS")
+    return types.SimpleNamespace(
+        iterations=int(env["ITERATIONS"]), warmdown_iters=0, warmdown_frac=0, min_lr=0,
+        change_at=float(env.get("CHANGE_AT", 1)), **{name: env.get(name, "0") for name in names})
+
+def lr_scale(progress, *, warmdown_frac, floor):
+    return 1.0
+
+def phase_at(cfg, progress, scale):
+    return "late" if progress >= cfg.change_at else "early"
+
+def step_events(env):
+    cfg, train_s = config_from_env(env), 0.0
+    for n in range(cfg.iterations):
+        is_late = phase_at(cfg, n / cfg.iterations, 1.0) == "late"
+        step_ms = float(env.get("LATE_MS" if is_late else "STEP_MS", 250))
+        train_s = round(train_s + (10 if n < 2 else 1) * step_ms / 1000, 3)
+        yield {"event": "step", "step": n + 1, "train_loss": 5.0 - n, "train_s": train_s}
+
+def note_start(env):
+    with open(env["STARTS"], "a") as file:
+        names = ("QUALITY", "MODE", "ITERATIONS", "SEED")
+        cores = sorted(os.sched_getaffinity(0))
+        print(json.dumps({"cores": cores, **{n: env.get(n, "") for n in names}}), file=file)
 
 def run(env):
     folder, seed = pathlib.Path(env["RUN_DIR"]), int(env["SEED"])
     (folder / "pid").write_text(str(os.getpid()))
+    if "STARTS" in env:
+        note_start(env)
     while env.get("WAIT_FOR") and not os.path.exists(env["WAIT_FOR"]):
         time.sleep(0.01)
     if "FAIL" in env and not os.path.exists(env["FAIL"]):
@@ -59,7 +88,7 @@ def run(env):
         {"event": "versions", "python": "3.11.7", "torch": "2.13.0", "source_sha256": source},
         {"event": "hardware", "name": "2 CPU cores, Imaginary 3000"},
         {"event": "model", "params": 1_000_000 + int(env.get("OTHER", 0))},
-        *({"event": "step", "step": n + 1, "train_loss": 5.0 - n} for n in range(steps)),
+        *step_events(env),
         {"event": "train_end", "steps": steps, "step_avg_ms": 250.0, "tokens": steps * 4096,
          "train_s": steps / 4},
         {"event": "final_prequant", "val_bpb": round(bpb - 0.005, 8)},
@@ -97,15 +126,15 @@ def write_grid(folder: Path, text: str = GRID) -> Path:
     return path
 
 
-def command(grid: Path, *more: str) -> list[str]:
-    """Arguments that run a grid with the stand-in."""
+def command(grid: Path, *more: str, verb: str = "run") -> list[str]:
+    """Arguments that run a grid, or time its steps, with the stand-in."""
     folder = grid.parent
-    return ["run", str(grid), "--script", f"{folder}/script.py", "--work", f"{folder}/work", *more]
+    return [verb, str(grid), "--script", f"{folder}/script.py", "--work", f"{folder}/work", *more]
 
 
-def lines_of(grid: Path) -> list[dict[str, Any]]:
+def lines_of(grid: Path, ending: str = ".jsonl") -> list[dict[str, Any]]:
     """The results, in the order in which they were written."""
-    path = grid.with_suffix(".jsonl")
+    path = grid.with_name(grid.stem + ending)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -271,12 +300,14 @@ def test_a_run_inherits_no_knob_and_runs_a_copy_of_the_script(
     assert len({line["source_sha256"] for line in lines_of(grid)}) == 1
 
 
-def start_runner(grid: Path) -> subprocess.Popen[bytes]:
+def start_runner(
+    grid: Path, argv: Sequence[str] = (), is_ready: Callable[[], bool] | None = None
+) -> subprocess.Popen[bytes]:
     """A runner in a process of its own, which has done all of a grid that does not wait."""
     program = [sys.executable, str(ROOT / "records/ablations.py")]
-    process = subprocess.Popen([*program, *command(grid)], stderr=subprocess.PIPE)
+    process = subprocess.Popen([*program, *(argv or command(grid))], stderr=subprocess.PIPE)
     wait_until(
-        lambda: len(lines_of(grid)) == 3 and len(waiting_pids(grid)) == 2,
+        is_ready or (lambda: len(lines_of(grid)) == 3 and len(waiting_pids(grid)) == 2),
         timeout_s=60,
         problem="the runner has not come to the runs that wait",
     )
@@ -415,8 +446,217 @@ def test_the_script_itself_can_be_ablated(tmp_path: Path, data: TinyData) -> Non
     assert reference["tokens"] == xsa["tokens"] == 3 * 256
     assert reference["bpb_quantized"] != xsa["bpb_quantized"] > 1
     assert xsa["setting"]["XSA_LAST_N"] == "2" and "XSA_LAST_N" not in reference["setting"]
+    timing = ["time", str(grid), "--work", f"{tmp_path}/work", "--jobs", "1", "--steps", "3"]
+    assert main(timing) == 0
+    assert [len(line["steps_ms"]) for line in lines_of(grid, TIMES)] == [3, 3]
     assert main(["table", str(grid)]) == 0
-    assert "| xsa | `XSA_LAST_N=2` |" in grid.with_suffix(".md").read_text()
+    assert "| xsa | `XSA_LAST_N=2` |" in (text := grid.with_suffix(".md").read_text())
+    assert "Step of the reference, of 2 measurements: " in text
+
+
+# --- Step times ----------------------------------------------------------------------------------
+
+TIMES = "_time.jsonl"
+NUM_TIMINGS = 3 + 2
+
+
+def timing_grid(folder: Path, better: str = "QUALITY=0.1 STEP_MS=300", base: str = "") -> Path:
+    """GRID with runs of 20 steps that note when they start."""
+    text = GRID.replace("steps = 3", "steps = 20").replace('"QUALITY=0.1"', f'"{better}"')
+    return write_grid(folder, text.replace('"OTHER=0"', f'"OTHER=0 STARTS={folder}/starts {base}"'))
+
+
+def time_command(grid: Path, *more: str) -> list[str]:
+    """Arguments that measure one step time after the other."""
+    return command(grid, "--jobs", "1", "--steps", "6", *more, verb="time")
+
+
+def starts_of(grid: Path) -> list[dict[str, Any]]:
+    """What the runs of a timing grid have noted, in the order of their starts."""
+    return [json.loads(line) for line in (grid.parent / "starts").read_text().splitlines()]
+
+
+def test_a_step_is_timed_right_after_that_of_its_stack_on_the_same_core(tmp_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    grid = timing_grid(tmp_path)
+    assert main(time_command(grid)) == 0
+    lines, starts = lines_of(grid, TIMES), starts_of(grid)
+    assert names(lines) == [
+        ("small", "reference", 1), ("small", "better", 1), ("small", "worse", 1),
+        ("large", "reference", 1), ("large", "better", 1),
+    ]  # fmt: skip
+    assert [start["QUALITY"] for start in starts] == [
+        "", "", "", "0.1", "", "-0.1", "0.3", "0.3", "0.3", "0.2",
+    ]  # fmt: skip
+    assert {(s["MODE"], s["ITERATIONS"], s["SEED"]) for s in starts} == {("train", "6", "1")}
+    assert {len(start["cores"]) for start in starts} == {1}
+    assert os.sched_getaffinity(0) == cores
+    assert [line["ratio"] for line in lines] == [1.0, 1.2, 1.0, 1.0, 1.0]
+    expected = {
+        "step_ms": 300.0, "base_step_ms": 250.0, "phases": [{"share": 1.0, "step_ms": 300.0}],
+        "steps_ms": [3000.0, 3000.0, 300.0, 300.0, 300.0, 300.0], "side_by_side": 1, "threads": 1,
+        "overrides": {"QUALITY": "0.1", "STEP_MS": "300"}, "mode": "add",
+    }  # fmt: skip
+    assert {key: lines[1][key] for key in expected} == expected
+    assert list(tmp_runs(grid).iterdir()) == [] == lines_of(grid)
+
+
+def test_what_was_timed_is_not_timed_again(tmp_path: Path) -> None:
+    grid = timing_grid(tmp_path)
+    assert main(time_command(grid)) == 0
+    before = lines_of(grid, TIMES)
+    assert main(time_command(grid)) == 0
+    assert lines_of(grid, TIMES) == before
+    timing_grid(tmp_path, "QUALITY=0.1 STEP_MS=275")
+    assert main(time_command(grid)) == 0
+    assert names(lines_of(grid, TIMES)[NUM_TIMINGS:]) == [("small", "better", 1)]
+    assert main(time_command(grid, "--seeds", "2")) == 0
+    assert {line["seed"] for line in lines_of(grid, TIMES)[NUM_TIMINGS + 1 :]} == {2}
+    timing_grid(tmp_path, "QUALITY=0.1 STEP_MS=275", base="STEP_MS=260")
+    assert main(time_command(grid)) == 0  # another base: all of it, but not what was there before
+    assert len(lines_of(grid, TIMES)) == 3 * NUM_TIMINGS + 1
+    assert main(time_command(grid, "--hours", "0")) == 0
+
+
+def test_steps_that_change_count_by_their_share_of_the_whole_run(tmp_path: Path) -> None:
+    grid = timing_grid(tmp_path, "QUALITY=0.1 CHANGE_AT=0.75 LATE_MS=450")
+    assert main(time_command(grid)) == 0
+    line = next(line for line in lines_of(grid, TIMES) if line["variant"] == "better")
+    assert line["phases"] == [{"share": 0.75, "step_ms": 250.0}, {"share": 0.25, "step_ms": 450.0}]
+    assert line["step_ms"] == 0.75 * 250 + 0.25 * 450
+    # Two steps of each phase are counted, and the first is not: three make the last quarter.
+    assert len(line["steps_ms"]) == 12 and len(line["base_steps_ms"]) == 6
+
+
+def test_of_several_seeds_the_median_is_shown() -> None:
+    measured = {seed: {"step_ms": 100.0 * seed, "ratio": 1 + seed / 4} for seed in (1, 2, 9)}
+    assert ablations.time_cells(measured) == ["200", "1.50"]
+
+
+def test_neither_the_first_steps_nor_those_after_a_change_count() -> None:
+    assert ablations.counted_steps("aaaabbbac") == [2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("warmdown", ["WARMDOWN_FRAC=0.4", "WARMDOWN_ITERS=7", "WARMDOWN_FRAC=0"])
+def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(warmdown: str) -> None:
+    settings = {"ITERATIONS": "20", "MIN_LR": "0.1", **parse_settings(warmdown, "")}
+    cfg = train_gpt.config_from_env(settings)
+    trainers: list[Any] = [
+        SimpleNamespace(run=SimpleNamespace(cfg=cfg), progress=train_gpt.Progress(step))
+        for step in range(20)
+    ]
+    script: Any = SimpleNamespace(
+        config_from_env=train_gpt.config_from_env,
+        lr_scale=train_gpt.lr_scale,
+        phase_at=lambda cfg, progress, scale: (progress, scale),
+    )
+    expected = [(t.progress.fraction(cfg), train_gpt.Trainer.scale(t)) for t in trainers]
+    assert ablations.phases_by_step(script, settings) == expected
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
+def test_every_variant_of_the_grids_that_are_here_can_be_timed(path: Path) -> None:
+    short_runs = ablations.list_short_runs(read_grid(path), 12, 1, train_gpt)
+    changing = {run.name: run.shares for run in short_runs if len(run.shares) > 1}
+    assert changing["stack/loop"] == (0.5, 0.5)
+    assert changing["stack/late_qat"] == (99 / 120, 21 / 120)  # the last 0.3 of 0.6 of 120 steps
+    assert all(12 <= len(run.phase_of) < 30 for run in short_runs)
+
+
+def start_timer(grid: Path) -> subprocess.Popen[bytes]:
+    """A runner that has timed the first stack itself, and waits for the variant after it."""
+
+    def is_ready() -> bool:
+        begun = (grid.parent / "starts").exists() and len(starts_of(grid)) == 4
+        return begun and len(waiting_pids(grid)) == 1
+
+    return start_runner(grid, time_command(grid), is_ready)
+
+
+def test_a_killed_measurement_starts_again_with_its_stack(tmp_path: Path) -> None:
+    grid = timing_grid(tmp_path, f"QUALITY=0.1 WAIT_FOR={tmp_path}/go")
+    process = start_timer(grid)
+    (pid,) = waiting_pids(grid)
+    process.kill()
+    process.communicate()
+    os.kill(pid, signal.SIGKILL)  # nobody is left who could end it
+    before = lines_of(grid, TIMES)
+    assert [start["QUALITY"] for start in starts_of(grid)] == ["", "", "", "0.1"]
+    (tmp_path / "go").touch()
+    assert main(time_command(grid)) == 0
+    assert [start["QUALITY"] for start in starts_of(grid)[4:6]] == ["", "0.1"]
+    assert lines_of(grid, TIMES)[:1] == before
+    assert len(lines_of(grid, TIMES)) == len(read_results(grid.with_name("grid" + TIMES))) == 5
+
+
+def test_a_measurement_that_is_told_to_stop_ends_its_run(tmp_path: Path) -> None:
+    grid = timing_grid(tmp_path, f"QUALITY=0.1 WAIT_FOR={tmp_path}/go")
+    process = start_timer(grid)
+    (pid,) = waiting_pids(grid)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"the same command goes on" in said
+    assert not is_alive(pid) and len(lines_of(grid, TIMES)) == 1
+
+
+@pytest.mark.parametrize("where", ["variant", "base"])
+def test_a_failed_measurement_is_written_down_and_made_again_on_demand(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail = f"FAIL={tmp_path}/go"
+    grid = (
+        timing_grid(tmp_path, f"QUALITY=0.1 {fail}")
+        if where == "variant"
+        else timing_grid(tmp_path, f"QUALITY=0.1 FAIL={ROOT}", base=fail)
+    )
+    assert main(time_command(grid)) == 1
+    failed = [line for line in lines_of(grid, TIMES) if "error" in line]
+    assert len(failed) == (1 if where == "variant" else NUM_TIMINGS)
+    assert failed[0]["error"] == "exit status 1: a traceback\nRunFailed: no luck"
+    assert 'error:"RunFailed: no luck"' in capsys.readouterr().out
+    assert main(["table", str(grid)]) == 0
+    (tmp_path / "go").touch()
+    assert main(time_command(grid)) == 1
+    assert len(lines_of(grid, TIMES)) == NUM_TIMINGS
+    assert main(time_command(grid, "--retry")) == 0
+    assert names(lines_of(grid, TIMES)[NUM_TIMINGS:]) == names(failed)
+    assert list(tmp_runs(grid).iterdir()) == []
+
+
+def test_a_run_that_logs_too_few_steps_gives_no_time(tmp_path: Path) -> None:
+    grid = timing_grid(tmp_path)
+    (tmp_path / "script.py").write_text(
+        STAND_IN.replace("*step_events(env)", "*list(step_events(env))[1:]")
+    )
+    assert main(time_command(grid)) == 1
+    assert all("has 5 of 6 steps" in line["error"] for line in lines_of(grid, TIMES))
+
+
+def test_more_measurements_side_by_side_than_cores_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = timing_grid(tmp_path)
+    assert main(command(grid, "--jobs", "9999", verb="time")) == 2
+    assert "--jobs 9999 of 1 threads need as many cores" in capsys.readouterr().err
+    assert not lines_of(grid, TIMES)
+
+
+def test_the_table_shows_the_ratio_to_the_stack_in_whose_measurement_it_was(tmp_path: Path) -> None:
+    grid = timing_grid(tmp_path, "QUALITY=0.1 CHANGE_AT=0.75 LATE_MS=450")
+    assert main(command(grid)) == 0
+    assert main(["table", str(grid)]) == 0
+    before = grid.with_suffix(".md").read_text()
+    assert all(row.endswith(" | - | - |") for row in before.splitlines() if "| 2 |" in row)
+    assert "x reference:" not in before and "ablations.py time" not in before
+    assert main(time_command(grid)) == 0
+    assert main(["table", str(grid)]) == 0
+    text = grid.with_suffix(".md").read_text()
+    ends = [row.split(" | ")[-2:] for row in text.splitlines() if row.startswith("| better")]
+    assert ends == [["300", "1.20 |"], ["250", "1.00 |"]]
+    assert "\nStep of the reference, of 3 measurements: median 250 ms, 250 to 250 ms.\n" in text
+    assert "\nSteps of better: 75% at 250 ms, 25% at 450 ms.\n" in text
+    assert "- Step times: `python records/ablations.py time grid.toml`, ratios within one" in text
+    assert "x reference: over what\nthe reference's takes" in text
 
 
 # --- Statistics ----------------------------------------------------------------------------------
@@ -526,8 +766,8 @@ def test_the_table_says_what_each_technique_is_worth(tmp_path: Path) -> None:
     p = student_4(0.1 / math.sqrt(0.02 / 3))
     start = "| gate | `GATE=1` | 1,000,024 | 2.00000 | 0.10000 | 3 | -0.10000 | 0.00000 | "
     assert rows[3].startswith(start)
-    assert rows[3].endswith(f" | {p:.4f} | -0.12000 | 1.050 | +1,500 |")
-    assert rows[5] == "| late | `LATE=1` | - | - | - | 0 | - | - | - | - | - | - | - |"
+    assert rows[3].endswith(f" | {p:.4f} | -0.12000 | +1,500 | - | - |")
+    assert rows[5] == "| late | `LATE=1` | - | - | - | 0 | - | - | - | - | - | - | - | - |"
     assert "12 of 15 runs are done." in text
     assert "Every run: 3 steps (12,288 tokens); seeds 1, 2, 3." in text
     assert "Made by `python records/ablations.py table grid.toml`: do not edit." in text

@@ -242,8 +242,8 @@ class Config:
     ttt_chunk_size: int = knob(24, "targets of a document between two steps of its adapter", unit="tokens", low=1)  # noqa: E501
     ttt_short_chunks: str = knob("", "smaller chunks where a document begins: SIZE@UNTIL,... up to these lengths, then TTT_CHUNK_SIZE")  # noqa: E501
     ttt_batch_size: int = knob(64, "documents that are scored side by side", low=1)
-    ttt_lora_rank: int = knob(8, "rank of an adapter", low=1, high=4096)
-    ttt_lora_alpha: float = knob(8.0, "its output is scaled by this over the rank", low=0)
+    ttt_lora_rank: int = knob(32, "rank of an adapter", low=1, high=4096)
+    ttt_lora_alpha: float = knob(32.0, "its output is scaled by this over the rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "matrices with adapters, of q, k, v, o, mlp, head")  # noqa: E501
     ttt_lora_shared: bool = knob(False, "the visits of a looped block share its adapters")
     ttt_lora_lr: float = knob(0.003, "learning rate of adapters (AdamW)", low=0)

@@ -2291,10 +2291,10 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         saves = (due and not trainer.progress.is_over(cfg, save_s)) or interrupted or over
         bad_update = saves and not all(bool(param.isfinite().all()) for param in trainer.params)
         if bad_loss or bad_update:
-            what = "a weight is not finite after" if bad_update else f"the loss is {loss} at"
-            raise RunFailed(f"{what} step {step} (last finite loss: {last_good:.4f} at step "
-                            f"{step - bad_loss}); the checkpoint before it is kept; start again "
-                            "with lower learning rates and another RUN_ID")
+            what = f"the loss is {loss}" if bad_loss else "a weight is not finite"
+            raise RunFailed(f"{what} at step {step} (last finite: {last_good:.4f} at step "
+                            f"{step - 1}); the checkpoint before it is kept; start again with "
+                            "lower learning rates and another RUN_ID")
         last_good = loss
         if step % cfg.train_log_every == 0 or step <= resumed_step + 5 or over:
             run.log("step", step=step, steps=cfg.iterations, train_loss=round(loss, 5),

@@ -297,7 +297,7 @@ def test_two_stages_in_two_processes_give_what_one_gave(done: Done, work: Path):
     folder = work / "run"
     assert (folder / "artifact.bin").read_bytes() == (done.folder / "artifact.bin").read_bytes()
     assert not (folder / "submission.json").exists()
-    assert log_events(result.out)[-1][0] == "size"
+    assert [event for event, *_ in log_events(result.out)[-2:]] == ["size", "ledger"]
     result = run_script({**done.env, "MODE": "eval"}, work)
     assert result.status == 0, result.err
     assert final_scores(folder) == final_scores(done.folder)

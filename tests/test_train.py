@@ -532,6 +532,23 @@ def test_bad_loss_fails_with_the_step_and_keeps_the_last_checkpoint(
     assert same_bits(train_weights(run), train_weights(new_run()))
 
 
+def test_weights_that_are_not_finite_are_never_saved(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run = new_run(checkpoint_every_seconds=1e-9, train_log_every=1)
+    step, calls = train_gpt.Muon.step, iter(range(1, 100))
+
+    def spoil_step_4(self: train_gpt.Muon, *args: float) -> None:
+        step(self, *args)
+        if next(calls) == 4:
+            self.stacks[0][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(train_gpt.Muon, "step", spoil_step_4)
+    with pytest.raises(RunFailed, match="a weight is not finite at step 4 .* another RUN_ID"):
+        train_weights(run)
+    assert [f.name for f in train_gpt.checkpoint_folders(run)] == ["step_000000003"]
+
+
 # --- Signals -------------------------------------------------------------------------------------
 
 

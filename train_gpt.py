@@ -624,13 +624,15 @@ class Run:
             self.ledger[budget] += elapsed_s
             self.log("stage", name=name, elapsed_s=round(elapsed_s, 3), budget=budget)
 
-    def sum_(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    def sum_(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=op)
+            dist.all_reduce(tensor)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        return self.sum_(tensor, dist.ReduceOp.MAX)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value` on every rank (objects of this program's own making only)."""

@@ -282,8 +282,7 @@ class Ranks:
         assert own.is_contiguous() and len(whole) == len(own) * len(self.runs) and async_op
         return self.post("gather", own, lambda all_: whole.copy_(torch.cat(all_)))
 
-    def all_reduce(self, tensor: Tensor, op: Any) -> None:
-        assert op == torch.distributed.ReduceOp.SUM
+    def all_reduce(self, tensor: Tensor) -> None:
         self.post("sum", tensor, lambda all_: tensor.copy_(torch.stack(all_).sum(0))).wait()
 
     def each(self, work: Callable[[int], Any]) -> list[Any]:

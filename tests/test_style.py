@@ -28,7 +28,7 @@ TOOLS = sorted([*ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")])
 TESTS = sorted(ROOT.glob("tests/*.py"))
 README = ROOT / "README.md"
 
-MAX_SCRIPT_LINES, MAX_COLUMNS = 4_368, 100
+MAX_SCRIPT_LINES, MAX_COLUMNS = 4_370, 100
 MAX_FUNCTION_LINES, MAX_COMPLEXITY, MAX_NESTING, MAX_POSITIONAL = 60, 10, 3, 5
 MAX_NESTED_LINES = 5  # of a function inside a function
 MAX_UNDOCUMENTED_LINES = 8

@@ -1323,12 +1323,6 @@ class Keys:
         self.pair = k_BTKE.detach(), v_BTKE.detach()
         return k_BTKE, v_BTKE
 
-    def keep(self, start: int, stop: int) -> None:
-        """Forget all but the positions from `start` to `stop` of those that are kept."""
-        if self.pair is not None:
-            k_BTKE, v_BTKE = self.pair
-            self.pair = k_BTKE[:, start:stop], v_BTKE[:, start:stop]
-
 class Past:
     """What a forward pass over the next tokens of each row needs to go on from those before."""
     def __init__(self, num_visits: int, capacity: int):
@@ -1336,8 +1330,10 @@ class Past:
         self.length, self.ids_BT = 0, torch.zeros(0, 0, dtype=torch.int64)
 
     def forget(self, start: int, stop: int) -> None:
+        """Forget all but the positions from `start` to `stop` of those that are kept."""
         for keys in self.visits:
-            keys.keep(start, stop)
+            if keys.pair is not None:
+                keys.pair = keys.pair[0][:, start:stop], keys.pair[1][:, start:stop]
         self.ids_BT, self.length = self.ids_BT[:, start:stop], stop - start
 
     def lead_in(self, ids_BT: Tensor) -> Tensor:
@@ -2103,6 +2099,10 @@ class Trainer:
         warmdown = by_pace if cfg.warmdown_iters else cfg.warmdown_frac
         return lr_scale(done, warmdown_frac=warmdown, floor=cfg.min_lr)
 
+    def phase(self) -> Phase:
+        """Phase of the next step."""
+        return phase_at(self.run.cfg, self.progress.fraction(self.run.cfg), self.scale())
+
     def enter(self, phase: Phase) -> None:
         """Let the model run with the phase's loops, and on quantised weights if it is time."""
         cfg, model = self.run.cfg, self.model
@@ -2129,12 +2129,6 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def average_gradients(self, loss: Tensor) -> Tensor:
-        """Average the gradients of AdamW's parameters over the ranks, and the loss."""
-        if self.run.world_size > 1:
-            loss = sum_gradients(self.run, loss, self.replicated).div_(self.run.world_size)[0]
-        return loss
-
     def clip_gradients(self) -> None:
         """Bound the norm of the whole averaged gradient, whose matrices lie on all ranks."""
         own, limit = self.muon.reduced(), self.run.cfg.grad_clip_norm
@@ -2149,7 +2143,8 @@ class Trainer:
         cfg, scale = self.run.cfg, self.scale()
         loss = self.accumulate_gradients(window_BT)
         self.muon.start_reduce()
-        loss = self.average_gradients(loss)
+        if self.run.world_size > 1:  # the average of the loss and of AdamW's gradients
+            loss = sum_gradients(self.run, loss, self.replicated).div_(self.run.world_size)[0]
         if cfg.grad_clip_norm:
             self.clip_gradients()
         for group in self.adam.param_groups:
@@ -2284,7 +2279,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
     save_s = 0.0  # how long the last checkpoint took, on the slowest rank
     while not trainer.progress.is_over(cfg):
         scale = trainer.scale()
-        trainer.enter(phase := phase_at(cfg, trainer.progress.fraction(cfg), scale))
+        trainer.enter(phase := trainer.phase())
         loss = trainer.step(loader.batch(trainer.progress.tokens, phase)).item()
         now_s = time.perf_counter()
         due, interrupted, bad_loss = decide(trainer, loss, now_s - clock_s, now_s - saved_s)
@@ -2336,8 +2331,7 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     # Lays out the epoch and reads the first batch before the clock runs.
-    progress = trainer.progress
-    loader.batch(progress.tokens, phase_at(cfg, progress.fraction(cfg), trainer.scale()))
+    loader.batch(trainer.progress.tokens, trainer.phase())
     train_loop(trainer, loader, validate)
     progress, averaging = trainer.progress, cfg.averaging
     run.ledger["training"] = progress.train_s
@@ -2478,8 +2472,8 @@ def sample_windows(model: GPT, rows: int, seq_len: int, generator: torch.Generat
 def calibrate(run: Run, model: GPT, loader: BatchLoader, trained: Progress) -> dict[str, Curvature]:
     """Curvature of every matrix, by text after what was trained on or text of the model's own."""
     cfg, moments, started_s = run.cfg, Moments(model), time.perf_counter()
-    model.plan, limit_s = model.plans[-1], cfg.max_wallclock_seconds or math.inf
-    limit_s = math.inf if cfg.calibration == "self" else limit_s
+    timed = cfg.max_wallclock_seconds > 0 and cfg.calibration == "train"
+    model.plan, limit_s = model.plans[-1], cfg.max_wallclock_seconds if timed else math.inf
     T, batch = cfg.train_seq_len, cfg.train_batch_tokens
     generator = torch.Generator().manual_seed(cfg.seed + run.rank)
     for i in range(cfg.gptq_calibration_batches):
@@ -2591,20 +2585,26 @@ def best_path(cost_T4N: np.ndarray) -> np.ndarray:
         position_N = leaves_BN.take(branch_N)
     return subsets[branch_TN // num_segments]
 
-def best_path_by_fours(cost_T4N: Tensor) -> Tensor:
-    """What best_path finds, on the device: four rows a step, so that a quarter of the launches
-    does. Sixteen paths of four branches lead into each state.
-    """
-    device, num_states, num_segments = cost_T4N.device, len(NEXT_STATES) // 2, cost_T4N.size(2)
+@functools.cache
+def paths_of_four(device: torch.device) -> tuple[Tensor, Tensor]:
+    """First state and four subsets of the paths of four branches, sixteen into each state: the
+    first path of every state, then the second, and so on."""
+    num_states = len(NEXT_STATES) // 2
     path_P = np.arange(16 * num_states)  # where it begins, and the parity of each of four codes
     state_P, subsets = path_P >> 4, []
     for i in range(4):
         parity_P = path_P >> (3 - i) & 1
         subsets.append(2 * (state_P & 1) + parity_P)
         state_P = NEXT_STATES[2 * state_P + parity_P]
-    order_P = state_P.argsort(kind="stable").reshape(num_states, 16).T.ravel()  # by its end
+    order_P = state_P.argsort(kind="stable").reshape(num_states, 16).T.ravel()
     leaf_P, subset_4P = (torch.from_numpy(x[..., order_P]).to(device)
                          for x in (path_P >> 4, np.stack(subsets)))
+    return leaf_P, subset_4P
+
+def best_path_by_fours(cost_T4N: Tensor) -> Tensor:
+    """What best_path finds, on the device: four rows a step take a quarter of the launches."""
+    device, num_states, num_segments = cost_T4N.device, len(NEXT_STATES) // 2, cost_T4N.size(2)
+    leaf_P, subset_4P = paths_of_four(device)
     cost_R44N = cost_T4N.view(-1, 4, 4, num_segments)
     cost_RPN = cost_R44N[:, 0].index_select(1, subset_4P[0])
     for i in range(1, 4):
@@ -3341,6 +3341,7 @@ class Planner:
     def __init__(self, cfg: Config, rank: int, world_size: int):
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
         self.seq_len, self.stride = cfg.score_seq_len, cfg.eval_stride or cfg.score_seq_len
+        self.chunk_sizes = [*parse_pairs(cfg.ttt_short_chunks), (cfg.ttt_chunk_size, math.inf)]
 
     def deal(self, step: Step, windows: Sequence[Window]) -> list[Step]:
         """Steps like `step` over this rank's share of the windows, as many as on every rank."""
@@ -3405,11 +3406,8 @@ class Planner:
         return steps
 
     def chunk_size(self, place: int) -> int:
-        """Targets of the chunk that begins at this place of a document, if it does not end.
-        By position: by the document's length it would tell of its end.
-        """
-        sizes = parse_pairs(self.cfg.ttt_short_chunks)
-        return next((n for n, until in sizes if place < until), self.cfg.ttt_chunk_size)
+        """Targets of a chunk by its place in the document, whose length would tell of its end."""
+        return next((n for n, until in self.chunk_sizes if place < until))
 
     def chunk_bounds(self, first: int, stop: int) -> list[Span]:
         """The chunks of a document."""
@@ -4298,10 +4296,11 @@ def prepare_directory(run: Run, artifact: Path) -> None:
                 f"{artifact} exists; set RESUME=1 to score it, or another RUN_ID")
         try:
             state = run.on_main(lambda: json.loads(state_path.read_bytes()))
-            require(state.keys() >= {"ledger", "scores", "config"}, "it lacks a part")
+            whole = isinstance(state, dict) and state.keys() >= {"ledger", "scores", "config"}
+            require(whole, "ledger, scores or config is missing")
         except (OSError, ValueError) as error:
-            raise InputError(f"{artifact} exists without {state_path}: {error}; set another "
-                             "RUN_ID") from error
+            raise InputError(f"{artifact} exists, but not a whole {state_path}: {error}; set "
+                             "another RUN_ID") from error
         if trains:
             refuse_other_run(state["config"], cfg, artifact)
         run.ledger.update(state["ledger"])

@@ -493,7 +493,8 @@ def test_what_rank_0_refuses_ends_all_ranks(data: TinyData, work: Path):
     env = run_environment(data, mode="train", iterations=2)
     assert run_script(env, work).status == 0
     (work / "run" / "run_state.json").write_bytes(b"{")
-    assert_refused(run_ranks([env, env], work), "artifact.bin exists without run/run_state.json")
+    problem = "artifact.bin exists, but not a whole run/run_state.json"
+    assert_refused(run_ranks([env, env], work), problem)
     (work / "run" / "artifact.bin").unlink()
     (work / "run" / "checkpoint" / "step_000000002" / "state.safetensors").write_bytes(b"")
     assert_refused(run_ranks([env, env], work), "step_000000002 is damaged")

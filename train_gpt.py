@@ -1,7 +1,7 @@
 """Train, compress and score a language model whose code and weights fit in 16,000,000 bytes.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # 8 GPUs, all defaults
-    MAX_WALLCLOCK_SECONDS=60 python train_gpt.py               # one GPU, or a CPU, to look around
+    RECIPE=records/demo/cpu.env python train_gpt.py            # one GPU, or a CPU, to look around
     MODE=describe python train_gpt.py                          # shape, groups, bytes; needs no data
     MODE=eval ARTIFACT=logs/x/artifact.bin python train_gpt.py # score an artifact, fresh process
     MODE=audit ARTIFACT=logs/x/artifact.bin python train_gpt.py # is its score a legal one
@@ -104,41 +104,41 @@ class Config:
     attention: str = knob("auto", "attention kernel; auto = the best one installed", choices=("auto", "fa3", "fa2", "flex", "sdpa"))  # noqa: E501
     target_val_bpb: float = knob(0.0, "fail if the final score is above; 0 = no bound", unit="bpb", low=0)  # noqa: E501
     # Data
-    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin")  # noqa: E501
+    data_path: str = knob("./data/datasets/fineweb10B_sp8192", "folder with *_train_*.bin and *_val_*.bin")  # noqa: E501
     tokenizer_path: str = knob("", "SentencePiece model; empty = DATA_PATH/tokenizer.model")
     loader: str = knob("stream", "order of training windows", choices=("stream", "shuffled", "coprime", "annealed"))  # noqa: E501
-    isolate_documents: bool = knob(False, "attention does not cross document starts (BOS)", shape=True)  # noqa: E501
-    train_seq_len: int = knob(1024, "training context", unit="tokens", low=1, high=2**20, shape=True)  # noqa: E501
-    train_batch_tokens: int = knob(524_288, "tokens of one optimizer step, over all ranks", unit="tokens", low=1)  # noqa: E501
+    isolate_documents: bool = knob(True, "attention does not cross document starts (BOS)", shape=True)  # noqa: E501
+    train_seq_len: int = knob(2048, "training context", unit="tokens", low=1, high=2**20, shape=True)  # noqa: E501
+    train_batch_tokens: int = knob(786_432, "tokens of one optimizer step, over all ranks", unit="tokens", low=1)  # noqa: E501
     train_seq_schedule: str = knob("", "shorter contexts at first: TOKENS@SHARE,... until these shares of progress, then TRAIN_SEQ_LEN")  # noqa: E501
     train_batch_schedule: str = knob("", "smaller batches at first, likewise; then TRAIN_BATCH_TOKENS")  # noqa: E501
-    micro_batch_tokens: int = knob(65_536, "most tokens of one forward pass on one rank", unit="tokens", low=1)  # noqa: E501
+    micro_batch_tokens: int = knob(98_304, "most tokens of one forward pass on one rank", unit="tokens", low=1)  # noqa: E501
     # Model
-    vocab_size: int = knob(1024, "pieces of the tokenizer", low=4, high=65_536, shape=True)
-    num_layers: int = knob(9, "distinct transformer blocks", low=1, high=256, shape=True)
+    vocab_size: int = knob(8192, "pieces of the tokenizer", low=4, high=65_536, shape=True)
+    num_layers: int = knob(11, "distinct transformer blocks", low=1, high=256, shape=True)
     model_dim: int = knob(512, "width of the residual stream", unit="channels", low=2, high=16_384, shape=True)  # noqa: E501
     num_heads: int = knob(8, "query heads; divides MODEL_DIM", low=1, high=1024, shape=True)
     num_kv_heads: int = knob(4, "key/value heads; divides NUM_HEADS", low=1, high=1024, shape=True)
-    mlp_mult: float = knob(2.0, "MLP width over MODEL_DIM", low=0.125, high=64, shape=True)
-    leaky_slope: float = knob(0.0, "MLP is leaky_relu(x, slope)^2; 0 = relu^2", low=0, high=1, shape=True)  # noqa: E501
+    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", low=0.125, high=64, shape=True)
+    leaky_slope: float = knob(0.5, "MLP is leaky_relu(x, slope)^2; 0 = relu^2", low=0, high=1, shape=True)  # noqa: E501
     tie_embeddings: bool = knob(True, "the head is the transposed embedding", shape=True)
     tied_embed_init_std: float = knob(0.005, "embedding's initial standard deviation if tied", low=0)  # noqa: E501
     embed_init: str = knob("normal", "embedding's initial spectrum; overtone = S_k ~ k^-1/2", choices=("normal", "overtone"))  # noqa: E501
     resid_mix_init: str = knob("last", "resid_mix: all stream, or early blocks lean on x0 (phase)", choices=("last", "phase"))  # noqa: E501
-    init: str = knob("default", "initial matrices: uniform fan-in or orthogonal; outputs are zero", choices=("default", "orthogonal"))  # noqa: E501
+    init: str = knob("orthogonal", "initial matrices: uniform fan-in or orthogonal; outputs are zero", choices=("default", "orthogonal"))  # noqa: E501
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", low=1e-3, shape=True)
-    asym_logit_rescale: bool = knob(False, "two trainable caps, for positive and negative logits", shape=True)  # noqa: E501
+    asym_logit_rescale: bool = knob(True, "two trainable caps, for positive and negative logits", shape=True)  # noqa: E501
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", low=1, shape=True)
-    rope_dims: int = knob(0, "rotated channels of a head; 0 = all", unit="channels", low=0, shape=True)  # noqa: E501
-    qk_gain_init: float = knob(1.5, "initial gain of each query head", low=0)
-    ln_scale: bool = knob(False, "normed inputs of block i are scaled by 1/sqrt(i + 1)", shape=True)
-    skip_gates: bool = knob(False, "U-net skips are gated blends instead of sums", shape=True)
-    xsa_last_n: int = knob(0, "last blocks whose attention drops its own value direction", low=0, shape=True)  # noqa: E501
+    rope_dims: int = knob(16, "rotated channels of a head; 0 = all", unit="channels", low=0, shape=True)  # noqa: E501
+    qk_gain_init: float = knob(5.0, "initial gain of each query head", low=0)
+    ln_scale: bool = knob(True, "normed inputs of block i are scaled by 1/sqrt(i + 1)", shape=True)
+    skip_gates: bool = knob(True, "U-net skips are gated blends instead of sums", shape=True)
+    xsa_last_n: int = knob(11, "last blocks whose attention drops its own value direction", low=0, shape=True)  # noqa: E501
     xsa_layers: str = knob("", "the same for any blocks, as 0,2,5-7", shape=True)
-    attn_gate: str = knob("none", "gate of each head's output: static, from the whole input, or from its first GATE_WINDOW channels (2 sigmoid or sigmoid)", choices=("none", "head", "input", "window", "sparse"), shape=True)  # noqa: E501
+    attn_gate: str = knob("sparse", "gate of each head's output: static, from the whole input, or from its first GATE_WINDOW channels (2 sigmoid or sigmoid)", choices=("none", "head", "input", "window", "sparse"), shape=True)  # noqa: E501
     gate_window: int = knob(12, "input channels of small gates", unit="channels", low=1, shape=True)
-    sparse_attn_gate_scale: float = knob(1.0, "factor in the sparse gate's sigmoid", low=0, shape=True)  # noqa: E501
-    smear_gate: str = knob("none", "mix in the token before: blend (half at first) or lambda (nothing at first)", choices=("none", "blend", "lambda"), shape=True)  # noqa: E501
+    sparse_attn_gate_scale: float = knob(0.5, "factor in the sparse gate's sigmoid", low=0, shape=True)  # noqa: E501
+    smear_gate: str = knob("lambda", "mix in the token before: blend (half at first) or lambda (nothing at first)", choices=("none", "blend", "lambda"), shape=True)  # noqa: E501
     bigram_vocab_size: int = knob(0, "rows of the hashed bigram table; 0 = none", low=0, high=2**20, shape=True)  # noqa: E501
     bigram_dim: int = knob(128, "its width", unit="channels", low=1, shape=True)
     trigram_vocab_size: int = knob(0, "rows of the hashed trigram table; 0 = none", low=0, high=2**20, shape=True)  # noqa: E501
@@ -147,43 +147,43 @@ class Config:
     value_residual: str = knob("none", "first block's values in later ones (resformer, vrl), or x0 after each block", choices=("none", "resformer", "vrl", "x0"), shape=True)  # noqa: E501
     ve_layers: str = knob("", "blocks whose values take a shared value embedding, as 9,10", shape=True)  # noqa: E501
     ve_dim: int = knob(128, "its width", unit="channels", low=1, shape=True)
-    num_loops: int = knob(0, "extra passes through the looped blocks", low=0, high=16, shape=True)
+    num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, shape=True)
     loop_start: int = knob(3, "first looped block", low=0, shape=True)
     loop_end: int = knob(5, "last looped block", low=0, shape=True)
-    enable_looping_at: str = knob("0.5", "share of progress at which loops begin; one number a loop = one after the other")  # noqa: E501
-    parallel_residual: str = knob("none", "attention and MLP side by side: on one stream, on two lanes that merge at the end, or that each write to both (MLP after attention: routed; at once: lanes)", choices=("none", "stream", "merge", "routed", "lanes"), shape=True)  # noqa: E501
-    parallel_start_layer: int = knob(7, "first block of it", low=0, shape=True)
+    enable_looping_at: str = knob("0.35", "share of progress at which loops begin; one number a loop = one after the other")  # noqa: E501
+    parallel_residual: str = knob("lanes", "attention and MLP side by side: on one stream, on two lanes that merge at the end, or that each write to both (MLP after attention: routed; at once: lanes)", choices=("none", "stream", "merge", "routed", "lanes"), shape=True)  # noqa: E501
+    parallel_start_layer: int = knob(8, "first block of it", low=0, shape=True)
     # Optimization
     embed_lr: float = knob(0.6, "Adam, embedding if untied", low=0)
     head_lr: float = knob(0.008, "Adam, head if untied", low=0)
-    tied_embed_lr: float = knob(0.05, "Adam, embedding if tied", low=0)
-    scalar_lr: float = knob(0.04, "Adam, vectors and scalars", low=0)
-    adam_wd: float = knob(0.0, "decoupled weight decay of vectors and scalars", low=0)
-    embed_wd: float = knob(0.0, "decoupled weight decay of embeddings, tables and head", low=0)
+    tied_embed_lr: float = knob(0.03, "Adam, embedding if tied", low=0)
+    scalar_lr: float = knob(0.02, "Adam, vectors and scalars", low=0)
+    adam_wd: float = knob(0.02, "decoupled weight decay of vectors and scalars", low=0)
+    embed_wd: float = knob(0.085, "decoupled weight decay of embeddings, tables and head", low=0)
     beta1: float = knob(0.9, "Adam", low=0, high=0.9999)
-    beta2: float = knob(0.95, "Adam", low=0, high=0.99999)
+    beta2: float = knob(0.99, "Adam", low=0, high=0.99999)
     adam_eps: float = knob(1e-8, "Adam", low=1e-20)
-    matrix_lr: float = knob(0.04, "Muon, block matrices", low=0)
-    muon_momentum: float = knob(0.95, "Muon, after its ramp", low=0, high=0.9999)
-    muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at step 0", low=0, high=0.9999)
-    muon_momentum_warmup_steps: int = knob(500, "length of the momentum ramp", unit="steps", low=0)
+    matrix_lr: float = knob(0.028, "Muon, block matrices", low=0)
+    muon_momentum: float = knob(0.97, "Muon, after its ramp", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", low=0, high=0.9999)
+    muon_momentum_warmup_steps: int = knob(1500, "length of the momentum ramp", unit="steps", low=0)
     muon_momentum_cooldown_frac: float = knob(0.0, "share of training in which momentum falls back to its start", low=0, high=1)  # noqa: E501
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1, high=20)
-    muon_coefficients: str = knob("classic", "Newton-Schulz polynomial", choices=("classic", "polar"))  # noqa: E501
-    muon_row_norm: bool = knob(False, "normalise the update's rows before Newton-Schulz")
-    muon_wd: float = knob(0.0, "decoupled weight decay of Muon", low=0)
+    muon_coefficients: str = knob("polar", "Newton-Schulz polynomial", choices=("classic", "polar"))  # noqa: E501
+    muon_row_norm: bool = knob(True, "normalise the update's rows before Newton-Schulz")
+    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", low=0)
     wd_taper_start_frac: float = knob(1.0, "share of progress from which Muon's weight decay changes", low=0, high=1)  # noqa: E501
     wd_taper_final_mult: float = knob(1.0, "its factor at the end", low=0)
-    grad_clip_norm: float = knob(0.0, "bound of the global gradient norm; 0 = none", low=0)
+    grad_clip_norm: float = knob(0.3, "bound of the global gradient norm; 0 = none", low=0)
     # Schedule
     iterations: int = knob(20_000, "most optimizer steps", unit="steps", low=1)
     max_wallclock_seconds: float = knob(600.0, "training budget; 0 = none", unit="s", low=0)
     warmup_steps: int = knob(20, "steps that only trigger compilation; their effect is undone", unit="steps", low=0)  # noqa: E501
-    warmdown_frac: float = knob(0.5, "share of training with falling learning rate", low=0, high=1)
+    warmdown_frac: float = knob(0.85, "share of training with falling learning rate", low=0, high=1)
     warmdown_iters: int = knob(0, "the same in steps of the measured pace; 0 = WARMDOWN_FRAC", unit="steps", low=0)  # noqa: E501
-    min_lr: float = knob(0.0, "floor of the learning rate multiplier", low=0, high=1)
-    averaging: str = knob("none", "weights that are exported", choices=("none", "ema", "swa", "tail"))  # noqa: E501
-    ema_decay: float = knob(0.997, "decay of the moving average a step", low=0, high=0.999999)
+    min_lr: float = knob(0.1, "floor of the learning rate multiplier", low=0, high=1)
+    averaging: str = knob("ema", "weights that are exported", choices=("none", "ema", "swa", "tail"))  # noqa: E501
+    ema_decay: float = knob(0.9965, "decay of the moving average a step", low=0, high=0.999999)
     swa_start_lr: float = knob(0.4, "SWA collects while the multiplier is below", low=0, high=1)
     swa_start_frac: float = knob(0.0, "SWA collects from this share of progress; 0 = SWA_START_LR", low=0, high=1)  # noqa: E501
     tail_frac: float = knob(0.1, "share of training whose every step AVERAGING=tail averages", low=0, high=1)  # noqa: E501

@@ -1,6 +1,6 @@
 """Fetch a published FineWeb data set: tokenizer, validation shard and the first training shards.
 
-    python data/download.py --variant sp8192 --shards 10       # 80 shards (16 GB) if not said
+    python data/download.py --variant sp1024 --shards 10  # sp8192, 80 shards (16 GB) if not said
 
 The result is data/datasets/<name>/ and data/tokenizers/, as train_gpt.py expects. Files arrive
 under a temporary name and are checked before they get their own; an interrupted download goes on.
@@ -125,7 +125,7 @@ def explain(url: str, error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Fetch a published FineWeb data set.")
-    parser.add_argument("--variant", choices=VARIANTS, default="sp1024", help="default: sp1024")
+    parser.add_argument("--variant", choices=VARIANTS, default="sp8192", help="default: sp8192")
     parser.add_argument("--shards", type=int, default=80, help="training shards, default: 80")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: data/")
     parser.add_argument("--base-url", help="a mirror that holds datasets/ and tokenizers/")

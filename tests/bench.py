@@ -25,11 +25,15 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_gpt as tg
 
-SMALL = tg.Config(
-    num_layers=6, model_dim=256, num_heads=8, num_kv_heads=4, mlp_mult=4.0, vocab_size=1024,
+NAIVE = Path(tg.__file__).parent / "records/track_10min_16mb/2026-03-17_NaiveBaseline/run.env"
+BASELINE = dataclasses.replace(
+    tg.config_from_env({"RECIPE": str(NAIVE)}),
+    train_batch_tokens=16_384, micro_batch_tokens=16_384, val_batch_size=16_384,
+)  # fmt: skip
+SMALL = dataclasses.replace(
+    BASELINE, num_layers=6, model_dim=256, num_heads=8, num_kv_heads=4, mlp_mult=4.0,
     train_seq_len=512, train_batch_tokens=8192, val_batch_size=8192,
 )  # fmt: skip
-BASELINE = tg.Config(train_batch_tokens=16_384, micro_batch_tokens=16_384, val_batch_size=16_384)
 MATRIX_SIZE = 2048
 CASES = {
     "small": "6 layers x 256, sequence 512",

@@ -58,7 +58,7 @@ ROOT = Path(__file__).parent.parent
 
 TRACK = ROOT / "records" / "track_cpu_10min_1mb"
 RESULTS = TRACK / "quantization.jsonl"
-RECIPE = TRACK / "2026-11-21_GatedStack" / "run.env"
+RECIPE = TRACK / "gated.env"
 FULL_RECIPE = ROOT / "records" / "track_10min_16mb" / "2026-05-01_Frontier" / "run.env"
 VAL_TOKENS = 131_072
 MODELS = {

@@ -6,6 +6,7 @@ fixture. Everything is deterministic, and nothing is written outside of pytest's
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 
@@ -52,6 +53,36 @@ def seeded() -> Iterator[None]:
 
 # --- Configuration -------------------------------------------------------------------------------
 
+TRACK = Path(train_gpt.__file__).parent / "records/track_10min_16mb"
+NAIVE = TRACK / "2026-03-17_NaiveBaseline/run.env"
+# What that recipe says of its data, its clock, its artifact and its score.
+OF_THE_RECIPE = {
+    "data_path", "warmdown_iters", "quantizer", "quant_grid", "row_steps", "compressor",
+    "eval_stride", "ttt_method",
+}  # fmt: skip
+# Knobs that concern nothing in it.
+PLAIN: dict[str, Any] = {
+    "warmdown_frac": 0.5,
+    "ema_decay": 0.997,
+    "enable_looping_at": "0.5",
+    "sparse_attn_gate_scale": 1.0,
+    "parallel_start_layer": 7,
+}
+
+
+@functools.cache
+def naive_knobs() -> dict[str, Any]:
+    """What the recipe of the naive baseline says of model and training."""
+    lines = train_gpt.read_recipe(NAIVE)
+    naive = asdict(train_gpt.config_from_env({**lines, "MODE": "describe"}))
+    return {name: naive[name] for name in map(str.lower, lines) if name not in OF_THE_RECIPE}
+
+
+def plain_config(**changes: Any) -> Config:
+    """The naive baseline's model and training: what a technique is tested on by itself."""
+    return Config(**{**naive_knobs(), **PLAIN, **changes})
+
+
 TINY: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "num_layers": 3,
@@ -84,7 +115,7 @@ TINY: dict[str, Any] = {
 
 def tiny_config(**changes: Any) -> Config:
     """A model of 3 layers x 32 channels in float32, not compiled, trained for 10 steps, rounded."""
-    return Config(**{**TINY, **changes})
+    return plain_config(**{**TINY, **changes})
 
 
 def environment(cfg: Config, **more: str) -> dict[str, str]:

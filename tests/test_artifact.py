@@ -920,7 +920,7 @@ def packed_module() -> Iterator[types.ModuleType]:
 
 
 def test_the_packed_script_runs_as_the_source_does(packed_module: types.ModuleType):
-    env = {"MODE": "describe", "NUM_LAYERS": "3", "XSA_LAST_N": "1"}
+    env = {"MODE": "describe", "NUM_LAYERS": "12", "XSA_LAST_N": "1"}
     described = packed_module.describe(packed_module.config_from_env(env))
     assert described == train_gpt.describe(train_gpt.config_from_env(env))
     assert packed_module.own_source() == unpack(packed(SOURCE))

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from tests.conftest import NAIVE, plain_config
 from train_gpt import (
     OUR_WORDS,
     Config,
@@ -30,6 +31,13 @@ BASELINE_KNOBS = (
     "SCALAR_LR MUON_MOMENTUM MUON_BACKEND_STEPS MUON_MOMENTUM_WARMUP_START "
     "MUON_MOMENTUM_WARMUP_STEPS BETA1 BETA2 ADAM_EPS GRAD_CLIP_NORM"
 ).split()
+
+
+# What makes the defaults the naive baseline, on which contradictions are shown.
+PLAIN_ENVIRONMENT = {
+    name: value for name in FIELDS
+    if (value := getattr(plain_config(), name)) != FIELDS[name].default
+}  # fmt: skip
 
 
 def problems_of(env: dict[str, str]) -> list[str]:
@@ -98,7 +106,7 @@ LISTS = {
     "train_batch_schedule": "65536@0.1,131072@0.2",
     "xsa_layers": "0,2,5-7",
     "ve_layers": "7,8",
-    "enable_looping_at": "0.35",
+    "enable_looping_at": "0.5",
     "qat_groups": "embed",
     "clip_sigmas": "attn:13,mlp:11.5,embed:14,table:12.85",
     "ttt_short_chunks": "8@256,24@2000",
@@ -110,6 +118,8 @@ LISTS = {
 # Settings without which a knob's other value contradicts the defaults.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "quantizer": {"quant_grid": "uniform", "row_steps": "max"},
+    "trigram_hash": {"isolate_documents": False},
+    "value_residual": {"parallel_residual": "none"},
 }
 
 
@@ -143,12 +153,12 @@ def test_a_variable_sets_the_field_of_its_name_and_no_other(name: str):
     [
         ("SEED", "7", 7),
         ("MODEL_DIM", "256", 256),
-        ("NUM_LAYERS", "11", 11),
+        ("NUM_LAYERS", "12", 12),
         ("MATRIX_LR", "2e-2", 0.02),
         ("MAX_WALLCLOCK_SECONDS", "0", 0.0),
         ("MLP_MULT", "3", 3.0),
-        ("TRAIN_BATCH_TOKENS", "786432", 786_432),
-        ("ROPE_DIMS", "16", 16),
+        ("TRAIN_BATCH_TOKENS", "524288", 524_288),
+        ("ROPE_DIMS", "32", 32),
     ],
 )
 def test_a_number_from_the_environment_reaches_the_config(name: str, text: str, value: Any):
@@ -164,8 +174,8 @@ def test_the_public_baseline_s_knobs_are_accepted(name: str):
     assert config_from_env({name: text}) == Config()
 
 
-def test_the_defaults_are_those_of_the_public_baseline():
-    cfg = Config()
+def test_the_recipe_of_the_naive_baseline_has_the_public_one_s_values():
+    cfg = config_from_env({"RECIPE": str(NAIVE)})
     public = {
         "seed": 1337, "val_batch_size": 524_288, "iterations": 20_000, "warmup_steps": 20,
         "train_batch_tokens": 524_288, "train_seq_len": 1024, "max_wallclock_seconds": 600.0,
@@ -441,9 +451,10 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
 )
 def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], problem: str):
     with pytest.raises(InputError) as refusal:
-        Config(**changes)
+        plain_config(**changes)
     assert str(refusal.value) == f"invalid configuration:\n  {problem}"
-    env = {name.upper(): str(value) for name, value in changes.items()}
+    whole = {**PLAIN_ENVIRONMENT, **changes}
+    env = {name.upper(): str(value) for name, value in whole.items()}
     assert problems_of(env) == [problem]
 
 
@@ -470,7 +481,7 @@ def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], prob
     ],
 )
 def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any]):
-    assert Config(**changes) == dataclasses.replace(Config(), **changes)
+    assert plain_config(**changes) == dataclasses.replace(plain_config(), **changes)
 
 
 @pytest.mark.parametrize(
@@ -544,10 +555,10 @@ def test_an_empty_recipe_variable_means_no_recipe():
 
 def test_a_bad_value_in_a_recipe_is_refused_like_one_in_the_environment(tmp_path: Path):
     recipe = tmp_path / "run.env"
-    recipe.write_text("SEED=one\nNUM_LAYERS=0\n")
+    recipe.write_text("SEED=one\nMLP_MULT=0\n")
     assert problems_of({"RECIPE": str(recipe)}) == [
         "SEED='one' is not a valid int",
-        "NUM_LAYERS=0 must be in [1, 256] (distinct transformer blocks)",
+        "MLP_MULT=0.0 must be in [0.125, 64] (MLP width over MODEL_DIM)",
     ]
 
 
@@ -588,7 +599,7 @@ def test_a_recipe_that_is_not_text_is_refused_by_name(tmp_path: Path):
 
 
 def test_derived_values_follow_from_the_knobs():
-    cfg = Config(model_dim=96, num_heads=4, num_kv_heads=2, mlp_mult=2.5, train_seq_len=128)
+    cfg = plain_config(model_dim=96, num_heads=4, num_kv_heads=2, mlp_mult=2.5, train_seq_len=128)
     assert (cfg.head_dim, cfg.mlp_dim, cfg.rotary_dims, cfg.score_seq_len) == (24, 240, 24, 128)
     changed = dataclasses.replace(cfg, rope_dims=8, eval_seq_len=256)
     assert (changed.rotary_dims, changed.score_seq_len) == (8, 256)
@@ -596,7 +607,7 @@ def test_derived_values_follow_from_the_knobs():
 
 def test_changed_knobs_are_those_that_differ_sorted():
     assert changed_knobs(Config()) == []
-    cfg = Config(seed=3, compile=False, model_dim=256, muon_wd=0.0)
+    cfg = Config(seed=3, compile=False, model_dim=256, muon_wd=0.095)
     assert changed_knobs(cfg) == ["COMPILE", "MODEL_DIM", "SEED"]
 
 

@@ -16,7 +16,7 @@ import sentencepiece
 from data import download
 from train_gpt import read_shard, write_shard
 
-DATASET = "datasets/fineweb10B_sp1024"
+DATASET = "datasets/fineweb10B_sp8192"
 SHARD = f"{DATASET}/fineweb_train_000000.bin"
 
 
@@ -84,7 +84,7 @@ def model() -> bytes:
 def server(tmp_path: Path, model: bytes) -> Iterator[Server]:
     folder = tmp_path / "published"
     (folder / "tokenizers").mkdir(parents=True)
-    (folder / "tokenizers/fineweb_1024_bpe.model").write_bytes(model)
+    (folder / "tokenizers/fineweb_8192_bpe.model").write_bytes(model)
     for number, part in enumerate(("val_000000", "train_000000", "train_000001")):
         write_shard(folder / DATASET / f"fineweb_{part}.bin", np.arange(5000) + number)
     server = Server(folder)
@@ -196,7 +196,7 @@ def test_without_a_network_there_is_one_clear_message(
 ):
     assert download.main(["--base-url", "http://127.0.0.1:1", "--out", str(tmp_path)]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("error: http://127.0.0.1:1/tokenizers/fineweb_1024_bpe.model: ")
+    assert message.startswith("error: http://127.0.0.1:1/tokenizers/fineweb_8192_bpe.model: ")
     assert "with a network" in message and message.count("\n") == 1
 
 

@@ -392,7 +392,7 @@ def test_bad_environment_ends_with_all_problems_in_one_message(work: Path):
     assert problems[3] == "MUON_LRS is not a knob of this script"
     assert problems[4] == "NUM_LAYER is not a knob; did you mean NUM_LAYERS?"
     assert problems[5].startswith("SEED='1e3' is not a valid int")
-    assert problems[6] == "XSA_LAST_N=20 must be at most NUM_LAYERS=9"
+    assert problems[6] == "XSA_LAST_N=20 must be at most NUM_LAYERS=11"
     assert list(work.iterdir()) == []  # refused before anything is written
 
 
@@ -539,19 +539,22 @@ def describe(knobs: Mapping[str, str], work: Path) -> tuple[list[str], dict[str,
 
 
 def test_describe_needs_no_data_and_writes_nothing(work: Path):
-    shown, events = describe({"NUM_LAYERS": "4"}, work)
+    shown, events = describe({"NUM_LAYERS": "12"}, work)
     assert list(work.iterdir()) == []
-    assert [line for line in shown if line.startswith("*")] == ["* MODE=describe", "* NUM_LAYERS=4"]
+    assert [line for line in shown if line.startswith("*")] == [
+        "* MODE=describe",
+        "* NUM_LAYERS=12",
+    ]
     assert len(shown) == len(train_gpt.Config.__dataclass_fields__)
     assert {"model", "groups"} <= set(events)
 
 
 def test_describe_counts_the_parameters_of_the_default_model(work: Path):
     _, events = describe({}, work)
-    assert events["model"]["params"] == "17059912"  # the published baseline
-    assert sum(int(n) for n in events["groups"].values()) == 17_059_912
-    block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 1024
-    matrices = 9 * block + 1024 * 512  # tied head
+    assert events["model"]["params"] == "35945673"  # PR #2135's, with two caps
+    assert sum(int(n) for n in events["groups"].values()) == 35_945_673
+    block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 2048
+    matrices = 17 * block + 8192 * 512  # 11 blocks, 3 of them three times; tied head
     assert events["flops_per_token"]["matrices"] == str(6 * matrices)
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from tests.conftest import MakeRun, random_model, randomize_, tiny_config
+from tests.conftest import MakeRun, plain_config, random_model, randomize_, tiny_config
 from train_gpt import (
     BOS_ID,
     GPT,
@@ -897,18 +897,18 @@ def count(cfg: Config) -> int:
 
 
 def test_the_baseline_has_exactly_17_059_912_parameters():
-    assert count(Config()) == 17_059_912
+    assert count(plain_config()) == 17_059_912
 
 
 def test_each_option_adds_the_parameters_that_its_description_says():
-    base, D, V, L = count(Config()), 512, 1024, 9
-    assert count(Config(tie_embeddings=False)) - base == V * D
-    assert count(Config(skip_gates=True)) - base == (L // 2) * D
-    assert count(Config(xsa_last_n=9, rope_dims=16, ln_scale=True, leaky_slope=0.5)) == base
-    assert count(Config(mlp_mult=3.0)) - base == L * 2 * D * D
+    base, D, V, L = count(plain_config()), 512, 1024, 9
+    assert count(plain_config(tie_embeddings=False)) - base == V * D
+    assert count(plain_config(skip_gates=True)) - base == (L // 2) * D
+    assert count(plain_config(xsa_last_n=9, rope_dims=16, ln_scale=True, leaky_slope=0.5)) == base
+    assert count(plain_config(mlp_mult=3.0)) - base == L * 2 * D * D
     block = 2 * D * D + 2 * D * 256 + 2 * D * 1024 + 8 + 4 * D
-    assert count(Config(num_layers=10)) - base == block + D  # one more skip as well
-    assert count(Config(num_layers=11)) - base == 2 * block + D
+    assert count(plain_config(num_layers=10)) - base == block + D  # one more skip as well
+    assert count(plain_config(num_layers=11)) - base == 2 * block + D
 
 
 def test_every_parameter_has_exactly_one_role():

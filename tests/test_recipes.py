@@ -21,7 +21,7 @@ import torch
 import train_gpt
 from data.download import VARIANTS
 from records import records
-from tests.conftest import VOCAB_SIZE, TinyData, environment
+from tests.conftest import VOCAB_SIZE, TinyData, environment, plain_config
 from tests.processes import metrics, run_script, submission
 from train_gpt import GPT, Config, Run, Trainer, Validation
 
@@ -125,6 +125,13 @@ def test_what_was_logged_has_the_logged_number(name: str, logged: int, changes: 
     assert num_parameters(recipe(name, **changes)) == logged
 
 
+def test_the_defaults_are_the_frontier_s_model_and_training() -> None:
+    """Its recipe says how it is scored, and nothing else (design: the best stack by default)."""
+    changed = set(train_gpt.changed_knobs(recipe(FRONTIER))) - {"MODE", "RECIPE"}
+    assert {name.partition("_")[0] for name in changed} == {"EVAL", "TTT", "NGRAM"}
+    assert num_parameters(Config()) == STATED[FRONTIER]
+
+
 # --- Order of the blocks -------------------------------------------------------------------------
 
 
@@ -205,6 +212,29 @@ def test_the_batch_divides_over_eight_ranks_in_one_pass(name: str) -> None:
         assert rest == 0 and rows * phase.seq_len <= cfg.micro_batch_tokens
 
 
+SMALL_STACKS = sorted(
+    path
+    for folder in ("demo", "track_cpu_10min_1mb")
+    for path in (FOLDER.parent / folder).glob("*.env")
+)
+
+
+@pytest.mark.parametrize("path", SMALL_STACKS, ids=lambda path: path.stem)
+def test_a_small_stack_sets_no_knob_to_its_default(path: Path) -> None:
+    cfg = train_gpt.config_from_env({"RECIPE": str(path)})
+    assert train_gpt.read_recipe(path).keys() == {*train_gpt.changed_knobs(cfg)} - {"RECIPE"}
+
+
+def test_the_best_small_stack_is_the_record_s_setting() -> None:
+    """But for knobs that concern nothing in it."""
+    (record,) = FOLDER.parent.glob("track_cpu_10min_1mb/*_ShortFirst")
+    log = records.RunLog.read(record / "metrics_seed1337.jsonl")
+    stack = train_gpt.config_from_env({"RECIPE": str(record.parent / "short_first.env")})
+    values = {name: getattr(stack, name.lower()) for name in records.setting_of(log)}
+    ran = {name: log.config["values"][name] for name in values}
+    assert values == ran and {"TRAIN_SEQ_SCHEDULE", "SMEAR_GATE"} < ran.keys()
+
+
 def write_recipe(folder: Path, setting: str, readme: str | None) -> Path:
     """A recipe folder in a track of its own."""
     path = folder / "track_test/2026-01-02_Small"
@@ -216,7 +246,11 @@ def write_recipe(folder: Path, setting: str, readme: str | None) -> Path:
 
 
 PAGE = "\n".join(["# Small: a test", *(f"## {heading}" for heading in records.RECIPE_HEADINGS)])
-SMALL = "# Small.\nNUM_LAYERS=1\nMODEL_DIM=64\nVOCAB_SIZE=16\n"
+ONE_BLOCK = plain_config(num_layers=1, model_dim=64, vocab_size=16)
+SMALL = "# Small.\n" + "".join(
+    f"{name}={records.spell_value(getattr(ONE_BLOCK, name.lower()))}\n"
+    for name in train_gpt.changed_knobs(ONE_BLOCK)
+)
 SMALL_SIZE = 16 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 2 * 64 * 128 + 4 * 64 + 8
 
 
@@ -242,7 +276,7 @@ def test_a_good_recipe_is_listed_without_a_score(
         (SMALL, None, "unusable: "),
         (SMALL + "NUM_LAYER=3\n", PAGE, "unusable: "),
         (SMALL + "NUM_HEADS=7\n", PAGE, "must divide MODEL_DIM"),
-        (SMALL + "MLP_MULT=2\n", PAGE, "run.env sets MLP_MULT to its default"),
+        (SMALL + "NUM_HEADS=8\n", PAGE, "run.env sets NUM_HEADS to its default"),
         (SMALL, PAGE.replace("## Missing", ""), "README.md has the headings"),
         (SMALL, PAGE + "\n" * 121, "README.md has more than 120 lines"),
         (SMALL, PAGE, f"README.md states no parameters, the model has {SMALL_SIZE:,}"),

@@ -26,6 +26,7 @@ import sentencepiece
 import train_gpt
 from records import records
 from records.records import RunLog, main
+from tests.conftest import plain_config
 
 SOURCE = '"""The source that ran."""\n'
 BPB = {1: 1.31, 2: 1.29, 3: 1.33}
@@ -33,7 +34,7 @@ BPB = {1: 1.31, 2: 1.29, 3: 1.33}
 
 def config_event(**changes: Any) -> dict[str, Any]:
     """A `config` event whose values are the script's defaults but for `changes`."""
-    cfg = dataclasses.replace(train_gpt.Config(), **changes)
+    cfg = plain_config(**changes)
     values = {f.name.upper(): getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     return {"event": "config", "values": values, "changed": train_gpt.changed_knobs(cfg)}
 
@@ -340,7 +341,7 @@ def test_run_env_holds_the_changed_knobs_with_their_meaning_and_gives_the_config
     assert "# distinct transformer blocks\nNUM_LAYERS=6\n" in text
     assert "SEED" not in text
     cfg = train_gpt.config_from_env(records.parse_setting(text))
-    assert cfg == train_gpt.Config(num_layers=6, model_dim=256)
+    assert cfg == plain_config(num_layers=6, model_dim=256)
 
 
 def test_the_yardstick_is_part_of_the_result(tmp_path: Path) -> None:

@@ -758,7 +758,7 @@ class ByteTable:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, vocab_size: int):
         ids = list(range(processor.get_piece_size()))
         require(len(ids) == vocab_size,
-                f"VOCAB_SIZE={vocab_size} does not match the tokenizer's {len(ids)}")
+                f"VOCAB_SIZE={vocab_size} does not match the tokenizer's {len(ids)}; set it so")
         require(processor.piece_to_id("\u2581") != processor.unk_id(),
                 "the tokenizer has no piece for a single space, so spaces would count as three "
                 "bytes; train it with data/prepare.py")
@@ -784,7 +784,8 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
     candidates = [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else usual
     found = [path for path in candidates if path.is_file()]
     require(found, f"no tokenizer at {' or '.join(map(str, candidates))}; set TOKENIZER_PATH, or "
-            f"make the data set: python data/prepare.py --source stdlib --out {cfg.data_path}")
+            "make the data set: python data/prepare.py --source stdlib --vocab-size "
+            f"{cfg.vocab_size} --out {cfg.data_path}")
     payload = found[0].read_bytes()
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=payload or b"empty")
@@ -796,9 +797,9 @@ def find_shards(cfg: Config, part: str) -> list[Path]:
     """Sorted shards of `part` (train, val or val_bytes); InputError if a needed part is missing."""
     paths = sorted(Path(cfg.data_path).glob(f"*_{part}_[0-9]*.bin"))
     require(paths or part == "val_bytes",
-            f"DATA_PATH={cfg.data_path} holds no *_{part}_*.bin shard; make one with\n"
-            f"  python data/prepare.py --source stdlib --out {cfg.data_path}\n"
-            "or fetch the published ones with data/download.py")
+            f"DATA_PATH={cfg.data_path} holds no *_{part}_*.bin shard; fetch the published ones "
+            "with data/download.py, or make some: python data/prepare.py --source stdlib "
+            f"--vocab-size {cfg.vocab_size} --out {cfg.data_path}")
     return paths
 
 class TokenStream:

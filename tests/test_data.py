@@ -136,9 +136,9 @@ def test_shards_of_a_part_come_in_the_order_of_their_names(tmp_path: Path):
 def test_a_missing_part_is_refused_with_a_way_to_make_it(tmp_path: Path, part: str):
     folder = tmp_path / "none"
     assert refusal_of(lambda: find_shards(Config(data_path=str(folder)), part)) == (
-        f"DATA_PATH={folder} holds no *_{part}_*.bin shard; make one with\n"
-        f"  python data/prepare.py --source stdlib --out {folder}\n"
-        "or fetch the published ones with data/download.py"
+        f"DATA_PATH={folder} holds no *_{part}_*.bin shard; fetch the published ones with "
+        "data/download.py, or make some: python data/prepare.py --source stdlib --vocab-size 8192 "
+        f"--out {folder}"
     )
 
 
@@ -494,7 +494,7 @@ def test_a_token_counts_its_marker_unless_a_control_token_precedes(
 
 def test_a_vocabulary_of_another_size_is_refused(data: TinyData):
     assert refusal_of(lambda: ByteTable(data.tokenizer, 1024)) == (
-        f"VOCAB_SIZE=1024 does not match the tokenizer's {VOCAB_SIZE}"
+        f"VOCAB_SIZE=1024 does not match the tokenizer's {VOCAB_SIZE}; set it so"
     )
 
 
@@ -539,7 +539,7 @@ def test_a_missing_tokenizer_is_refused_with_the_places_and_the_remedy(tmp_path:
     assert refusal_of(lambda: load_tokenizer(tiny_config(data_path=str(folder)))) == (
         f"no tokenizer at {folder}/tokenizer.model or "
         f"{tmp_path}/tokenizers/fineweb_320_bpe.model; set TOKENIZER_PATH, or make "
-        f"the data set: python data/prepare.py --source stdlib --out {folder}"
+        f"the data set: python data/prepare.py --source stdlib --vocab-size 320 --out {folder}"
     )
     cfg = tiny_config(data_path=str(folder), tokenizer_path=str(tmp_path / "no.model"))
     assert refusal_of(lambda: load_tokenizer(cfg)).startswith(

@@ -409,9 +409,7 @@ def test_missing_shards_are_named_with_the_command_that_makes_them(
 ):
     folder = without(data, work, f"*_{part}_*.bin")
     result = run_script(run_environment(data, data_path=str(folder)), work)
-    assert_refused(
-        result, f"DATA_PATH={folder} holds no *_{part}_*.bin", "data/prepare.py", lines=None
-    )
+    assert_refused(result, f"DATA_PATH={folder} holds no *_{part}_*.bin", "data/prepare.py")
 
 
 def test_missing_data_set_is_named(data: TinyData, work: Path):

@@ -2598,9 +2598,8 @@ def paths_of_four(device: torch.device) -> tuple[Tensor, Tensor]:
         subsets.append(2 * (state_P & 1) + parity_P)
         state_P = NEXT_STATES[2 * state_P + parity_P]
     order_P = state_P.argsort(kind="stable").reshape(num_states, 16).T.ravel()
-    leaf_P, subset_4P = (torch.from_numpy(x[..., order_P]).to(device)
-                         for x in (path_P >> 4, np.stack(subsets)))
-    return leaf_P, subset_4P
+    leaf_P, subset_4P = (x[..., order_P] for x in (path_P >> 4, np.stack(subsets)))
+    return torch.from_numpy(leaf_P).to(device), torch.from_numpy(subset_4P).to(device)
 
 def best_path_by_fours(cost_T4N: Tensor) -> Tensor:
     """What best_path finds, on the device: four rows a step take a quarter of the launches."""
@@ -4280,8 +4279,7 @@ def finish(run: Run, sizes: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=2).encode()
     run.on_main(lambda: write_atomic(run.directory / "submission.json", text))
     if 0 < cfg.target_val_bpb < score["val_bpb"]:
-        problems.append(
-            f"val_bpb {score['val_bpb']} is above TARGET_VAL_BPB={cfg.target_val_bpb}")
+        problems += [f"val_bpb {score['val_bpb']} is above TARGET_VAL_BPB={cfg.target_val_bpb}"]
     if problems:
         raise RunFailed("; ".join(problems))
 
@@ -4351,20 +4349,22 @@ def execute(run: Run) -> None:
 
 def main() -> int:
     """Run as the environment says; the exit status is 0, 1 (failed), 2 (bad input) or 143."""
-    env = os.environ
-    is_main = env.get("RANK", "0") == "0"
+    is_main = (env := os.environ).get("RANK", "0") == "0"
     try:
         cfg = config_from_env(env)
         if cfg.mode != "describe":
             with start_run(cfg, env) as run:
                 execute(run)
         elif is_main:
-            print(describe(cfg))
+            print(describe(cfg), flush=True)
         return 0
     except (InputError, RunFailed, Interrupted, OSError) as error:
         if is_main:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # torchrun ends all ranks when the first has ended: rank 0 is to speak
         return {InputError: 2, Interrupted: 143}.get(type(error), 1)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave: Any = os._exit if dist.is_torchelastic_launched() else sys.exit
+    leave(main())  # gloo's threads may abort a rank whose interpreter is taken down as usual

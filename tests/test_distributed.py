@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import train_gpt
 from tests.conftest import TinyData, environment, tiny_config
 from tests.processes import (
     SCRIPT,
@@ -504,6 +506,19 @@ def assert_refused(results: list[Result], problem: str) -> None:
     """Both ranks ended of themselves as bad input, and the first one said why."""
     assert [result.status for result in results] == [2, 2]
     assert problem in results[0].err and "InputError" not in results[1].err
+
+
+def test_a_rank_that_meets_bad_input_leaves_rank_0_the_time_to_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    waits = list[float]()
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("SEED", "x")
+    for rank, said in ("0", 1), ("1", 0):
+        monkeypatch.setenv("RANK", rank)
+        assert train_gpt.main() == 2
+        assert capsys.readouterr().err.count("SEED='x' is not a valid int") == said
+    assert len(waits) == 1 and waits[0] >= 1
 
 
 def test_describe_speaks_once(work: Path):

@@ -3258,9 +3258,7 @@ exec(compile(PACKED_SOURCE,"<train_gpt>","exec"))
 """  # noqa: E501
 
 def bare_source(source: str) -> str:
-    """The source without comments, docstrings and blank lines, cut out by position: what
-    ast.unparse writes of an f-string is not Python to every version.
-    """
+    """The source without comments, docstrings and blank lines; ast.unparse is less portable."""
     lines, dropped = source.splitlines(keepends=True), set[int]()
     for kind, _, (row, column), *_ in tokenize.generate_tokens(iter(lines.copy()).__next__):
         if kind == tokenize.COMMENT:
@@ -3272,7 +3270,9 @@ def bare_source(source: str) -> str:
         if not isinstance(node, documented) or ast.get_docstring(node, clean=False) is None:
             continue
         text, place = node.body[0], slice(node.body[0].lineno - 1, node.body[0].end_lineno)
-        if "".join(lines[place]).strip() == ast.get_source_segment(source, text):
+        before = lines[place][0].encode()[: text.col_offset]
+        after = lines[place][-1].encode()[text.end_col_offset :]
+        if not (before + after).strip():  # alone on its lines
             alone = len(node.body) == 1 and not isinstance(node, ast.Module)
             instead = " " * text.col_offset + "pass\n" if alone else ""
             lines[place] = [instead, *[""] * (len(lines[place]) - 1)]

@@ -326,7 +326,7 @@ def find_files(patterns: list[str]) -> list[Path]:
 # the same on every machine and survives the addition of files. 25 bytes are kept for each document.
 
 
-class Role(IntEnum):
+class ParamRole(IntEnum):
     TRAIN = 0
     VAL = 1
     EMPTY = 2  # nothing but white space: left out
@@ -353,34 +353,34 @@ class Split:
         self.sizes = array("Q")
         self.num_copies_kept = 0
 
-    def add(self, text: str, *, is_named_val: bool) -> tuple[Role, bytes]:
+    def add(self, text: str, *, is_named_val: bool) -> tuple[ParamRole, bytes]:
         """Decide on the next document; returns its role and key."""
         key = hash_text(text)
-        role = Role.EMPTY if not text.strip() else self._choose(key, is_named_val)
-        if role == Role.VAL:
+        role = ParamRole.EMPTY if not text.strip() else self._choose(key, is_named_val)
+        if role == ParamRole.VAL:
             self.val_keys.add(key)
         self.keys += key
         self.roles.append(role)
         self.sizes.append(len(text.encode("utf-8")))
         return role, key
 
-    def _choose(self, key: bytes, is_named_val: bool) -> Role:
+    def _choose(self, key: bytes, is_named_val: bool) -> ParamRole:
         """The role of a document that is not empty."""
         if is_named_val:
-            return Role.VAL
+            return ParamRole.VAL
         if key in self.val_keys:
-            return Role.COPY_OF_VAL
+            return ParamRole.COPY_OF_VAL
         if self.val_frac is None:
-            return Role.TRAIN
+            return ParamRole.TRAIN
         is_drawn = int.from_bytes(key[:8], "big") < self.val_frac * 2**64
-        return Role.VAL if is_drawn else Role.TRAIN
+        return ParamRole.VAL if is_drawn else ParamRole.TRAIN
 
     def close(self, *, dedup: bool) -> None:
         """Find the second and later copies of training documents; drop them if `dedup`."""
         roles = np.frombuffer(self.roles, dtype=np.uint8)
-        repeats = find_repeats(self.keys, np.flatnonzero(roles == Role.TRAIN))
+        repeats = find_repeats(self.keys, np.flatnonzero(roles == ParamRole.TRAIN))
         if dedup:
-            roles[repeats] = Role.COPY_IN_TRAIN  # writes through to self.roles
+            roles[repeats] = ParamRole.COPY_IN_TRAIN  # writes through to self.roles
         else:
             self.num_copies_kept = len(repeats)
 
@@ -388,7 +388,7 @@ class Split:
         """The key of document `index`."""
         return bytes(self.keys[index * KEY_BYTES : (index + 1) * KEY_BYTES])
 
-    def total(self, role: Role) -> tuple[int, int]:
+    def total(self, role: ParamRole) -> tuple[int, int]:
         """Number of documents with this role, and their UTF-8 bytes."""
         chosen = np.frombuffer(self.roles, dtype=np.uint8) == role
         return int(chosen.sum()), int(np.frombuffer(self.sizes, dtype=np.uint64)[chosen].sum())
@@ -704,11 +704,13 @@ def scan_documents(plan: Plan) -> tuple[Split, Sample]:
     with show_progress("reading") as bar:
         for is_named_val, text in plan.documents():
             role, key = split.add(text, is_named_val=is_named_val)
-            if role == Role.TRAIN and options.tokenizer is None:
+            if role == ParamRole.TRAIN and options.tokenizer is None:
                 sample.add(key, text)
             bar.update(split.sizes[-1])
     split.close(dedup=options.dedup)
-    num_train, num_val, num_empty = (split.total(r)[0] for r in (Role.TRAIN, Role.VAL, Role.EMPTY))
+    num_train, num_val, num_empty = (
+        split.total(r)[0] for r in (ParamRole.TRAIN, ParamRole.VAL, ParamRole.EMPTY)
+    )
     seen = f"{len(split.roles)} documents, {num_empty} of them empty"
     if num_train + num_val == 0:
         raise InputError(f"no text: {seen}; give files with text")
@@ -750,9 +752,9 @@ class BatchMaker:
         self.plan = plan
         self.split = split
         self.model_path = model_path
-        self.paths: dict[Role, list[Path]] = {Role.TRAIN: [], Role.VAL: []}
-        self._texts: dict[Role, list[str]] = {Role.TRAIN: [], Role.VAL: []}
-        self._num_bytes = {Role.TRAIN: 0, Role.VAL: 0}
+        self.paths: dict[ParamRole, list[Path]] = {ParamRole.TRAIN: [], ParamRole.VAL: []}
+        self._texts: dict[ParamRole, list[str]] = {ParamRole.TRAIN: [], ParamRole.VAL: []}
+        self._num_bytes = {ParamRole.TRAIN: 0, ParamRole.VAL: 0}
 
     def batches(self, val_text: BinaryIO | None) -> Iterator[Batch]:
         """Yield the batches; validation texts also go to `val_text`."""
@@ -761,8 +763,8 @@ class BatchMaker:
             num_documents = index + 1
             if hash_text(text) != self.split.key(index):
                 raise InputError(INPUT_CHANGED)
-            role = Role(self.split.roles[index])
-            if role == Role.VAL and val_text is not None:
+            role = ParamRole(self.split.roles[index])
+            if role == ParamRole.VAL and val_text is not None:
                 val_text.write(text.encode("utf-8"))
             if role in self.paths:
                 self._texts[role].append(text)
@@ -773,10 +775,10 @@ class BatchMaker:
             raise InputError(INPUT_CHANGED)
         yield from [self._close(role) for role in self.paths if self._texts[role]]
 
-    def _close(self, role: Role) -> Batch:
+    def _close(self, role: ParamRole) -> Batch:
         """The texts held for one split, as a batch."""
         texts, self._texts[role], self._num_bytes[role] = self._texts[role], [], 0
-        has_counts = role == Role.VAL and self.plan.options.byte_sidecar
+        has_counts = role == ParamRole.VAL and self.plan.options.byte_sidecar
         parts = [self.model_path.name.encode(), bytes([has_counts]), *map(hash_text, texts)]
         digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         stem = f"{role.name.lower()}_{len(self.paths[role]):06d}_{digest}"
@@ -836,7 +838,7 @@ def encode_documents(plan: Plan, split: Split, model_path: Path, final: Path) ->
     """Second pass: leaves every batch's small shards in .partial/, and the validation text."""
     options = plan.options
     maker = BatchMaker(plan, split, model_path)
-    num_bytes = split.total(Role.TRAIN)[1] + split.total(Role.VAL)[1]
+    num_bytes = split.total(ParamRole.TRAIN)[1] + split.total(ParamRole.VAL)[1]
     with contextlib.ExitStack() as stack:
         wants_text = options.write_val_text
         val_text = stack.enter_context(atomic_file(final / VAL_TEXT_FILE)) if wants_text else None
@@ -849,7 +851,7 @@ def write_files(plan: Plan, maker: BatchMaker, final: Path) -> dict[str, Any]:
     """Write shards and tokenizer into the folder `final`; the manifest's entries on them."""
     options, split = plan.options, maker.split
     entries: dict[str, Any] = {"copies_kept": split.num_copies_kept}
-    for role in (Role.TRAIN, Role.VAL):
+    for role in (ParamRole.TRAIN, ParamRole.VAL):
         stem = final / f"{options.name}_{role.name.lower()}"
         num_documents, text_bytes = split.total(role)
         entries[role.name.lower()] = {
@@ -859,7 +861,7 @@ def write_files(plan: Plan, maker: BatchMaker, final: Path) -> dict[str, Any]:
         }
     if options.byte_sidecar:
         stem = final / f"{options.name}_val_bytes"
-        write_shards(map(sidecar_of, maker.paths[Role.VAL]), stem, options.shard_tokens)
+        write_shards(map(sidecar_of, maker.paths[ParamRole.VAL]), stem, options.shard_tokens)
     write_atomic(final / TOKENIZER_FILE, maker.model_path.read_bytes())
     processor = load_processor(maker.model_path)
     entries["tokenizer"] = {
@@ -895,9 +897,9 @@ def make_data_set(plan: Plan) -> dict[str, Any]:
         "split_rule": SPLIT_RULES["named" if plan.val_files else "hash"],
         **entries,
         "left_out": {
-            "empty": split.total(Role.EMPTY)[0],
-            "copies_of_validation": split.total(Role.COPY_OF_VAL)[0],
-            "copies_in_training": split.total(Role.COPY_IN_TRAIN)[0],
+            "empty": split.total(ParamRole.EMPTY)[0],
+            "copies_of_validation": split.total(ParamRole.COPY_OF_VAL)[0],
+            "copies_in_training": split.total(ParamRole.COPY_IN_TRAIN)[0],
         },
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}

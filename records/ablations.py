@@ -111,7 +111,7 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack:
+class MatrixGroup:
     """A setting, and the variants of it that are compared with it."""
 
     name: str
@@ -129,7 +129,7 @@ class Grid:
 
     path: Path
     data: str  # the command that makes the data set
-    stacks: list[Stack]
+    stacks: list[MatrixGroup]
 
     @property
     def results(self) -> Path:
@@ -149,7 +149,7 @@ def digest(settings: Any) -> str:
 class Job:
     """One run of a grid."""
 
-    stack: Stack
+    stack: MatrixGroup
     variant: Variant
     seed: int
 
@@ -198,7 +198,7 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def parse_stack(name: str, table: Mapping[str, Any], shared: Mapping[str, Any]) -> Stack:
+def parse_stack(name: str, table: Mapping[str, Any], shared: Mapping[str, Any]) -> MatrixGroup:
     """One stack; `shared` is the grid's top level, for what the stack does not say itself."""
     where = f"stacks.{name}"
     refuse_unknown(table, ("recipe", "settings", "steps", "seeds", *MODES), where)
@@ -214,7 +214,7 @@ def parse_stack(name: str, table: Mapping[str, Any], shared: Mapping[str, Any]) 
         **parse_overrides(table.get("settings", ""), f"{where}.settings"),
     }
     base = {**lines, **RUN_SETTINGS, **settings}
-    return Stack(
+    return MatrixGroup(
         name=name,
         recipe=recipe,
         settings=settings,
@@ -600,13 +600,15 @@ def phases_by_step(script: ModuleType, settings: Mapping[str, str]) -> list[Any]
         by_steps = cfg.warmdown_iters * progress / max(1, step)
         share = by_steps if cfg.warmdown_iters else cfg.warmdown_frac
         scale = script.lr_scale(progress, warmdown_frac=share, floor=cfg.min_lr)
-        found.append(script.phase_at(cfg, progress, scale))
+        found.append(script.train_stage_at(cfg, progress, scale))
     return found
 
 
-def counted_steps(phases: Sequence[Any]) -> list[int]:
+def counted_steps(train_stages: Sequence[Any]) -> list[int]:
     """The steps that are timed: not the first ones, nor the first of a later phase."""
-    return [i for i in range(DROPPED_STEPS, len(phases)) if phases[i] == phases[i - 1]]
+    return [
+        i for i in range(DROPPED_STEPS, len(train_stages)) if train_stages[i] == train_stages[i - 1]
+    ]
 
 
 def shorten(script: ModuleType, job: Job, steps: int, base: ShortRun | None = None) -> ShortRun:
@@ -615,11 +617,11 @@ def shorten(script: ModuleType, job: Job, steps: int, base: ShortRun | None = No
     shares = {phase: count / len(whole) for phase, count in Counter(whole).items()}
     for num_steps in range(steps, 100 * steps):
         short = {**job.settings, **SHORT_SETTINGS, "ITERATIONS": str(num_steps)}
-        phases = phases_by_step(script, short)
-        counted = Counter(phases[i] for i in counted_steps(phases))
+        train_stages = phases_by_step(script, short)
+        counted = Counter(train_stages[i] for i in counted_steps(train_stages))
         if all(counted[phase] >= steps // 3 for phase in shares):
             order = list(shares)
-            phase_of = tuple(order.index(p) if p in shares else -1 for p in phases)
+            phase_of = tuple(order.index(p) if p in shares else -1 for p in train_stages)
             own = job.stack, job.variant, job.seed
             return ShortRun(*own, phase_of, tuple(shares.values()), base)
     raise InputError(f"{job.name}: a phase of its schedule is too short to be timed")
@@ -638,10 +640,10 @@ def collect_steps(part: ShortRun, folder: Path) -> Json:
         statistics.median(steps_ms[i] for i in counted if part.phase_of[i] == phase)
         for phase in range(len(part.shares))
     ]
-    phases = [*zip(part.shares, medians_ms, strict=True)]
+    train_stages = [*zip(part.shares, medians_ms, strict=True)]
     return {
-        "step_ms": round(sum(share * step_ms for share, step_ms in phases), 3),
-        "phases": [{"share": round(share, 4), "step_ms": ms} for share, ms in phases],
+        "step_ms": round(sum(share * step_ms for share, step_ms in train_stages), 3),
+        "phases": [{"share": round(share, 4), "step_ms": ms} for share, ms in train_stages],
         "steps_ms": steps_ms,
         **origin_of(log),
     }
@@ -777,7 +779,9 @@ class Comparison(NamedTuple):
         return paired_p(self.gains)
 
 
-def finished_runs(stack: Stack, variant: Variant, results: Mapping[str, Json]) -> dict[int, Json]:
+def finished_runs(
+    stack: MatrixGroup, variant: Variant, results: Mapping[str, Json]
+) -> dict[int, Json]:
     """The runs of a variant that did not fail, by their seed."""
     found = {seed: results.get(Job(stack, variant, seed).key) for seed in stack.seeds}
     return {seed: result for seed, result in found.items() if result and "error" not in result}
@@ -788,7 +792,7 @@ def paired(runs: Mapping[int, Json], references: Mapping[int, Json], key: str) -
     return [runs[seed][key] - references[seed][key] for seed in runs if seed in references]
 
 
-def compare(stack: Stack, mode: str, results: Mapping[str, Json]) -> list[Comparison]:
+def compare(stack: MatrixGroup, mode: str, results: Mapping[str, Json]) -> list[Comparison]:
     """The variants of one mode, the most useful technique first, what was not run yet last."""
     references = finished_runs(stack, stack.variants[0], results)
     found = []
@@ -861,7 +865,7 @@ def comparison_cells(compared: Comparison) -> list[str]:
     ]
 
 
-def timings_of(stack: Stack, timings: Iterable[Json]) -> dict[str, Json]:
+def timings_of(stack: MatrixGroup, timings: Iterable[Json]) -> dict[str, Json]:
     """The measurements against this stack, by the run whose step they measure."""
     bases = {Job(stack, stack.variants[0], seed).key for seed in stack.seeds}
     good = [line for line in timings if "error" not in line]
@@ -878,7 +882,7 @@ def time_cells(measured: Mapping[int, Json]) -> list[str]:
     return [f"{step_ms:,.0f}", f"{ratio:.2f}"]
 
 
-def format_timings(stack: Stack, timings: Mapping[str, Json]) -> list[str]:
+def format_timings(stack: MatrixGroup, timings: Mapping[str, Json]) -> list[str]:
     """What the columns of the step times do not say: their spread, and steps that change."""
     if not timings:
         return []
@@ -889,13 +893,15 @@ def format_timings(stack: Stack, timings: Mapping[str, Json]) -> list[str]:
     ]
     for variant in stack.variants:
         for line in [*finished_runs(stack, variant, timings).values()][:1]:
-            phases = [f"{p['share']:.0%} at {p['step_ms']:,.0f} ms" for p in line["phases"]]
-            if len(phases) > 1:
-                lines.append(f"Steps of {variant.name}: {', '.join(phases)}.")
+            train_stages = [f"{p['share']:.0%} at {p['step_ms']:,.0f} ms" for p in line["phases"]]
+            if len(train_stages) > 1:
+                lines.append(f"Steps of {variant.name}: {', '.join(train_stages)}.")
     return lines
 
 
-def format_stack(stack: Stack, results: Mapping[str, Json], timings: Iterable[Json]) -> list[str]:
+def format_stack(
+    stack: MatrixGroup, results: Mapping[str, Json], timings: Iterable[Json]
+) -> list[str]:
     """The tables of one stack, the reference at the head of each."""
     timed = timings_of(stack, timings)
     references = finished_runs(stack, stack.variants[0], results)
@@ -1012,13 +1018,13 @@ MODE_COLORS = dict(zip(MODES, SEED_COLORS, strict=False))
 ROW_INCHES, PANEL_INCHES = 0.26, 1.3
 
 
-def drawn(stack: Stack, results: Mapping[str, Json]) -> list[Comparison]:
+def drawn(stack: MatrixGroup, results: Mapping[str, Json]) -> list[Comparison]:
     """The comparisons of a stack that have a run, the best technique last: it is drawn on top."""
     found = [c for mode in MODES for c in compare(stack, mode, results) if c.gains]
     return sorted(found, key=lambda c: statistics.fmean(c.gains))
 
 
-def draw_stack(axes: Axes, stack: Stack, compared: Sequence[Comparison]) -> None:
+def draw_stack(axes: Axes, stack: MatrixGroup, compared: Sequence[Comparison]) -> None:
     """The panel of one stack."""
     labelled: set[str] = set()
     for place, c in enumerate(compared):

@@ -104,7 +104,7 @@ def measure(case: str, budget_s: float) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain_step(model, ids_BT),
         "optimizer": optimizer,
-        "eval": lambda: model.score(ids_BT[:, :-1], ids_BT[:, 1:]),
+        "eval": lambda: model.eval_nll(ids_BT[:, :-1], ids_BT[:, 1:]),
     }
     kind = case.rpartition("_")[2]
     call = calls.get(kind, lambda: trainer.step(window_BT))

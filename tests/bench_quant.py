@@ -149,12 +149,12 @@ class Subject:
     trained: tg.Progress
     weights_sha256: str
     changed: str
-    found: dict[str, tg.Curvature] = dataclasses.field(default_factory=dict)
+    found: dict[str, tg.KroneckerHessian] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def matrices(self) -> list[str]:
         """The tensors that become codes, and whose errors count."""
-        groups = tg.blueprint(self.run.cfg)[1]
+        groups = tg.model_layout(self.run.cfg)[1]
         return [name for name in self.weights if groups[name] in ("attn", "mlp", "embed", "table")]
 
     @property
@@ -163,7 +163,7 @@ class Subject:
 
     def errors(self, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Curvature-weighted squared errors of the matrices, by group."""
-        groups, sums = tg.blueprint(self.run.cfg)[1], dict[str, float]()
+        groups, sums = tg.model_layout(self.run.cfg)[1], dict[str, float]()
         for name in self.matrices:
             e_OI, (inputs_II, outputs_O) = weights[name] - self.weights[name], self.found[name]
             error = float((outputs_O * ((e_OI @ inputs_II) * e_OI).sum(dim=1)).sum())
@@ -314,7 +314,9 @@ class Made(NamedTuple):
     encode_s: float
 
 
-def make(subject: Subject, cfg: tg.Config, stacks: Sequence[tg.Stack], multiplier: float) -> Made:
+def make(
+    subject: Subject, cfg: tg.Config, stacks: Sequence[tg.MatrixGroup], multiplier: float
+) -> Made:
     """Quantise and encode with all steps multiplied."""
     started_s = time.perf_counter()
     tensors = tg.quantize_model(cfg, subject.model, stacks, multiplier)
@@ -324,9 +326,11 @@ def make(subject: Subject, cfg: tg.Config, stacks: Sequence[tg.Stack], multiplie
     return Made(multiplier, tensors, payload, quantized_s - started_s, encode_s)
 
 
-def fitted(subject: Subject, cfg: tg.Config, stacks: Sequence[tg.Stack], num_bytes: int) -> Made:
+def fitted(
+    subject: Subject, cfg: tg.Config, stacks: Sequence[tg.MatrixGroup], num_bytes: int
+) -> Made:
     """The artifact of so many bytes: the multiplier by estimate, then by what artifacts take."""
-    multiplier, tried = tg.multiplier_for(stacks, 8.0 * num_bytes), list[tuple[float, int]]()
+    multiplier, tried = tg.scale_factor_for(stacks, 8.0 * num_bytes), list[tuple[float, int]]()
     for _ in range(7):
         made = make(subject, cfg, stacks, multiplier)
         tried.append((math.log2(multiplier), len(made.payload)))
@@ -347,7 +351,7 @@ def made_by(subject: Subject, name: str, results: Results, multiplier: float = 0
     cfg, started_s = knobs_of(method, subject.run.cfg), time.perf_counter()
     subject.model.load_state_dict(subject.weights)
     found = subject.found if cfg.quantizer == "gptq" else {}
-    stacks = tg.plan_stacks(cfg, subject.model, found)
+    stacks = tg.group_matrices(cfg, subject.model, found)
     plan_s = time.perf_counter() - started_s
     if method.share and not multiplier:
         reference = results.get("method", subject.name, "reference")["bytes"]
@@ -360,8 +364,8 @@ def made_by(subject: Subject, name: str, results: Results, multiplier: float = 0
 def measure(subject: Subject, kind: str, name: str, made: Made, results: Results) -> None:
     """A row of what comes out of an artifact; methods, not rates, are scored."""
     cfg, started_s = knobs_of(METHODS[name.partition("@")[0]], subject.run.cfg), time.perf_counter()
-    decoded = tg.decode_tensors(*tg.decode_header(made.payload), *tg.blueprint(cfg))
-    weights = tg.assembled(decoded)
+    decoded = tg.decode_tensors(*tg.decode_header(made.payload), *tg.model_layout(cfg))
+    weights = tg.dequantize_all(decoded)
     decode_s = time.perf_counter() - started_s
     errors = subject.errors(weights)
     score = {"bpb": subject.bpb(weights)} if kind == "method" else {}
@@ -369,7 +373,7 @@ def measure(subject: Subject, kind: str, name: str, made: Made, results: Results
         subject, kind, name, bytes=len(made.payload), multiplier=made.multiplier,
         error=sum(errors.values()), errors=errors, quantize_s=round(made.quantize_s, 2),
         encode_s=round(made.encode_s, 2), decode_s=round(decode_s, 2),
-        ledger=tg.byte_ledger(made.payload), **tg.code_statistics(made.tensors), **score,
+        ledger=tg.artifact_sizes(made.payload), **tg.code_statistics(made.tensors), **score,
     )  # fmt: skip
 
 
@@ -426,7 +430,7 @@ def coder_bytes(group: Sequence[tg.Quantized]) -> Json:
 
 def measure_coders(subject: Subject, name: str, made: Made, results: Results) -> None:
     """Bytes of the same codes, a stream for each group of tensors, with every coder."""
-    members = tg.grouped(list(made.tensors), tg.blueprint(subject.run.cfg)[1])
+    members = tg.group_names(list(made.tensors), tg.model_layout(subject.run.cfg)[1])
     by_group = dict[str, Json]()
     for group, names in members.items():
         coded = [t for t in map(made.tensors.__getitem__, names) if t.scales is not None]
@@ -487,29 +491,29 @@ def measure_full_shape(results: Results) -> None:
         return
     torch.manual_seed(0)
     cfg = tg.config_from_env({"RECIPE": str(FULL_RECIPE), "COMPILE": "0"})
-    model = tg.GPT(cfg, tg.ATTENTIONS["sdpa"](), torch.float32)
-    shapes, groups = tg.blueprint(cfg)
+    model = tg.GPT(cfg, tg.ATTENTION_BACKENDS["sdpa"](), torch.float32)
+    shapes, groups = tg.model_layout(cfg)
     names = [name for name, group in groups.items() if group in ("attn", "mlp", "embed", "table")]
-    found, inputs = dict[str, tg.Curvature](), dict[int, torch.Tensor]()
+    found, inputs = dict[str, tg.KroneckerHessian](), dict[int, torch.Tensor]()
     for name in names:
         rows, columns = shapes[name]
         model.get_parameter(name).data.normal_(std=0.02)
         if columns not in inputs:  # a power law of input power, as in a trained model
             x_NI = torch.randn(2 * columns, columns) * torch.arange(1, columns + 1) ** -0.5
             inputs[columns] = x_NI.T @ x_NI
-        found[name] = tg.Curvature(inputs[columns], torch.rand(rows) + 0.1)
+        found[name] = tg.KroneckerHessian(inputs[columns], torch.rand(rows) + 0.1)
     clock = [(time.perf_counter(), time.process_time())]
 
     def tick() -> None:
         clock.append((time.perf_counter(), time.process_time()))
 
-    stacks = tg.plan_stacks(cfg, model, found)
-    multiplier = tg.multiplier_for(stacks, 8.0 * subject.num_bytes)
+    stacks = tg.group_matrices(cfg, model, found)
+    multiplier = tg.scale_factor_for(stacks, 8.0 * subject.num_bytes)
     tensors = tg.quantize_model(cfg, model, stacks, multiplier)
     tick()
     payload = tg.encode_artifact(cfg, tensors, "0" * 64)
     tick()
-    decoded = tg.assembled(tg.decode_tensors(*tg.decode_header(payload), shapes, groups))
+    decoded = tg.dequantize_all(tg.decode_tensors(*tg.decode_header(payload), shapes, groups))
     tick()
     assert decoded.keys() == shapes.keys()
     spent = [tuple(round(b - a, 1) for a, b in zip(*pair, strict=True))

@@ -261,7 +261,7 @@ def randomize_(model: torch.nn.Module, seed: int = 0) -> None:
 
 def random_model(cfg: Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
     """A model on the CPU with random parameters: each prediction depends on all of its context."""
-    attention = train_gpt.choose_attention(cfg, torch.device("cpu"), dtype)
+    attention = train_gpt.choose_attention_backend(cfg, torch.device("cpu"), dtype)
     model = GPT(cfg, attention, dtype)
     randomize_(model, seed)
     return model

@@ -53,13 +53,13 @@ def config_from_env(env):
 def lr_scale(progress, *, warmdown_frac, floor):
     return 1.0
 
-def phase_at(cfg, progress, scale):
+def train_stage_at(cfg, progress, scale):
     return "late" if progress >= cfg.change_at else "early"
 
 def step_events(env):
     cfg, train_s = config_from_env(env), 0.0
     for n in range(cfg.iterations):
-        is_late = phase_at(cfg, n / cfg.iterations, 1.0) == "late"
+        is_late = train_stage_at(cfg, n / cfg.iterations, 1.0) == "late"
         step_ms = float(env.get("LATE_MS" if is_late else "STEP_MS", 250))
         train_s = round(train_s + (10 if n < 2 else 1) * step_ms / 1000, 3)
         yield {"event": "step", "step": n + 1, "train_loss": 5.0 - n, "train_s": train_s}
@@ -550,9 +550,9 @@ def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(warmdown: str
     script: Any = SimpleNamespace(
         config_from_env=train_gpt.config_from_env,
         lr_scale=train_gpt.lr_scale,
-        phase_at=lambda cfg, progress, scale: (progress, scale),
+        train_stage_at=lambda cfg, progress, scale: (progress, scale),
     )
-    expected = [(t.progress.fraction(cfg), train_gpt.Trainer.scale(t)) for t in trainers]
+    expected = [(t.progress.fraction(cfg), train_gpt.Trainer.lr_scale(t)) for t in trainers]
     assert ablations.phases_by_step(script, settings) == expected
 
 

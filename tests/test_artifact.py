@@ -34,14 +34,14 @@ from train_gpt import (
     Quantized,
     Run,
     RunFailed,
-    account_sizes,
-    blueprint,
-    byte_ledger,
-    choose_attention,
+    artifact_sizes,
+    check_sizes,
+    choose_attention_backend,
     decode_header,
     decode_tensors,
     encode_artifact,
     find_compressor,
+    model_layout,
     pack_source,
     parameter_roles,
     quantize_model,
@@ -173,8 +173,8 @@ def test_bytes_to_tensors_to_bytes_gives_the_same_bytes(
     cfg = tiny_config(**SHAPE, compressor=compressor)
     header, body = decode_header(artifacts[compressor])
     shapes = {name: tuple(p.shape) for name, p in random_model(cfg).named_parameters()}
-    groups = {name: role.tensors for name, role in parameter_roles(random_model(cfg)).items()}
-    assert blueprint(cfg) == (shapes, groups)
+    groups = {name: role.quant_group for name, role in parameter_roles(random_model(cfg)).items()}
+    assert model_layout(cfg) == (shapes, groups)
     tensors = decode_tensors(header, body, shapes, groups)
     shuffled = dict(sorted(tensors.items(), reverse=True))
     assert encode_artifact(cfg, shuffled, SHA) == artifacts[compressor]
@@ -742,7 +742,9 @@ def test_a_huge_shape_over_short_streams_is_refused_in_little_memory(
     parts.header["model"] |= huge
     cfg = tiny_config(**{**SHAPE, **huge})
     with torch.device("meta"):
-        model = GPT(cfg, choose_attention(cfg, torch.device("cpu"), torch.float32), torch.float32)
+        model = GPT(
+            cfg, choose_attention_backend(cfg, torch.device("cpu"), torch.float32), torch.float32
+        )
     sizes = {name: p.shape for name, p in model.named_parameters()}
     for entry in parts.header["tensors"]:
         entry[2] = sizes[entry[0]][0] if entry[2] else 0
@@ -801,7 +803,7 @@ def test_the_counted_size_is_that_of_both_files_on_disk(
 ):
     artifact_bytes = len(artifacts["zlib"])
     run = make_run(artifact_budget_bytes=artifact_bytes + 300)
-    sizes = account_sizes(run, write_files(run, 300, artifacts["zlib"]))
+    sizes = check_sizes(run, write_files(run, 300, artifacts["zlib"]))
     assert sizes == {
         "artifact_bytes": artifact_bytes, "code_bytes": 300,
         "total_bytes": artifact_bytes + 300, "budget_bytes": artifact_bytes + 300,
@@ -812,7 +814,7 @@ def test_a_byte_over_the_budget_fails_the_run(make_run: MakeRun, artifacts: dict
     budget = len(artifacts["zlib"]) + 300
     run = make_run(artifact_budget_bytes=budget)
     with pytest.raises(RunFailed) as failure:
-        account_sizes(run, write_files(run, 301, artifacts["zlib"]))
+        check_sizes(run, write_files(run, 301, artifacts["zlib"]))
     assert str(failure.value) == (
         f"code and artifact take {budget + 1} bytes of ARTIFACT_BUDGET_BYTES={budget}; "
         "lower *_BITS or the model's shape"
@@ -822,7 +824,7 @@ def test_a_byte_over_the_budget_fails_the_run(make_run: MakeRun, artifacts: dict
 @pytest.mark.parametrize("compressor", ALL_COMPRESSORS)
 def test_the_byte_ledger_adds_up_to_the_file(compressor: str, artifacts: dict[str, bytes]):
     payload = artifacts[compressor]
-    ledger, parts = byte_ledger(payload), Parts(payload)
+    ledger, parts = artifact_sizes(payload), Parts(payload)
     assert sum(ledger.values()) == len(payload)
     assert ledger["frame_bytes"] == PREFIX.size + len(parts.head) + 32
     streams = parts.streams()
@@ -923,7 +925,7 @@ def test_the_packed_script_runs_as_the_source_does(packed_module: types.ModuleTy
     env = {"MODE": "describe", "NUM_LAYERS": "12", "XSA_LAST_N": "1"}
     described = packed_module.describe(packed_module.config_from_env(env))
     assert described == train_gpt.describe(train_gpt.config_from_env(env))
-    assert packed_module.own_source() == unpack(packed(SOURCE))
+    assert packed_module.script_source() == unpack(packed(SOURCE))
 
 
 def test_tracebacks_and_inspect_find_the_lines_of_the_packed_script(

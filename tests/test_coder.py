@@ -69,7 +69,7 @@ def test_known_loudness_of_columns_saves_learning_it():
     codes_OI, deviation_I = matrix(64, 512, spread=1.0)
     eighths_I = np.rint(8 * np.log2(deviation_I / 2.4)).astype(np.int64)
     blind, told = (
-        len(coder.encode_codes([codes_OI], [CodeGrid(64, 512, loudness_I=loudness_I)]))
+        len(coder.encode_codes([codes_OI], [CodeGrid(64, 512, column_log_scale_I=loudness_I)]))
         for loudness_I in (0, eighths_I)
     )
     assert 8 * told < 1.015 * exact_bits(codes_OI, deviation_I)

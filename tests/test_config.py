@@ -234,9 +234,12 @@ def test_the_config_cannot_be_changed():
         ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, audit, describe"),
         (
             {"NUM_LAYERS": "257"},
-            "NUM_LAYERS=257 must be in [1, 256] (distinct transformer blocks)",
+            "NUM_LAYERS=257 must be in [1, 256] (number of distinct blocks)",
         ),
-        ({"MATRIX_LR": "-0.1"}, "MATRIX_LR=-0.1 must be at least 0 (Muon, block matrices)"),
+        (
+            {"MATRIX_LR": "-0.1"},
+            "MATRIX_LR=-0.1 must be at least 0 (Muon learning rate of the block matrices)",
+        ),
         pytest.param({"ATTN_BITS": "3"}, "ATTN_BITS=3 must be one of 4, 5, 6, 7, 8, 16"),
         pytest.param(
             {"EMBED_BITS": "9"},
@@ -280,7 +283,7 @@ def test_all_problems_come_in_one_message():
         "  NUM_LAYER is not a knob; did you mean NUM_LAYERS?\n"
         "  PHASED_TTT_ENABLED is not a knob of this script\n"
         "  MAX_WALLCLOCK_SECONDS='ten' is not a valid float\n"
-        "  SEED=-1 must be in [0, 2147483647] (seeds initialisation and data order)\n"
+        "  SEED=-1 must be in [0, 2147483647] (random seed of initialization and data order)\n"
         "  NUM_KV_HEADS=3 must divide NUM_HEADS=8"
     )
     assert isinstance(refusal.value, ValueError)
@@ -362,21 +365,21 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         ({"xsa_last_n": 10}, "XSA_LAST_N=10 must be at most NUM_LAYERS=9"),
         (
             {"xsa_layers": "0,9"},
-            "XSA_LAYERS='0,9' must list blocks below NUM_LAYERS=9, as 0,2,5-7",
+            "XSA_LAYERS='0,9' must list blocks below NUM_LAYERS=9, such as 0,2,5-7",
         ),
         (
             {"ve_layers": "a-3"},
-            "VE_LAYERS='a-3' must list blocks below NUM_LAYERS=9, as 0,2,5-7",
+            "VE_LAYERS='a-3' must list blocks below NUM_LAYERS=9, such as 0,2,5-7",
         ),
         (
             {"train_seq_schedule": "512@0.5,256@0.4"},
-            "TRAIN_SEQ_SCHEDULE='512@0.5,256@0.4' must be VALUE@SHARE,... with rising shares "
-            "below 1, as 1024@0.1,2048@0.7",
+            "TRAIN_SEQ_SCHEDULE='512@0.5,256@0.4' must be VALUE@PROGRESS,... with increasing "
+            "values of progress below 1, such as 1024@0.1,2048@0.7",
         ),
         (
             {"train_batch_schedule": "0@0.5"},
-            "TRAIN_BATCH_SCHEDULE='0@0.5' must be VALUE@SHARE,... with rising shares "
-            "below 1, as 1024@0.1,2048@0.7",
+            "TRAIN_BATCH_SCHEDULE='0@0.5' must be VALUE@PROGRESS,... with increasing "
+            "values of progress below 1, such as 1024@0.1,2048@0.7",
         ),
         (
             {"train_seq_schedule": "2048@0.5"},
@@ -388,7 +391,8 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         ),
         (
             {"num_loops": 2, "enable_looping_at": "0.5,0.4"},
-            "ENABLE_LOOPING_AT='0.5,0.4' must be one share of progress, or NUM_LOOPS rising ones",
+            "ENABLE_LOOPING_AT='0.5,0.4' must be one value of progress, or NUM_LOOPS "
+            "non-decreasing ones",
         ),
         (
             {"num_loops": 1, "loop_start": 5, "loop_end": 4},
@@ -413,7 +417,7 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         *(
             (
                 {"quantizer": "rtn", "row_steps": "max", "quant_grid": "uniform", **changes},
-                "QUANTIZER=rtn knows no curvature: not with QUANT_GRID=trellis, CALIBRATION=self, "
+                "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, CALIBRATION=self, "
                 "or ROW_STEPS=solved without CLIP_SIGMAS",
             )
             for changes in (
@@ -425,7 +429,7 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         *(
             (
                 {"clip_sigmas": "12", "row_steps": steps},
-                f"CLIP_SIGMAS and ROW_STEPS={steps} both say what the steps are",
+                f"CLIP_SIGMAS and ROW_STEPS={steps} both set the quantization scales",
             )
             for steps in ("max", "percentile", "search")
         ),
@@ -507,13 +511,13 @@ def test_clip_sigmas_of_unknown_groups_or_without_bound_are_refused(sigmas: str)
 
 
 def test_clip_sigmas_are_one_number_for_all_or_one_for_each_group():
-    assert Config().sigmas == {} and Config().solves_steps
+    assert Config().sigmas == {} and Config().solves_scales
     one = Config(clip_sigmas="12.85")
     assert one.sigmas == dict.fromkeys(("attn", "mlp", "embed", "table"), 12.85)
     each = Config(clip_sigmas="table:12,attn:13,mlp:11.5,embed:14")
     assert each.sigmas == {"attn": 13.0, "mlp": 11.5, "embed": 14.0, "table": 12.0}
-    assert not one.solves_steps and not each.solves_steps
-    assert not Config(row_steps="search").solves_steps
+    assert not one.solves_scales and not each.solves_scales
+    assert not Config(row_steps="search").solves_scales
 
 
 @pytest.mark.parametrize(
@@ -558,7 +562,7 @@ def test_a_bad_value_in_a_recipe_is_refused_like_one_in_the_environment(tmp_path
     recipe.write_text("SEED=one\nMLP_MULT=0\n")
     assert problems_of({"RECIPE": str(recipe)}) == [
         "SEED='one' is not a valid int",
-        "MLP_MULT=0.0 must be in [0.125, 64] (MLP width over MODEL_DIM)",
+        "MLP_MULT=0.0 must be in [0.125, 64] (MLP width / MODEL_DIM)",
     ]
 
 

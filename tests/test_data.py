@@ -29,18 +29,18 @@ from train_gpt import (
     BatchLoader,
     ByteTable,
     Config,
-    CoprimePlan,
+    CoprimeSampler,
     InputError,
-    Phase,
-    ShuffledPlan,
-    StreamPlan,
+    SequentialSampler,
+    ShuffledSampler,
     TokenStream,
+    TrainStage,
     find_shards,
     load_tokenizer,
     load_validation,
-    phase_at,
-    phases,
     read_shard,
+    train_stage_at,
+    train_stages,
     write_shard,
 )
 
@@ -192,7 +192,7 @@ def test_the_sequential_plan_begins_at_a_document_and_goes_on_without_gaps(tmp_p
     stream = make_stream(tmp_path, DOCUMENTS[:8], DOCUMENTS[8:])
     firsts = set()
     for seed in range(40):
-        plan = StreamPlan(stream, 4, tiny_config(seed=seed))
+        plan = SequentialSampler(stream, 4, tiny_config(seed=seed))
         starts = [plan.start(4 * n) for n in range(20)]
         assert np.diff(starts).tolist() == [4] * 19
         firsts.add(starts[0] % len(DOCUMENTS))
@@ -201,14 +201,14 @@ def test_the_sequential_plan_begins_at_a_document_and_goes_on_without_gaps(tmp_p
 
 def test_the_sequential_plan_without_any_document_start_begins_anywhere(tmp_path: Path):
     stream = make_stream(tmp_path, np.full(30, 5))
-    plans = [StreamPlan(stream, 4, tiny_config(seed=seed)) for seed in range(20)]
+    plans = [SequentialSampler(stream, 4, tiny_config(seed=seed)) for seed in range(20)]
     assert len({plan.start(0) % 30 for plan in plans}) > 5
 
 
-@pytest.mark.parametrize("kind", [ShuffledPlan, CoprimePlan])
+@pytest.mark.parametrize("kind", [ShuffledSampler, CoprimeSampler])
 @pytest.mark.parametrize("sizes", [(10, 9, 23, 41), (8,), (7, 8), (100, 3, 0, 16)])
 def test_the_shuffled_plan_visits_every_window_of_every_shard_once_an_epoch(
-    tmp_path: Path, sizes: tuple[int, ...], kind: type[ShuffledPlan]
+    tmp_path: Path, sizes: tuple[int, ...], kind: type[ShuffledSampler]
 ):
     T = 4
     stream = make_stream(tmp_path, *(np.arange(size) for size in sizes))
@@ -236,7 +236,7 @@ def test_the_shuffled_plan_visits_every_window_of_every_shard_once_an_epoch(
 
 def test_the_shuffled_plan_draws_another_order_each_epoch_and_for_each_seed(tmp_path: Path):
     stream = make_stream(tmp_path, np.arange(403))
-    plan, other = (ShuffledPlan(stream, 4, tiny_config(seed=seed)) for seed in (0, 1))
+    plan, other = (ShuffledSampler(stream, 4, tiny_config(seed=seed)) for seed in (0, 1))
     orders = [plan.order(0), plan.order(1), other.order(0)]
     steps = [np.mean(np.diff(order) == 4) for order in orders]
     assert max(steps) < 0.1  # neighbours follow each other in 1 of 99 cases by chance
@@ -245,12 +245,12 @@ def test_the_shuffled_plan_draws_another_order_each_epoch_and_for_each_seed(tmp_
         assert np.mean(orders[a] // 4 == orders[b] // 4) < 0.1
 
 
-@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
+@pytest.mark.parametrize("name", sorted(train_gpt.SAMPLERS))
 def test_a_plan_is_a_function_of_seed_and_window_not_of_what_was_asked_before(
     tmp_path: Path, name: str
 ):
     stream = make_stream(tmp_path, np.tile(DOCUMENTS, 10))
-    plans = [train_gpt.LOADERS[name](stream, 4, tiny_config(seed=7)) for _ in range(2)]
+    plans = [train_gpt.SAMPLERS[name](stream, 4, tiny_config(seed=7)) for _ in range(2)]
     in_order = [plans[0].start(4 * n) for n in range(150)]
     scattered = np.random.default_rng(0).permutation(150)
     assert all(plans[1].start(4 * int(n)) == in_order[n] for n in scattered)
@@ -259,12 +259,14 @@ def test_a_plan_is_a_function_of_seed_and_window_not_of_what_was_asked_before(
 def test_too_little_data_for_a_plan_is_refused_with_the_numbers(tmp_path: Path):
     stream = make_stream(tmp_path, np.arange(7), np.arange(3))
     cfg = tiny_config()
-    assert StreamPlan(stream, 9, cfg).start(9) - StreamPlan(stream, 9, cfg).start(0) == 9
+    assert (
+        SequentialSampler(stream, 9, cfg).start(9) - SequentialSampler(stream, 9, cfg).start(0) == 9
+    )
     text = "10 training tokens are fewer than TRAIN_SEQ_LEN=10 + 1"
-    assert refusal_of(lambda: StreamPlan(stream, 10, cfg)) == text
-    assert ShuffledPlan(stream, 3, cfg).num_windows == 1
+    assert refusal_of(lambda: SequentialSampler(stream, 10, cfg)) == text
+    assert ShuffledSampler(stream, 3, cfg).num_windows == 1
     for name in ("shuffled", "coprime", "annealed"):
-        plan = functools.partial(train_gpt.LOADERS[name], stream, 4, tiny_config(loader=name))
+        plan = functools.partial(train_gpt.SAMPLERS[name], stream, 4, tiny_config(loader=name))
         assert refusal_of(plan) == (
             "no training shard holds two windows of TRAIN_SEQ_LEN=4 tokens, "
             f"which LOADER={name} needs"
@@ -310,7 +312,7 @@ def test_a_batch_of_the_sequential_loader_is_the_next_stretch_of_the_data(
     assert np.array_equal(targets, np.resize(np.roll(ids, -first - 1), len(inputs)))
 
 
-@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
+@pytest.mark.parametrize("name", sorted(train_gpt.SAMPLERS))
 def test_the_batches_of_all_ranks_together_are_those_of_one_rank(stream: TokenStream, name: str):
     alone = make_loader(stream, loader=name)
     for world_size in (2, 4, 8):
@@ -330,7 +332,7 @@ def test_no_window_is_given_to_two_ranks_or_steps_of_an_epoch(tmp_path: Path, na
     assert len(rows[:, 1:].unique()) == 8 * 32 * num_steps
 
 
-@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
+@pytest.mark.parametrize("name", sorted(train_gpt.SAMPLERS))
 def test_the_seed_decides_the_data_order(stream: TokenStream, name: str):
     first, again, other = (
         read_step(make_loader(stream, loader=name, seed=seed), 0) for seed in (1, 1, 2)
@@ -338,15 +340,15 @@ def test_the_seed_decides_the_data_order(stream: TokenStream, name: str):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
+@pytest.mark.parametrize("name", sorted(train_gpt.SAMPLERS))
 def test_a_prefetched_batch_is_what_read_returns_also_after_a_jump(stream: TokenStream, name: str):
     loader, plain = make_loader(stream, loader=name), make_loader(stream, loader=name)
-    phase = phase_at(tiny_config(), 0.0, 1.0)
+    phase = train_stage_at(tiny_config(), 0.0, 1.0)
     for step in (0, 1, 2, 7, 8, 3, 3, 4):
         assert torch.equal(loader.batch(256 * step, phase), read_step(plain, step)), step
 
 
-@pytest.mark.parametrize("name", sorted(train_gpt.LOADERS))
+@pytest.mark.parametrize("name", sorted(train_gpt.SAMPLERS))
 def test_a_batch_after_a_change_of_phase_has_the_new_shape_and_follows_the_old(
     stream: TokenStream, name: str
 ):
@@ -363,8 +365,10 @@ def test_a_batch_after_a_change_of_phase_has_the_new_shape_and_follows_the_old(
         (0.6, 32, 256),
         (0.9, 32, 256),
     ):
-        phase = phase_at(cfg, progress, 1.0)
-        assert phase == Phase(seq_len, batch_tokens, loops=0, qat=False) and phase in phases(cfg)
+        phase = train_stage_at(cfg, progress, 1.0)
+        assert phase == TrainStage(
+            seq_len, batch_tokens, loops=0, qat=False
+        ) and phase in train_stages(cfg)
         batch = loader.batch(position, phase)
         assert batch.shape == (batch_tokens // seq_len, seq_len + 1)
         assert torch.equal(batch, loader.read(position, seq_len, batch_tokens))
@@ -385,7 +389,7 @@ def test_batches_asked_for_in_order_are_read_once_and_one_ahead(stream: TokenStr
 
     loader = Noted(tiny_config(), stream, rank=0, world_size=1)
     for step in range(4):
-        loader.batch(256 * step, phase_at(tiny_config(), 0.0, 1.0))
+        loader.batch(256 * step, train_stage_at(tiny_config(), 0.0, 1.0))
     loader.executor.shutdown()  # waits for the one that is read ahead
     assert positions == [0, 256, 512, 768, 1024]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import train_gpt
 from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
 from tests.processes import log_events, run_script, submission
-from train_gpt import GPT, Run, Scorer, Validation, evaluate, plan_windows, share_of
+from train_gpt import GPT, Run, Scorer, Validation, evaluate, plan_windows, rank_slice
 
 SEQ_LEN = 32
 
@@ -106,7 +106,7 @@ def test_plain_evaluation_of_the_published_set_drops_no_tail():
 @given(st.integers(0, 60), st.integers(1, 12))
 def test_ranks_share_the_windows_without_gap_overlap_or_imbalance(num_items, world_size):
     items = list(range(num_items))
-    shares = [list(share_of(items, rank, world_size)) for rank in range(world_size)]
+    shares = [list(rank_slice(items, rank, world_size)) for rank in range(world_size)]
     assert [item for share in shares for item in share] == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -148,7 +148,7 @@ def test_scorer_refuses_targets_that_do_not_exist(make_run: MakeRun, first, coun
 
 def test_scorer_refuses_a_target_that_two_ranks_scored(make_run: MakeRun):
     run = make_run()
-    run.sum_ = lambda tensor: tensor.mul_(2)  # type: ignore[method-assign]  # another rank, the same work
+    run.all_reduce_sum = lambda tensor: tensor.mul_(2)  # type: ignore[method-assign]  # another rank, the same work
     scorer = Scorer(run, some_validation(10))
     scorer.record(0, ones(10))
     with pytest.raises(AssertionError, match="not scored once"):
@@ -332,7 +332,7 @@ def test_probabilities_of_all_targets_at_a_position_sum_to_one(make_run: MakeRun
     model, vocab_size = random_model(run.cfg), run.cfg.vocab_size
     ids_T = torch.from_numpy(data.val[:SEQ_LEN])
     targets_VT = torch.arange(vocab_size)[:, None].expand(-1, SEQ_LEN)
-    nll_VT = model.score(ids_T.expand(vocab_size, -1), targets_VT)
+    nll_VT = model.eval_nll(ids_T.expand(vocab_size, -1), targets_VT)
     total_T = (-nll_VT.double()).exp().sum(dim=0)
     np.testing.assert_allclose(total_T.numpy(), 1, rtol=1e-5)  # 320 float32 terms
 
@@ -341,8 +341,8 @@ def test_first_leaves_out_positions_without_changing_the_others(make_run: MakeRu
     run = make_run()
     model = random_model(run.cfg)
     window_BT = torch.from_numpy(data.val[: 4 * (SEQ_LEN + 1)]).view(4, -1)
-    whole = model.score(window_BT[:, :-1], window_BT[:, 1:])
-    tail = model.score(window_BT[:, :-1], window_BT[:, 1:], 24)
+    whole = model.eval_nll(window_BT[:, :-1], window_BT[:, 1:])
+    tail = model.eval_nll(window_BT[:, :-1], window_BT[:, 1:], 24)
     assert tail.shape == (4, 8)
     torch.testing.assert_close(tail, whole[:, 24:], **TOLERANCE)
 
@@ -353,7 +353,7 @@ def test_scores_do_not_depend_on_the_size_of_the_loss_chunks(
     run = make_run()
     model, validation = random_model(run.cfg), validation_of(data, 300)
     whole = evaluate(run, model, validation, 8).nats
-    monkeypatch.setattr(train_gpt, "LOSS_CHUNK_NUMBERS", 7 * run.cfg.vocab_size)
+    monkeypatch.setattr(train_gpt, "MAX_LOGITS_PER_CHUNK", 7 * run.cfg.vocab_size)
     assert evaluate(run, model, validation, 8).nats == pytest.approx(whole, rel=1e-6)
 
 

@@ -20,33 +20,33 @@ from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_co
 from tests.processes import SCRIPT, run_ranks, run_script
 from train_gpt import (
     BOS_ID,
-    FINEST_BITS,
     GPT,
+    MAX_BITS_PER_WEIGHT,
+    CalibrationStats,
+    CastedLinear,
     Config,
-    Curvature,
     Embedding,
     InputError,
-    Linear,
-    Moments,
+    KroneckerHessian,
+    MatrixGroup,
     Progress,
     Quantized,
     Run,
-    Stack,
-    assembled,
-    blueprint,
     calibrate,
     decode_header,
     decode_tensors,
+    dequantize_all,
     encode_artifact,
     fill_budget,
+    group_matrices,
+    heuristic_row_scales,
     low_rank_corrections,
+    model_layout,
     parameter_roles,
-    plan_stacks,
-    quantile_pruned,
+    prune_smallest,
     quantize_and_encode,
     quantize_model,
     read_artifact,
-    rows_by_hand,
     sample_windows,
 )
 
@@ -65,17 +65,15 @@ def windows_of(cfg: Config, rows: int, seed: int = 0) -> torch.Tensor:
 def lone_run(cfg: Config) -> Run:
     """One process that writes nothing."""
     device = torch.device("cpu")
-    return Run(
-        cfg=cfg, directory=Path(), rank=0, world_size=1, device=device, dtype=torch.float32
-    )  # fmt: skip
+    return Run(cfg=cfg, directory=Path(), rank=0, world_size=1, device=device, dtype=torch.float32)
 
 
-def curvatures_of(run: Run, model: GPT, *windows: torch.Tensor) -> dict[str, Curvature]:
+def curvatures_of(run: Run, model: GPT, *windows: torch.Tensor) -> dict[str, KroneckerHessian]:
     """What the script finds on these windows, each a pass of its own."""
-    moments = Moments(model)
+    moments = CalibrationStats(model)
     for window_BT in windows:
-        moments.take(window_BT)
-    return moments.curvatures(run)
+        moments.accumulate(window_BT)
+    return moments.hessians(run)
 
 
 # --- Curvature -----------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ def brute_force(model: GPT, window_BT: torch.Tensor) -> dict[str, tuple[torch.Te
         return hook
 
     for path, module in model.named_modules():
-        if isinstance(module, Linear | Embedding) and path != "lm_head":
+        if isinstance(module, CastedLinear | Embedding) and path != "lm_head":
             hooks.append(module.register_forward_hook(watch(f"{path}.weight")))
     x_BTD = model(ids_BT)
     for hook in hooks:
@@ -134,12 +132,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "untied": {"tie_embeddings": False},
     "loops": {"num_layers": 3, "num_loops": 2, "loop_start": 1, "loop_end": 1},
-    "tables": {"bigram_vocab_size": 20, "bigram_dim": 6, "trigram_vocab_size": 30,
-               "trigram_dim": 4, "ve_layers": "0,1", "ve_dim": 6},
-    "values": {"value_residual": "resformer", "attn_gate": "sparse", "gate_window": 4,
-               "smear_gate": "lambda", "skip_gates": True},
+    "tables": {
+        "bigram_vocab_size": 20,
+        "bigram_dim": 6,
+        "trigram_vocab_size": 30,
+        "trigram_dim": 4,
+        "ve_layers": "0,1",
+        "ve_dim": 6,
+    },
+    "values": {
+        "value_residual": "resformer",
+        "attn_gate": "sparse",
+        "gate_window": 4,
+        "smear_gate": "lambda",
+        "skip_gates": True,
+    },
     "lanes": {"parallel_residual": "routed", "parallel_start_layer": 1, "num_layers": 3},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -199,12 +208,12 @@ def test_two_passes_are_one_and_two_ranks_are_one(make_run: MakeRun):
     sent: list[torch.Tensor] = []
 
     class Second(Run):
-        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
             sent.append(tensor.clone())
             return tensor
 
     class First(Run):
-        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor.add_(sent.pop(0))  # fails if the ranks send in another order
 
     own = {f.name: getattr(make_run(), f.name) for f in dataclasses.fields(Run)}
@@ -223,7 +232,7 @@ def test_every_coded_matrix_has_a_hessian(shape: str, make_run: MakeRun):
     cfg = tiny_config(**GPTQ | SHAPES[shape])
     model = random_model(cfg)
     found = curvatures_of(make_run(), model, windows_of(cfg, 2))
-    roles = {name: role.tensors for name, role in parameter_roles(model).items()}
+    roles = {name: role.quant_group for name, role in parameter_roles(model).items()}
     assert found.keys() == {name for name, group in roles.items() if group in CODED}
     for name, (inputs_II, outputs_O) in found.items():
         rows, columns = model.get_parameter(name).shape
@@ -232,7 +241,7 @@ def test_every_coded_matrix_has_a_hessian(shape: str, make_run: MakeRun):
         assert float(inputs_II.trace()) > 0 and float(outputs_O.sum()) > 0
         lowest = torch.linalg.eigvalsh(inputs_II.double())[0]
         assert lowest > -1e-5 * inputs_II.trace()
-    stacks = plan_stacks(cfg, model, found)
+    stacks = group_matrices(cfg, model, found)
     names = [name for stack in stacks for name in stack.names]
     assert sorted(names) == sorted(found) and all(stack.factor is not None for stack in stacks)
 
@@ -286,7 +295,7 @@ def test_self_calibration_needs_no_data_and_is_deterministic(make_run: MakeRun):
         for _ in range(2)
     )
     roles = parameter_roles(random_model(run.cfg))
-    assert first.keys() == {name for name, role in roles.items() if role.tensors in CODED}
+    assert first.keys() == {name for name, role in roles.items() if role.quant_group in CODED}
     for name, curvature in first.items():
         assert all(map(torch.equal, curvature, second[name]))
 
@@ -309,10 +318,10 @@ def test_sampled_windows_begin_with_bos_and_follow_the_model():
 
 
 def cost(
-    model: GPT, tensors: dict[str, Quantized], found: dict[str, Curvature]
+    model: GPT, tensors: dict[str, Quantized], found: dict[str, KroneckerHessian]
 ) -> dict[str, float]:
     """tr(E H E^T) of each matrix's error, in float64."""
-    weights, costs = assembled(tensors), {}
+    weights, costs = dequantize_all(tensors), {}
     for name, (inputs_II, _) in found.items():
         error_OI = (weights[name] - model.get_parameter(name).detach()).double()
         costs[name] = float((error_OI @ inputs_II.double() * error_OI).sum())
@@ -320,7 +329,7 @@ def cost(
 
 
 @pytest.fixture
-def calibrated(make_run: MakeRun) -> tuple[GPT, dict[str, Curvature]]:
+def calibrated(make_run: MakeRun) -> tuple[GPT, dict[str, KroneckerHessian]]:
     """A random model with all kinds of matrices, and its curvature."""
     cfg = tiny_config(**GPTQ | SHAPES["tables"])
     model = random_model(cfg)
@@ -329,14 +338,14 @@ def calibrated(make_run: MakeRun) -> tuple[GPT, dict[str, Curvature]]:
 
 @pytest.mark.parametrize("steps", ["max", "percentile", "search"])
 def test_gptq_s_error_in_the_hessian_s_norm_is_below_rounding_s(
-    steps: str, calibrated: tuple[GPT, dict[str, Curvature]]
+    steps: str, calibrated: tuple[GPT, dict[str, KroneckerHessian]]
 ):
     model, found = calibrated
     bits: dict[str, Any] = {f"{group}_bits": 4 for group in CODED}
     costs = []
     for quantizer in ("rtn", "gptq"):
         cfg = dataclasses.replace(model.cfg, quantizer=quantizer, row_steps=steps, **bits)
-        stacks = plan_stacks(cfg, model, found if quantizer == "gptq" else {})
+        stacks = group_matrices(cfg, model, found if quantizer == "gptq" else {})
         costs.append(cost(model, quantize_model(cfg, model, stacks), found))
     for name, rounded in costs[0].items():
         assert costs[1][name] <= 1.02 * rounded, name  # greedy: nearly always, not always, below
@@ -346,15 +355,15 @@ def test_gptq_s_error_in_the_hessian_s_norm_is_below_rounding_s(
 @pytest.mark.parametrize("sigmas", ["12.85", "attn:12.85,mlp:5,embed:20,table:3"])
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 def test_clip_sigmas_make_steps_of_so_many_standard_deviations(
-    sigmas: str, quantizer: str, calibrated: tuple[GPT, dict[str, Curvature]]
+    sigmas: str, quantizer: str, calibrated: tuple[GPT, dict[str, KroneckerHessian]]
 ):
     model, found = calibrated
     cfg = dataclasses.replace(
         model.cfg, clip_sigmas=sigmas, row_steps="solved", quantizer=quantizer, mlp_bits=6
     )
-    tensors = quantize_model(cfg, model, plan_stacks(cfg, model, found))
+    tensors = quantize_model(cfg, model, group_matrices(cfg, model, found))
     for name in found:
-        group = parameter_roles(model)[name].tensors
+        group = parameter_roles(model)[name].quant_group
         k = {"attn": 12.85, "mlp": 5, "embed": 20, "table": 3}[group] if ":" in sigmas else 12.85
         std_O = model.get_parameter(name).detach().double().numpy().std(axis=1, ddof=1)
         expected_O = k * std_O / (2 ** (cfg.bits[group] - 1) - 1)
@@ -379,19 +388,19 @@ def test_percentiles_are_the_quantiles_of_each_row():
     for share in (0.9, 0.999, 1.0):
         cfg = tiny_config(row_steps="percentile", clip_percentile=share, attn_bits=6)
         expected_O = np.quantile(np.abs(weight_OI.numpy()), share, axis=1) / 31
-        step_O = rows_by_hand(cfg, weight_OI, "attn", None)
+        step_O = heuristic_row_scales(cfg, weight_OI, "attn", None)
         np.testing.assert_allclose(step_O.numpy(), expected_O, rtol=1e-5)
     cfg = tiny_config(row_steps="max", attn_bits=6)
     torch.testing.assert_close(
-        rows_by_hand(cfg, weight_OI, "attn", None), weight_OI.abs().amax(1) / 31
+        heuristic_row_scales(cfg, weight_OI, "attn", None), weight_OI.abs().amax(1) / 31
     )
 
 
 def test_percentiles_of_a_table_of_more_than_2_to_the_24_numbers():
     weight_OI = torch.randn(65_537, 8).repeat(1, 32)
     cfg = tiny_config(row_steps="percentile", clip_percentile=0.5)
-    step_O = rows_by_hand(cfg, weight_OI, "embed", None)
-    last_O = rows_by_hand(cfg, weight_OI[-600:], "embed", None)
+    step_O = heuristic_row_scales(cfg, weight_OI, "embed", None)
+    last_O = heuristic_row_scales(cfg, weight_OI[-600:], "embed", None)
     assert step_O.shape == (65_537,) and torch.equal(step_O[-600:], last_O)
 
 
@@ -407,12 +416,12 @@ def test_the_search_takes_the_percentile_of_the_least_squared_error_of_the_matri
         errors[share] = (float((back - weight_OI).square().sum()), step_O1[:, 0])
     best = min(errors.values(), key=lambda pair: pair[0])[1]
     assert not torch.equal(best, errors[1.0][1])
-    torch.testing.assert_close(rows_by_hand(cfg, weight_OI, "attn", None), best)
+    torch.testing.assert_close(heuristic_row_scales(cfg, weight_OI, "attn", None), best)
 
 
 def test_hessian_clip_lambda_widens_the_steps_of_important_rows():
     weight_OI, inputs_II = torch.randn(8, 30), torch.diag(torch.rand(30) * 5)
-    found = Curvature(inputs_II, torch.ones(8))
+    found = KroneckerHessian(inputs_II, torch.ones(8))
     plain, aware = (
         tiny_config(clip_sigmas="10", row_steps="solved", hessian_clip_lambda=value, attn_bits=6)
         for value in (0.0, 0.175)
@@ -421,15 +430,17 @@ def test_hessian_clip_lambda_widens_the_steps_of_important_rows():
     row_O = (weight_OI.abs() * column_I).mean(dim=1)
     factor_O = 1 + 0.175 * (row_O / row_O.mean() - 1)
     expected_O = 10 * weight_OI.std(dim=1) / 31
-    torch.testing.assert_close(rows_by_hand(plain, weight_OI, "attn", found), expected_O)
-    torch.testing.assert_close(rows_by_hand(aware, weight_OI, "attn", found), expected_O * factor_O)
+    torch.testing.assert_close(heuristic_row_scales(plain, weight_OI, "attn", found), expected_O)
+    torch.testing.assert_close(
+        heuristic_row_scales(aware, weight_OI, "attn", found), expected_O * factor_O
+    )
 
 
 @pytest.mark.parametrize("share", [0.03, 0.5])
 def test_pruning_zeroes_the_smallest_share_of_large_matrices_alone(share: float):
     cfg = tiny_config(vocab_size=2200, prune_frac=share)  # 2200 x 32 > 65,536 > the others
     model = random_model(cfg)
-    for stack in plan_stacks(cfg, model, {}):
+    for stack in group_matrices(cfg, model, {}):
         for name, weight_OI in zip(stack.names, stack.weight_LOI, strict=True):
             exact_OI = model.get_parameter(name).detach()
             zeros = weight_OI == 0
@@ -439,7 +450,7 @@ def test_pruning_zeroes_the_smallest_share_of_large_matrices_alone(share: float)
             assert torch.equal(weight_OI[~zeros], exact_OI[~zeros])
             assert name == "tok_emb.weight" or not zeros.any()
     small = torch.randn(256, 256)  # of exactly 65,536 numbers
-    assert torch.equal(quantile_pruned(small, 0.5), small)
+    assert torch.equal(prune_smallest(small, 0.5), small)
 
 
 # --- Corrections of low rank ---------------------------------------------------------------------
@@ -457,14 +468,14 @@ def test_corrections_lower_the_error_of_the_worst_matrices_and_survive_the_file(
         for p in model.parameters():
             if p.dim() == 2:
                 p[:, 0] *= 30
-    stacks = plan_stacks(cfg, model, {})
+    stacks = group_matrices(cfg, model, {})
     tensors = quantize_model(cfg, model, stacks)
     corrected = {name[:-2] for name in tensors if "@" in name}
     assert len(corrected) == 2 and {f"{n}@{i}" for n in corrected for i in (0, 1)} <= tensors.keys()
     plain = {name: t for name, t in tensors.items() if "@" not in name}
     errors = {
         name: [float((w[name] - model.get_parameter(name)).detach().norm()) for w in (rough, fine)]
-        for rough, fine in [(assembled(plain), assembled(tensors))]
+        for rough, fine in [(dequantize_all(plain), dequantize_all(tensors))]
         for stack in stacks
         for name in stack.names
     }
@@ -484,8 +495,9 @@ def test_a_correction_of_full_rank_in_many_bits_would_be_the_error_itself():
     exact_OI = torch.outer(torch.randn(20), torch.randn(30))
     codes = np.zeros((20, 30), dtype=np.int8)
     tensors = {"x": Quantized(8, codes, np.ones(20, dtype=np.float16))}
-    stack = Stack(["x"], exact_OI[None], None, torch.ones(1, 20), torch.ones(1, 30), 8,
-                  torch.ones(1, 30))  # fmt: skip
+    stack = MatrixGroup(
+        ["x"], exact_OI[None], None, torch.ones(1, 20), torch.ones(1, 30), 8, torch.ones(1, 30)
+    )
     found = low_rank_corrections(cfg, [stack], tensors)
     back = found["x@0"].dequantized() @ found["x@1"].dequantized()
     assert float((back - exact_OI).norm() / exact_OI.norm()) < 0.15
@@ -494,14 +506,16 @@ def test_a_correction_of_full_rank_in_many_bits_would_be_the_error_itself():
 # --- The byte budget -----------------------------------------------------------------------------
 
 
-def normal_stack(rows: int = 100, columns: int = 80) -> Stack:
+def normal_stack(rows: int = 100, columns: int = 80) -> MatrixGroup:
     """A stack of one matrix whose columns' deviations vary by a factor of 20."""
     spread_LI = torch.logspace(-0.65, 0.65, columns)[None]
     weight_LOI = torch.randn(1, rows, columns) * spread_LI[:, None]
-    return Stack(["x"], weight_LOI, None, torch.ones(1, rows), torch.ones(1, columns), 8, spread_LI)
+    return MatrixGroup(
+        ["x"], weight_LOI, None, torch.ones(1, rows), torch.ones(1, columns), 8, spread_LI
+    )
 
 
-def size_of(stack: Stack, multiplier: float) -> float:
+def size_of(stack: MatrixGroup, multiplier: float) -> float:
     """Bytes of the rounded weights by their exact entropy, column by column."""
     bits = 0.0
     for column_O in (stack.weight_LOI[0] / multiplier).round().T:
@@ -565,22 +579,22 @@ def test_a_budget_beyond_the_finest_steps_is_not_filled():
     (_, size), *more = encoder.calls
     assert not more and len(payload) == size
     # Empirical entropy of 100 samples a column is less than the true one: never above.
-    assert size < FINEST_BITS / 8 * stack.weight_LOI.numel()
+    assert size < MAX_BITS_PER_WEIGHT / 8 * stack.weight_LOI.numel()
     fine = size_of(stack, encoder.calls[0][0])
-    assert fine > 0.8 * min(FINEST_BITS, math.log2(100)) / 8 * stack.weight_LOI.numel()
+    assert fine > 0.8 * min(MAX_BITS_PER_WEIGHT, math.log2(100)) / 8 * stack.weight_LOI.numel()
 
 
 @pytest.fixture(scope="module")
-def larger() -> tuple[GPT, dict[str, Curvature]]:
+def larger() -> tuple[GPT, dict[str, KroneckerHessian]]:
     """A random model of 40,000 weights and its curvature on random text."""
     cfg = tiny_config(quantizer="gptq", gate_bits=8, control_bits=8, vocab_size=256)
     model = random_model(cfg)
-    moments = Moments(model)
-    moments.take(windows_of(cfg, 16))
-    return model, moments.curvatures(lone_run(cfg))
+    moments = CalibrationStats(model)
+    moments.accumulate(windows_of(cfg, 16))
+    return model, moments.hessians(lone_run(cfg))
 
 
-def export(run: Run, model: GPT, found: dict[str, Curvature]) -> tuple[bytes, int]:
+def export(run: Run, model: GPT, found: dict[str, KroneckerHessian]) -> tuple[bytes, int]:
     """The artifact, and how often one was made."""
     payload = quantize_and_encode(run, model, found, SHA)
     lines = (run.directory / "metrics.jsonl").read_text().splitlines()
@@ -589,21 +603,33 @@ def export(run: Run, model: GPT, found: dict[str, Curvature]) -> tuple[bytes, in
     return payload, len(events)
 
 
-EXPORT = {"vocab_size": 256, "quantizer": "gptq", "row_steps": "solved", "gate_bits": 8,
-          "control_bits": 8}  # fmt: skip
+EXPORT = {
+    "vocab_size": 256,
+    "quantizer": "gptq",
+    "row_steps": "solved",
+    "gate_bits": 8,
+    "control_bits": 8,
+}
 CODE_BYTES = 777
 
 
 @pytest.mark.parametrize(
     ("grid", "compressor", "budget"),
-    [("uniform", "ans", 9_000), ("uniform", "ans", 16_000), ("uniform", "ans", 22_000),
-     ("uniform", "brotli", 16_000), ("trellis", "ans", 12_000), ("trellis", "ans", 18_000)],
-)  # fmt: skip
+    [
+        ("uniform", "ans", 9_000),
+        ("uniform", "ans", 16_000),
+        ("uniform", "ans", 22_000),
+        ("uniform", "brotli", 16_000),
+        ("trellis", "ans", 12_000),
+        ("trellis", "ans", 18_000),
+    ],
+)
 def test_solved_steps_fill_the_budget_with_code_and_artifact(
     grid: str, compressor: str, budget: int, larger: Any, make_run: MakeRun
 ):
-    run = make_run(**EXPORT, quant_grid=grid, compressor=compressor,
-                   artifact_budget_bytes=budget + CODE_BYTES)  # fmt: skip
+    run = make_run(
+        **EXPORT, quant_grid=grid, compressor=compressor, artifact_budget_bytes=budget + CODE_BYTES
+    )
     (run.directory / "train_gpt.py").write_bytes(bytes(CODE_BYTES))
     payload, times = export(run, *larger)
     assert 0.998 * budget <= len(payload) <= budget and times <= TRIES
@@ -614,7 +640,7 @@ def test_clip_sigmas_switch_the_solver_off(larger: Any, make_run: MakeRun):
     (run.directory / "train_gpt.py").write_bytes(bytes(CODE_BYTES))
     payload, times = export(run, *larger)
     assert times == 1
-    exact = quantize_model(run.cfg, larger[0], plan_stacks(run.cfg, *larger))
+    exact = quantize_model(run.cfg, larger[0], group_matrices(run.cfg, *larger))
     assert payload == encode_artifact(run.cfg, exact, SHA)
 
 
@@ -623,14 +649,15 @@ def test_a_large_budget_is_not_filled_with_noise(larger: Any, make_run: MakeRun)
     (run.directory / "train_gpt.py").write_bytes(bytes(CODE_BYTES))
     payload, times = export(run, *larger)
     weights = sum(larger[0].get_parameter(name).numel() for name in larger[1])
-    assert times == 1 and len(payload) < 1.1 * FINEST_BITS / 8 * weights + 3000
-    model = train_gpt.GPT(run.cfg, train_gpt.choose_attention(run.cfg, run.device, run.dtype),
-                          run.dtype)  # fmt: skip
+    assert times == 1 and len(payload) < 1.1 * MAX_BITS_PER_WEIGHT / 8 * weights + 3000
+    model = train_gpt.GPT(
+        run.cfg, train_gpt.choose_attention_backend(run.cfg, run.device, run.dtype), run.dtype
+    )
     header, body = decode_header(payload)
-    model.load_state_dict(assembled(decode_tensors(header, body, *blueprint(run.cfg))))
+    model.load_state_dict(dequantize_all(decode_tensors(header, body, *model_layout(run.cfg))))
     window_BT = windows_of(run.cfg, 4, seed=5)
     losses = [
-        float(m.score(window_BT[:, :-1], window_BT[:, 1:]).mean()) for m in (model, larger[0])
+        float(m.eval_nll(window_BT[:, :-1], window_BT[:, 1:]).mean()) for m in (model, larger[0])
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -642,7 +669,7 @@ def test_solved_steps_cost_less_at_equal_bytes_than_equal_clipping(larger: Any, 
     def loss(payload: bytes, cfg: Config) -> float:
         """Half of this is what the Kronecker form says that the loss grows by."""
         header, body = decode_header(payload)
-        weights, total = assembled(decode_tensors(header, body, *blueprint(cfg))), 0.0
+        weights, total = dequantize_all(decode_tensors(header, body, *model_layout(cfg))), 0.0
         for name, (inputs_II, outputs_O) in found.items():
             error_OI = (weights[name] - model.get_parameter(name).detach()).double()
             by_row_O = (error_OI @ inputs_II.double() * error_OI).sum(dim=1)
@@ -650,7 +677,7 @@ def test_solved_steps_cost_less_at_equal_bytes_than_equal_clipping(larger: Any, 
         return total
 
     by_hand = make_run(**EXPORT | six, compressor="ans", clip_sigmas="10")
-    exact = quantize_model(by_hand.cfg, model, plan_stacks(by_hand.cfg, model, found))
+    exact = quantize_model(by_hand.cfg, model, group_matrices(by_hand.cfg, model, found))
     reference = encode_artifact(by_hand.cfg, exact, SHA)
     run = make_run(**EXPORT, compressor="ans", artifact_budget_bytes=len(reference))
     (run.directory / "train_gpt.py").write_bytes(b"")
@@ -665,7 +692,7 @@ def test_solved_steps_cost_less_at_equal_bytes_than_equal_clipping(larger: Any, 
 
 def assert_is_assembled(model: GPT, tensors: dict[str, Quantized]) -> None:
     """The model's parameters are, bit for bit, what the stored tensors say."""
-    expected = assembled(tensors)
+    expected = dequantize_all(tensors)
     parameters = dict(model.named_parameters())
     assert parameters.keys() == expected.keys()
     for name, weight in expected.items():
@@ -694,12 +721,15 @@ COMBINATIONS = [
     if allowed(
         **(
             knobs := {
-                "quantizer": quantizer, "quant_grid": grid, "row_steps": steps,
-                "clip_sigmas": sigmas, "compressor": compressor,
+                "quantizer": quantizer,
+                "quant_grid": grid,
+                "row_steps": steps,
+                "clip_sigmas": sigmas,
+                "compressor": compressor,
             }
         )
     )
-]  # fmt: skip
+]
 
 
 def test_config_allows_rounding_in_4_ways_and_gptq_in_10_for_each_compressor():
@@ -707,13 +737,13 @@ def test_config_allows_rounding_in_4_ways_and_gptq_in_10_for_each_compressor():
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[tuple[GPT, dict[str, Curvature]]]:
+def small() -> Iterator[tuple[GPT, dict[str, KroneckerHessian]]]:
     """A random model that has every kind of tensor, and its curvature."""
     cfg = tiny_config(**GPTQ | SHAPES["tables"] | SHAPES["values"])
     model = random_model(cfg)
-    moments = Moments(model)
-    moments.take(windows_of(cfg, 2))
-    yield model, moments.curvatures(lone_run(cfg))
+    moments = CalibrationStats(model)
+    moments.accumulate(windows_of(cfg, 2))
+    yield model, moments.hessians(lone_run(cfg))
 
 
 def in_turn(knobs: dict[str, Any]) -> Any:
@@ -736,9 +766,9 @@ def test_a_model_read_back_is_what_was_stored_and_is_stored_to_the_same_bytes(
     cfg = dataclasses.replace(model.cfg, **knobs, **lqer, gate_bits=plain, control_bits=plain)
 
     def stored() -> dict[str, Quantized]:
-        stacks = plan_stacks(cfg, model, found if cfg.quantizer == "gptq" else {})
-        spread = float(torch.cat([stack.spread_LI.flatten() for stack in stacks]).median())
-        return quantize_model(cfg, model, stacks, spread / 15 if cfg.solves_steps else 1.0)
+        stacks = group_matrices(cfg, model, found if cfg.quantizer == "gptq" else {})
+        spread = float(torch.cat([stack.column_std_LI.flatten() for stack in stacks]).median())
+        return quantize_model(cfg, model, stacks, spread / 15 if cfg.solves_scales else 1.0)
 
     tensors = stored()
     payload = encode_artifact(cfg, tensors, SHA)
@@ -747,9 +777,9 @@ def test_a_model_read_back_is_what_was_stored_and_is_stored_to_the_same_bytes(
     path.write_bytes(payload)
     assert_is_assembled(read_artifact(path, make_run(), SHA), tensors)
     header, body = decode_header(payload)
-    back = decode_tensors(header, body, *blueprint(cfg))
+    back = decode_tensors(header, body, *model_layout(cfg))
     assert encode_artifact(cfg, back, SHA) == payload
-    weights = assembled(tensors)
+    weights = dequantize_all(tensors)
     for name in found:  # 8 bits, or 15 steps a deviation: near the model itself
         exact = model.get_parameter(name).detach()
         assert float((weights[name] - exact).norm() / exact.norm()) < 0.35, name
@@ -767,7 +797,7 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
     "loops": SHAPES["loops"] | {"skip_gates": True},
     "narrow": {"model_dim": 2, "num_heads": 1, "num_kv_heads": 1, "mlp_mult": 0.5},
     "blend": {"smear_gate": "blend", "attn_gate": "input"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("compressor", ["ans", "zlib"])
@@ -835,8 +865,9 @@ def test_two_processes_find_the_curvature_that_one_finds(data: TinyData, tmp_pat
     for count in (1, 2):
         work = tmp_path / f"work_{count}"
         work.mkdir()
-        results = run_ranks([env] * count, work, script) if count > 1 else [
-            run_script(env, work, script)]  # fmt: skip
+        results = (
+            run_ranks([env] * count, work, script) if count > 1 else [run_script(env, work, script)]
+        )
         assert [result.status for result in results] == [0] * count, results[0].err
         found[count] = [torch.load(work / f"found_{rank}.pt") for rank in range(count)]
     one, (first, second) = found[1][0], found[2]
@@ -864,13 +895,13 @@ def refused():
 
 cfg = train_gpt.config_from_env(os.environ)
 with train_gpt.start_run(cfg, os.environ) as run:
-    assert run.on_main(lambda: {{"rank": run.rank}}) == {{"rank": 0}}
+    assert run.run_on_rank0(lambda: {{"rank": run.rank}}) == {{"rank": 0}}
     for work in (no_decomposition, interrupted, refused, lambda: 1 // 0):
         try:
-            run.on_main(work)
+            run.run_on_rank0(work)
         except Exception as error:
             print(type(error).__name__, str(error)[:20], flush=True)
-    print(run.on_main(lambda: "goes on"))
+    print(run.run_on_rank0(lambda: "goes on"))
 """
 
 

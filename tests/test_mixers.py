@@ -373,10 +373,10 @@ class Ranks:
     def __init__(self, make_run: MakeRun, knobs: dict[str, Any], world_size: int):
         self.mixers = [make_mixer(make_run, **knobs) for _ in range(world_size)]
         for mixer in self.mixers:
-            mixer.run.sum_ = self.sum_  # type: ignore[method-assign]
+            mixer.run.all_reduce_sum = self.all_reduce_sum  # type: ignore[method-assign]
         self.total = torch.zeros(0)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return self.total
 
     def update(self, ids: Tensor) -> None:
@@ -419,7 +419,7 @@ def test_update_sums_over_ranks_as_often_on_each(make_run: MakeRun):
 
     text, mixer = make_text(), make_mixer(make_run, **HEDGE)
     run: Run = mixer.run
-    run.sum_ = sum_  # type: ignore[method-assign]
+    run.all_reduce_sum = sum_  # type: ignore[method-assign]
     stream(mixer, text, 100, chunk=10)
     mixer.update(text.ids[101:111])  # nothing was scored since
     assert len(calls) == 12

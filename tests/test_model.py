@@ -28,20 +28,20 @@ from tests.conftest import MakeRun, plain_config, random_model, randomize_, tiny
 from train_gpt import (
     BOS_ID,
     GPT,
-    Attention,
+    AttentionBackend,
     Config,
     InputError,
+    LayerCall,
     Trainer,
-    Visit,
+    apply_rotary_emb,
     build_model,
-    choose_attention,
-    exclude_self,
+    choose_attention_backend,
+    exclusive_self_attention,
     flops_per_token,
+    layer_schedule,
     parameter_roles,
-    plan_visits,
     rms_norm,
     rotary_table,
-    rotate,
 )
 
 pytestmark = pytest.mark.filterwarnings(
@@ -67,19 +67,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one_layer": {"num_layers": 1},
     "two_layers": {"num_layers": 2},
     "all": {
-        "tie_embeddings": False, "skip_gates": True, "xsa_last_n": 3, "rope_dims": 2,
-        "ln_scale": True, "leaky_slope": 0.3, "isolate_documents": True, "rope_base": 100.0,
+        "tie_embeddings": False,
+        "skip_gates": True,
+        "xsa_last_n": 3,
+        "rope_dims": 2,
+        "ln_scale": True,
+        "leaky_slope": 0.3,
+        "isolate_documents": True,
+        "rope_base": 100.0,
     },
-}  # fmt: skip
+}
 SHAPE: dict[str, Any] = {
-    "vocab_size": 40, "num_layers": 5, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2,
-    "train_seq_len": 16, "train_batch_tokens": 32,
-}  # fmt: skip
+    "vocab_size": 40,
+    "num_layers": 5,
+    "model_dim": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "train_seq_len": 16,
+    "train_batch_tokens": 32,
+}
 
 
-def kernel(name: str) -> Attention:
+def kernel(name: str) -> AttentionBackend:
     """The attention kernel of that name, for scoring on a CPU."""
-    return choose_attention(tiny_config(attention=name, mode="eval"), CPU, torch.float32)
+    return choose_attention_backend(tiny_config(attention=name, mode="eval"), CPU, torch.float32)
 
 
 def config_of(variant: str, **changes: Any) -> Config:
@@ -195,8 +206,16 @@ def test_logits_equal_those_of_a_plain_forward_written_from_the_description(vari
 def test_the_variants_differ_from_each_other():
     # Otherwise the test above could pass with a knob that does nothing on both sides.
     logits = {}
-    for variant in ("baseline", "skip_gates", "xsa", "partial_rope", "ln_scale", "leaky",
-                    "documents", "softcap"):  # fmt: skip
+    for variant in (
+        "baseline",
+        "skip_gates",
+        "xsa",
+        "partial_rope",
+        "ln_scale",
+        "leaky",
+        "documents",
+        "softcap",
+    ):
         cfg = config_of(variant)
         logits[variant] = random_model(cfg).logits(random_ids(cfg, B=2, T=13)).flatten().tolist()
     for variant in logits:
@@ -221,12 +240,12 @@ def test_no_score_depends_on_a_later_token(variant: str):
     cfg = config_of(variant)
     model = random_model(cfg)
     ids = random_ids(cfg, B=1, T=17, seed=1)
-    before = model.score(ids[:, :-1], ids[:, 1:])[0]
+    before = model.eval_nll(ids[:, :-1], ids[:, 1:])[0]
     moved = torch.zeros(16, dtype=torch.bool)
     for j in range(1, 17):
         changed = ids.clone()
         changed[0, j] = 2 + (ids[0, j] + 1) % (cfg.vocab_size - 2)
-        after = model.score(changed[:, :-1], changed[:, 1:])[0]
+        after = model.eval_nll(changed[:, :-1], changed[:, 1:])[0]
         # Target j - 1 is token j itself; the bits of everything before stay.
         assert torch.equal(after[: j - 1], before[: j - 1]), j
         moved[j:] |= after[j:] != before[j:]
@@ -239,13 +258,13 @@ def test_with_isolated_documents_no_score_depends_on_an_earlier_document(backend
     model = random_model(cfg)
     ids = random_ids(cfg, B=3, T=17).clamp_min(2)
     ids[:, 0] = ids[1, 7] = ids[2, 5] = ids[2, 9] = BOS_ID  # rows of one, two and three documents
-    before = model.score(ids[:, :-1], ids[:, 1:])
+    before = model.eval_nll(ids[:, :-1], ids[:, 1:])
     for row, cut in ((1, 7), (2, 5), (2, 9)):
         changed = ids.clone()
         # All tokens of all earlier documents, also the one right before the boundary.
         others = torch.randint(2, cfg.vocab_size, (cut,))
         changed[row, :cut] = torch.where(ids[row, :cut] == BOS_ID, BOS_ID, others)
-        after = model.score(changed[:, :-1], changed[:, 1:])
+        after = model.eval_nll(changed[:, :-1], changed[:, 1:])
         assert torch.equal(after[row, cut:], before[row, cut:])
         assert not torch.equal(after[row, 1 : cut - 1], before[row, 1 : cut - 1])
         untouched = torch.arange(3) != row
@@ -285,7 +304,9 @@ def test_rotated_products_depend_on_the_distance_only(rope_dims: int):
     q, k = torch.randn(2, 8, dtype=torch.float64)
 
     def product(m: int, n: int) -> float:
-        turned = [rotate(x.view(1, 1, 1, 8), table[:, p : p + 1]) for x, p in ((q, m), (k, n))]
+        turned = [
+            apply_rotary_emb(x.view(1, 1, 1, 8), table[:, p : p + 1]) for x, p in ((q, m), (k, n))
+        ]
         return float((turned[0] * turned[1]).sum())
 
     for distance in range(20):
@@ -299,7 +320,7 @@ def test_rotation_keeps_lengths_and_leaves_the_channels_beyond_rope_dims():
     cfg = tiny_config(model_dim=64, rope_dims=6)
     table = rotary_table(cfg, 32)
     x_BTHE = torch.randn(2, 32, 4, 16)
-    y_BTHE = rotate(x_BTHE, table)
+    y_BTHE = apply_rotary_emb(x_BTHE, table)
     assert torch.equal(y_BTHE[..., 6:], x_BTHE[..., 6:])
     assert torch.equal(y_BTHE[:, 0], x_BTHE[:, 0])  # position 0 turns nothing
     assert ((y_BTHE - x_BTHE)[:, 1:, :, :6].abs() > 1e-6).float().mean() > 0.95
@@ -350,7 +371,7 @@ def test_the_longer_table_is_used_only_beyond_the_training_context():
 
 def test_xsa_leaves_nothing_along_a_position_s_own_value():
     y_BTHE, v_BTKE = torch.randn(2, 7, 6, 8), torch.randn(2, 7, 3, 8)
-    out_BTHE = exclude_self(y_BTHE, v_BTKE)
+    out_BTHE = exclusive_self_attention(y_BTHE, v_BTKE)
     own_BTHE = v_BTKE.repeat_interleave(2, dim=2)  # heads of a group are neighbours
     assert (out_BTHE * own_BTHE).sum(dim=-1).abs().max() < 1e-5
     unit = own_BTHE / own_BTHE.norm(dim=-1, keepdim=True)
@@ -360,26 +381,29 @@ def test_xsa_leaves_nothing_along_a_position_s_own_value():
 
 def test_xsa_with_a_value_of_zero_changes_nothing():
     y_BTHE = torch.randn(1, 3, 4, 8)
-    assert torch.equal(exclude_self(y_BTHE, torch.zeros(1, 3, 2, 8)), y_BTHE)
+    assert torch.equal(exclusive_self_attention(y_BTHE, torch.zeros(1, 3, 2, 8)), y_BTHE)
 
 
 def test_under_xsa_the_first_position_of_a_document_gets_nothing_from_attention():
     cfg = config_of("all", xsa_last_n=2)  # layers 3 and 4
     model = random_model(cfg)
     ids = torch.tensor([[BOS_ID, 5, 6, BOS_ID, 7, 8]])
-    inputs = model.inputs(ids, model.embed(ids))
+    inputs = model.block_inputs(ids, model.embed(ids))
     for layer, block in enumerate(model.blocks):
         stream = rms_norm(torch.randn(1, 6, 16))
-        out = block.attn(stream, inputs, model.mix_of(layer))[0]  # type: ignore[operator]
+        out = block.attn(stream, inputs, model.block_scalars_of(layer))[0]  # type: ignore[operator]
         alone = out[[0, 3]].abs().max()  # these see only themselves: y = v
         assert (alone < 1e-5) == (layer >= 3) and out[[1, 2, 4, 5]].abs().max() > 0.1
 
 
 def test_skip_gates_blend_half_and_half_at_initialisation():
-    model = GPT(config_of("skip_gates"), choose_attention(tiny_config(), CPU, torch.float32),
-                torch.float32)  # fmt: skip
+    model = GPT(
+        config_of("skip_gates"),
+        choose_attention_backend(tiny_config(), CPU, torch.float32),
+        torch.float32,
+    )
     x, saved = torch.randn(2, 1, 3, 16)
-    torch.testing.assert_close(model.mix_skip(x, saved, 0), (x + saved) / 2)
+    torch.testing.assert_close(model.blend_skip(x, saved, 0), (x + saved) / 2)
 
 
 def test_ln_scale_divides_the_normed_inputs_by_the_root_of_the_depth():
@@ -394,7 +418,7 @@ def test_ln_scale_divides_the_normed_inputs_by_the_root_of_the_depth():
 # --- Attention kernels ---------------------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
+class BlockInputs(NamedTuple):
     """Queries of 4 heads, keys and values of 2."""
 
     q: Tensor
@@ -404,14 +428,16 @@ class Inputs(NamedTuple):
 
 def attention_inputs(
     B: int, T: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Inputs:
+) -> BlockInputs:
     """Random inputs of width 16, on a GPU 64, that want gradients."""
     E = 16 if device == "cpu" else 64
     shapes = [(B, T, heads, E) for heads in (4, 2, 2)]
-    return Inputs(*(torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes))
+    return BlockInputs(
+        *(torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes)
+    )
 
 
-def naive_attention(qkv: Inputs, ids: Tensor, isolate: bool) -> Tensor:
+def naive_attention(qkv: BlockInputs, ids: Tensor, isolate: bool) -> Tensor:
     """Attention by explicit loops over rows, heads and positions."""
     q, k, v = qkv
     B, T, H, E = q.shape
@@ -436,7 +462,7 @@ def packed_ids(B: int, T: int) -> Tensor:
     return ids
 
 
-def values_and_gradients(attention: Attention, qkv: Inputs, ids: Tensor, isolate: bool):
+def values_and_gradients(attention: AttentionBackend, qkv: BlockInputs, ids: Tensor, isolate: bool):
     """Output and gradients of a fixed random functional of it."""
     y = attention.attend(*qkv, attention.prepare(ids, isolate))
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
@@ -446,8 +472,10 @@ def values_and_gradients(attention: Attention, qkv: Inputs, ids: Tensor, isolate
 @pytest.mark.parametrize("isolate", [False, True])
 def test_sdpa_equals_attention_by_loops_in_value_and_gradient(isolate: bool):
     qkv, ids = attention_inputs(3, 11), packed_ids(3, 11)
-    naive = Attention(
-        "naive", lambda *_: None, lambda q, k, v, _: naive_attention(Inputs(q, k, v), ids, isolate)
+    naive = AttentionBackend(
+        "naive",
+        lambda *_: None,
+        lambda q, k, v, _: naive_attention(BlockInputs(q, k, v), ids, isolate),
     )
     sdpa = kernel("sdpa")
     for got, expected in zip(
@@ -462,7 +490,7 @@ def test_sdpa_equals_attention_by_loops_in_value_and_gradient(isolate: bool):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bf16_gradients_on_a_cpu_are_those_of_exact_attention(T: int, compiled: bool):
     qkv = attention_inputs(2, T, dtype=torch.bfloat16)
-    exact = Inputs(*(x.detach().double().requires_grad_() for x in qkv))
+    exact = BlockInputs(*(x.detach().double().requires_grad_() for x in qkv))
     attention, ids = kernel("sdpa"), torch.full((2, T), 5)
     tested = attention._replace(attend=torch.compile(attention.attend)) if compiled else attention
     values, *gradients = values_and_gradients(tested, qkv, ids, False)
@@ -480,7 +508,7 @@ def test_gradients_of_large_scores_stay_finite():
     q[:, 1::2] = k[:, 1::2].repeat_interleave(2, dim=2)  # what is masked would pass exp(88)
     gradients = values_and_gradients(
         kernel("sdpa"),
-        Inputs(*(x.detach().requires_grad_() for x in (q, k, v))),
+        BlockInputs(*(x.detach().requires_grad_() for x in (q, k, v))),
         q[..., 0, 0],
         False,
     )
@@ -490,7 +518,9 @@ def test_gradients_of_large_scores_stay_finite():
 @pytest.mark.parametrize("isolate", [False, True])
 def test_flex_attention_equals_sdpa(isolate: bool):
     ids = packed_ids(2, 150)  # more than one block of 128
-    qkv = Inputs(*(x.detach() for x in attention_inputs(2, 150)))  # it has no gradients on a CPU
+    qkv = BlockInputs(
+        *(x.detach() for x in attention_inputs(2, 150))
+    )  # it has no gradients on a CPU
     both = [kernel(name) for name in ("flex", "sdpa")]
     flex, sdpa = (a.attend(*qkv, a.prepare(ids, isolate)) for a in both)
     assert both[0].name == "flex" and both[1].name == "sdpa"
@@ -500,7 +530,7 @@ def test_flex_attention_equals_sdpa(isolate: bool):
 @pytest.mark.parametrize("mode", ["all", "train"])
 def test_flex_attention_is_refused_for_training_on_a_cpu(mode: str):
     with pytest.raises(InputError) as refusal:
-        choose_attention(tiny_config(attention="flex", mode=mode), CPU, torch.float32)
+        choose_attention_backend(tiny_config(attention="flex", mode=mode), CPU, torch.float32)
     text = "ATTENTION=flex has no gradients on a CPU; use ATTENTION=sdpa"
     assert str(refusal.value) == text
 
@@ -511,10 +541,19 @@ def fake_flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         assert causal
-        return naive_attention(Inputs(q, k, v), torch.zeros(q.shape[:2]), False)
+        return naive_attention(BlockInputs(q, k, v), torch.zeros(q.shape[:2]), False)
 
-    def varlen_func(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-                    max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> Tensor:  # fmt: skip
+    def varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+    ) -> Tensor:
         assert causal and q.ndim == 3 and cu_seqlens_q.dtype == torch.int32
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
         cuts = cu_seqlens_q.tolist()
@@ -522,7 +561,7 @@ def fake_flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert max(np.diff(cuts)) <= max_seqlen_q
         pieces = [
             naive_attention(
-                Inputs(*(x[a:b][None] for x in (q, k, v))), torch.zeros(1, b - a), False
+                BlockInputs(*(x[a:b][None] for x in (q, k, v))), torch.zeros(1, b - a), False
             )[0]
             for a, b in zip(cuts, cuts[1:], strict=False)
             if b > a
@@ -558,7 +597,7 @@ def test_the_documents_are_cut_for_flash_attention_as_sdpa_masks_them(
 def test_the_cuts_are_padded_to_few_lengths_and_always_closed(num_documents: int):
     ids = torch.full((1, 200), 5)
     ids[0, torch.arange(num_documents) * 3] = BOS_ID
-    cuts = train_gpt.flash_prepare(ids, True)
+    cuts = train_gpt.flash_cu_seqlens(ids, True)
     assert cuts is not None and len(cuts) % 64 == 0 and len(cuts) > num_documents
     expected = [3 * i for i in range(num_documents)]
     assert cuts.tolist() == expected + [200] * (len(cuts) - num_documents)
@@ -569,7 +608,9 @@ def test_the_cuts_are_padded_to_few_lengths_and_always_closed(num_documents: int
 @pytest.mark.parametrize("name", ["fa3", "fa2", "flex"])
 def test_each_kernel_equals_sdpa_on_the_gpu(name: str, isolate: bool):
     try:
-        tested = choose_attention(tiny_config(attention=name), torch.device("cuda"), torch.bfloat16)
+        tested = choose_attention_backend(
+            tiny_config(attention=name), torch.device("cuda"), torch.bfloat16
+        )
     except InputError as error:
         pytest.skip(str(error))
     if name == "fa3" and torch.cuda.get_device_capability() != (9, 0):
@@ -577,7 +618,7 @@ def test_each_kernel_equals_sdpa_on_the_gpu(name: str, isolate: bool):
     qkv = attention_inputs(2, 256, device="cuda", dtype=torch.bfloat16)
     ids = packed_ids(2, 256).cuda()
     sdpa = kernel("sdpa")
-    exact = Inputs(*(x.detach().float().requires_grad_() for x in qkv))
+    exact = BlockInputs(*(x.detach().float().requires_grad_() for x in qkv))
     for got, expected in zip(
         values_and_gradients(tested, qkv, ids, isolate),
         values_and_gradients(sdpa, exact, ids, isolate),
@@ -590,19 +631,23 @@ def test_each_kernel_equals_sdpa_on_the_gpu(name: str, isolate: bool):
 def test_a_kernel_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # makes its import fail
     with pytest.raises(InputError, match="^ATTENTION=fa2 is not installed: .*flash_attn"):
-        choose_attention(tiny_config(attention="fa2"), CPU, torch.bfloat16)
+        choose_attention_backend(tiny_config(attention="fa2"), CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("attention", "isolate", "chosen"),
-    [("auto", False, "sdpa"), ("auto", True, "sdpa"), ("flex", False, "flex"),
-     ("sdpa", True, "sdpa")],
-)  # fmt: skip
+    [
+        ("auto", False, "sdpa"),
+        ("auto", True, "sdpa"),
+        ("flex", False, "flex"),
+        ("sdpa", True, "sdpa"),
+    ],
+)
 def test_on_a_cpu_sdpa_is_chosen_unless_another_is_named(
     attention: str, isolate: bool, chosen: str
 ):
     cfg = tiny_config(attention=attention, isolate_documents=isolate, mode="eval")
-    assert choose_attention(cfg, CPU, torch.bfloat16).name == chosen
+    assert choose_attention_backend(cfg, CPU, torch.bfloat16).name == chosen
 
 
 @pytest.mark.parametrize(
@@ -621,17 +666,17 @@ def test_on_a_gpu_the_best_kernel_that_is_installed_is_chosen(
 ):
     capability, installed, dtype, isolate, chosen = case
 
-    def make(name: str) -> Attention:
+    def make(name: str) -> AttentionBackend:
         if name in ("fa2", "fa3") and name not in installed:
             raise ImportError(name)
-        return Attention(name, train_gpt.sdpa_prepare, train_gpt.sdpa_attend)
+        return AttentionBackend(name, train_gpt.sdpa_mask, train_gpt.sdpa_attend)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    for name in train_gpt.ATTENTIONS:
+    for name in train_gpt.ATTENTION_BACKENDS:
         fake = functools.partial(make, name)
-        monkeypatch.setitem(train_gpt.ATTENTIONS, name, fake)
+        monkeypatch.setitem(train_gpt.ATTENTION_BACKENDS, name, fake)
     cfg = tiny_config(isolate_documents=isolate, compile=True)
-    assert choose_attention(cfg, torch.device("cuda"), dtype).name == chosen
+    assert choose_attention_backend(cfg, torch.device("cuda"), dtype).name == chosen
 
 
 # --- Loss ----------------------------------------------------------------------------------------
@@ -680,7 +725,7 @@ def loss_and_gradients(
 def test_the_chunked_loss_equals_the_plain_formula_in_value_and_gradient(
     monkeypatch: pytest.MonkeyPatch, chunk_rows: int, weighted: bool
 ):
-    monkeypatch.setattr(train_gpt, "LOSS_CHUNK_NUMBERS", chunk_rows * 40 + 7)  # V = 40
+    monkeypatch.setattr(train_gpt, "MAX_LOGITS_PER_CHUNK", chunk_rows * 40 + 7)  # V = 40
     x_BTD, targets = torch.randn(2, 12, 16), torch.randint(40, (2, 12))
     weights = torch.rand(2, 12) if weighted else None
     if weights is not None:
@@ -702,7 +747,7 @@ def test_the_chunked_loss_equals_the_plain_formula_in_value_and_gradient(
 def test_the_chunked_loss_in_bf16_is_the_plain_formula_to_bf16_precision(
     monkeypatch: pytest.MonkeyPatch, chunk_rows: int
 ):
-    monkeypatch.setattr(train_gpt, "LOSS_CHUNK_NUMBERS", chunk_rows * 40)
+    monkeypatch.setattr(train_gpt, "MAX_LOGITS_PER_CHUNK", chunk_rows * 40)
     # As many chunks as 512: a sum of their parts in bf16 would lose what the test asks for.
     x_BTD, targets = torch.randn(2, 256, 16).bfloat16(), torch.randint(40, (2, 256))
     loss, grad_x, grad_head, head = loss_and_gradients(monkeypatch, x_BTD, targets, None)
@@ -739,7 +784,7 @@ def test_the_gradient_of_the_loss_is_its_slope():
 def test_the_loss_is_the_mean_of_the_scores():
     model = random_model(config_of("all"))
     ids = random_ids(model.cfg, B=2, T=17)
-    nll = model.score(ids[:, :-1], ids[:, 1:])
+    nll = model.eval_nll(ids[:, :-1], ids[:, 1:])
     assert nll.shape == (2, 16) and nll.dtype == torch.float32
     logits = model.logits(ids[:, :-1]).double()
     expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -753,10 +798,10 @@ def test_scores_from_a_position_on_are_the_last_ones_of_all_scores(
 ):
     model = random_model(config_of("all"))
     ids = random_ids(model.cfg, B=3, T=17)
-    whole = model.score(ids[:, :-1], ids[:, 1:])
-    monkeypatch.setattr(train_gpt, "LOSS_CHUNK_NUMBERS", chunk_rows * 40)
+    whole = model.eval_nll(ids[:, :-1], ids[:, 1:])
+    monkeypatch.setattr(train_gpt, "MAX_LOGITS_PER_CHUNK", chunk_rows * 40)
     for first in (0, 1, 15):
-        part = model.score(ids[:, :-1], ids[:, 1:], first)
+        part = model.eval_nll(ids[:, :-1], ids[:, 1:], first)
         torch.testing.assert_close(part, whole[:, first:], rtol=1e-6, atol=1e-6)
 
 
@@ -764,7 +809,7 @@ def test_the_probabilities_of_all_tokens_sum_to_1():
     model = random_model(config_of("all"))
     ids = random_ids(model.cfg, B=1, T=8)
     every = torch.arange(40)[:, None].expand(40, 8)
-    total = model.score(ids.expand(40, 8), every).double().neg().exp().sum(dim=0)
+    total = model.eval_nll(ids.expand(40, 8), every).double().neg().exp().sum(dim=0)
     torch.testing.assert_close(total, torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
@@ -790,10 +835,10 @@ def test_logits_never_exist_for_more_than_a_chunk(
     cfg = tiny_config(vocab_size=1000, model_dim=8, num_heads=2, num_layers=1, gate_window=8)
     model = random_model(cfg, dtype)
     ids = random_ids(cfg, B=8, T=33)  # N = 256 targets: 256,000 logits; no other tensor has 16,000
-    monkeypatch.setattr(train_gpt, "LOSS_CHUNK_NUMBERS", 16_000)
+    monkeypatch.setattr(train_gpt, "MAX_LOGITS_PER_CHUNK", 16_000)
     with LargestTensor() as largest:
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
-        model.score(ids[:, :-1], ids[:, 1:])
+        model.eval_nll(ids[:, :-1], ids[:, 1:])
     assert 15_000 <= largest.numel <= 16_000
     with LargestTensor() as largest:
         model.logits(ids[:, :-1])
@@ -810,7 +855,7 @@ def test_logits_never_exist_for_more_than_a_chunk(
 def test_scores_agree_compiled_or_not_and_with_or_without_gradients(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ):
-    if backend == "inductor" and (reason := train_gpt.why_not_compile(CPU)):
+    if backend == "inductor" and (reason := train_gpt.compile_unavailable_reason(CPU)):
         pytest.skip(reason)
     compile_with = functools.partial(torch.compile, backend=backend)
     monkeypatch.setattr(torch, "compile", compile_with)
@@ -821,11 +866,11 @@ def test_scores_agree_compiled_or_not_and_with_or_without_gradients(
     compiled.compile_()
     ids = random_ids(cfg, B=2, T=17)
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    expected = eager.score(inputs, targets)
+    expected = eager.eval_nll(inputs, targets)
     with torch.inference_mode():
-        scores = {"eager, inference_mode": eager.score(inputs, targets)}
-        scores["compiled, inference_mode"] = compiled.score(inputs, targets)
-    scores["compiled, no_grad"] = compiled.score(inputs, targets)
+        scores = {"eager, inference_mode": eager.eval_nll(inputs, targets)}
+        scores["compiled, inference_mode"] = compiled.eval_nll(inputs, targets)
+    scores["compiled, no_grad"] = compiled.eval_nll(inputs, targets)
     for name, nll in scores.items():
         torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5, msg=name)
     losses = []
@@ -844,12 +889,12 @@ def test_scores_agree_compiled_or_not_and_with_or_without_gradients(
 def test_without_a_compiler_the_run_says_so_and_goes_on(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(train_gpt, "why_not_compile", lambda device: "no compiler")
+    monkeypatch.setattr(train_gpt, "compile_unavailable_reason", lambda device: "no compiler")
     run = make_run(compile=True)
     model = build_model(run)
     text = '"compilation is off: no compiler; results stay, speed suffers"'
     assert capsys.readouterr().out == f"warning text:{text}\n"
-    assert model.nll is train_gpt.softcapped_nll
+    assert model.nll is train_gpt.softcapped_cross_entropy
     ids = random_ids(run.cfg, B=1, T=9)
     assert math.isfinite(model.loss(ids[:, :-1], ids[:, 1:]).item())
 
@@ -869,14 +914,14 @@ def test_without_a_compiler_the_run_says_so_and_goes_on(
     ],
 )
 def test_the_visits_form_a_u_net(num_layers: int, plan: str):
-    visits = plan_visits(num_layers)
-    assert train_gpt.format_plan(visits) == plan
-    assert visits[0] == Visit(block=0, skip=None, save=num_layers > 1)
+    visits = layer_schedule(num_layers)
+    assert train_gpt.format_schedule(visits) == plan
+    assert visits[0] == LayerCall(block=0, skip=None, save=num_layers > 1)
 
 
 def test_every_saved_output_is_used_once_and_the_last_saved_first():
     for num_layers in range(1, 30):
-        visits = plan_visits(num_layers)
+        visits = layer_schedule(num_layers)
         stack: list[int] = []
         used: list[tuple[int, int]] = []
         for visit in visits:
@@ -931,7 +976,7 @@ def test_a_new_module_outside_the_blocks_gets_a_role_too():
     model.table = nn.Embedding(8, 4)
     model.gate = nn.Parameter(torch.zeros(3))
     roles = parameter_roles(model)
-    assert roles["table.weight"].optimizer == "token" and roles["gate"].optimizer == "scalar"
+    assert roles["table.weight"].optim_group == "token" and roles["gate"].optim_group == "scalar"
 
 
 def test_a_parameter_that_would_not_be_trained_is_refused():
@@ -983,7 +1028,7 @@ def test_an_untied_head_starts_at_zero_so_that_the_first_loss_is_ln_v(make_run: 
     assert (model.get_parameter("lm_head.weight") == 0).all()
     assert model.get_parameter("tok_emb.weight").std().item() == pytest.approx(1.0, rel=0.05)
     ids = random_ids(model.cfg, B=2, T=17)
-    nll = model.score(ids[:, :-1], ids[:, 1:])
+    nll = model.eval_nll(ids[:, :-1], ids[:, 1:])
     torch.testing.assert_close(nll, torch.full_like(nll, math.log(320)))
 
 

@@ -27,12 +27,12 @@ import torch
 from tests.conftest import MakeRun, random_model, tiny_config
 from train_gpt import (
     GPT,
-    Curvature,
     InputError,
+    KroneckerHessian,
     Run,
-    blueprint,
     encode_artifact,
-    plan_stacks,
+    group_matrices,
+    model_layout,
     quantize_model,
     read_artifact,
 )
@@ -48,7 +48,7 @@ LIMIT_S = 20.0  # a whole one is read in a small fraction of a second; the machi
 LIMIT_MIB = 64
 
 
-def unit_curvature(model: torch.nn.Module) -> dict[str, Curvature]:
+def unit_curvature(model: torch.nn.Module) -> dict[str, KroneckerHessian]:
     """A curvature for every matrix, of correlated inputs."""
     generator = torch.Generator().manual_seed(0)
     found = {}
@@ -56,7 +56,7 @@ def unit_curvature(model: torch.nn.Module) -> dict[str, Curvature]:
         if weight.dim() == 2:
             x_NI = torch.randn(4 * weight.shape[1], weight.shape[1], generator=generator)
             outputs_O = torch.rand(weight.shape[0], generator=generator) + 0.5
-            found[name] = Curvature(x_NI.T @ x_NI / len(x_NI), outputs_O)
+            found[name] = KroneckerHessian(x_NI.T @ x_NI / len(x_NI), outputs_O)
     return found
 
 
@@ -78,8 +78,8 @@ class Whole(NamedTuple):
 def whole() -> Whole:
     cfg = tiny_config(**SHAPE)
     model = random_model(cfg)
-    stacks = plan_stacks(cfg, model, unit_curvature(model))
-    spread = float(torch.cat([stack.spread_LI.flatten() for stack in stacks]).median())
+    stacks = group_matrices(cfg, model, unit_curvature(model))
+    spread = float(torch.cat([stack.column_std_LI.flatten() for stack in stacks]).median())
     payload = encode_artifact(cfg, quantize_model(cfg, model, stacks, spread / 3), SHA)
     head_bytes = PREFIX.unpack_from(payload)[2]
     head, body = payload[PREFIX.size :][:head_bytes], payload[PREFIX.size + head_bytes : -32]
@@ -282,7 +282,7 @@ def huge_header(whole: Whole, width: int, layers: int) -> bytes:
     header["model"] |= {k: v for k, v in shape.items() if k in header["model"]}
     like = {entry[0]: entry for entry in header["tensors"]}
     header["ranks"], header["tensors"] = {}, []
-    for name, sizes in sorted(blueprint(tiny_config(**shape))[0].items()):
+    for name, sizes in sorted(model_layout(tiny_config(**shape))[0].items()):
         _, bits, num_scales, flags = like[re.sub(r"blocks\.\d+\.", "blocks.1.", name)]
         rows = sizes[0] if len(sizes) == 2 else 1
         header["tensors"].append([name, bits, rows if num_scales else 0, flags])

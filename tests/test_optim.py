@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import train_gpt
 from tests.conftest import MakeRun, random_model, tiny_config
 from train_gpt import (
-    Averager,
     Config,
     Muon,
     Progress,
     Run,
     Trainer,
+    WeightAverager,
     lr_scale,
     momentum_at,
     newton_schulz_coefficients,
@@ -200,13 +200,13 @@ def test_muon_leaves_the_gradients_as_they_were(make_run: MakeRun):
 def test_with_row_norm_the_size_of_a_row_s_gradient_does_not_matter(
     shape: tuple[int, int], make_run: MakeRun
 ):
-    gradient = torch.randn(shape)
-    scaled = gradient.clone()
+    grad_or_zeros = torch.randn(shape)
+    scaled = grad_or_zeros.clone()
     scaled[2] *= 1000
     scaled[3] *= 0.01
     updates = {}
     for row_norm in (True, False):
-        for name, g in (("plain", gradient), ("scaled", scaled)):
+        for name, g in (("plain", grad_or_zeros), ("scaled", scaled)):
             params = [nn.Parameter(torch.zeros(shape))]
             params[0].grad = g.clone()
             muon_step(Muon(params, make_run(muon_row_norm=row_norm)), 1.0, 0.9)
@@ -432,10 +432,10 @@ def test_a_step_is_torch_s_adamw_and_plain_muon_with_the_schedule_s_rates(
     }  # fmt: skip
     plain = {}
     for name, role in roles.items():
-        if role.optimizer != "matrix":
+        if role.optim_group != "matrix":
             copy = nn.Parameter(weights[name])
-            rate = rates[role.optimizer]
-            decay = cfg.adam_wd if role.optimizer == "scalar" else cfg.embed_wd
+            rate = rates[role.optim_group]
+            decay = cfg.adam_wd if role.optim_group == "scalar" else cfg.embed_wd
             adam = torch.optim.AdamW(
                 [copy], lr=rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                 weight_decay=decay, foreach=False,
@@ -450,16 +450,16 @@ def test_a_step_is_torch_s_adamw_and_plain_muon_with_the_schedule_s_rates(
         taper = max(0.0, (step / 8 - cfg.wd_taper_start_frac) / (1.0 - 0.5))
         muon_decay = cfg.muon_wd * (1 + taper * (cfg.wd_taper_final_mult - 1))
         for name, parameter in model.named_parameters():
-            gradient = noted[step][name].double()
+            grad_or_zeros = noted[step][name].double()
             if name in plain:
                 copy, adam, rate = plain[name]
-                copy.grad, adam.param_groups[0]["lr"] = gradient, rate * scale
+                copy.grad, adam.param_groups[0]["lr"] = grad_or_zeros, rate * scale
                 adam.step()
                 expected = copy.detach()
             else:
                 rated = dict(lr=0.04 * scale, momentum=momentum, decay=muon_decay)
                 expected, momenta[name] = plain_muon_step(
-                    weights[name], momenta[name], gradient, cfg, **rated
+                    weights[name], momenta[name], grad_or_zeros, cfg, **rated
                 )
                 weights[name] = expected
             torch.testing.assert_close(
@@ -566,7 +566,7 @@ def scale_at(progress: Progress, make_run: MakeRun, **knobs: Any) -> float:
     run = make_run(num_layers=1, **knobs)
     trainer = Trainer(run, random_model(run.cfg))
     trainer.progress = progress
-    return trainer.scale()
+    return trainer.lr_scale()
 
 
 @pytest.mark.parametrize("step", [0, 1, 59, 60, 61, 80, 99])
@@ -605,7 +605,7 @@ def test_warmdown_iters_win_over_the_fraction(make_run: MakeRun):
 
 def test_after_n_steps_the_initial_weights_have_the_share_decay_to_the_n():
     parameter = nn.Parameter(torch.ones(3))
-    averager = Averager(tiny_config(averaging="ema", ema_decay=0.9), [parameter])
+    averager = WeightAverager(tiny_config(averaging="ema", ema_decay=0.9), [parameter])
     with torch.no_grad():
         parameter.zero_()
     for step in range(1, 21):
@@ -619,7 +619,7 @@ def test_after_n_steps_the_initial_weights_have_the_share_decay_to_the_n():
 def test_the_ema_is_the_sum_of_all_weights_by_their_age():
     parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
     start = [p.detach().double().numpy().copy() for p in parameters]
-    averager = Averager(tiny_config(averaging="ema", ema_decay=0.8), parameters)
+    averager = WeightAverager(tiny_config(averaging="ema", ema_decay=0.8), parameters)
     trail = []
     for step in range(1, 41):
         with torch.no_grad():
@@ -639,7 +639,7 @@ def test_swa_is_the_mean_of_the_weights_collected_while_the_multiplier_is_low(
 ):
     cfg = tiny_config(averaging="swa", swa_every=every, swa_start_lr=below)
     parameter = nn.Parameter(torch.randn(6))
-    averager = Averager(cfg, [parameter])
+    averager = WeightAverager(cfg, [parameter])
     collected = []
     for step in range(1, 61):
         with torch.no_grad():
@@ -656,7 +656,7 @@ def test_swa_is_the_mean_of_the_weights_collected_while_the_multiplier_is_low(
 
 def test_swa_of_thousands_of_weights_keeps_float32_precision():
     parameter = nn.Parameter(torch.zeros(1))
-    averager = Averager(tiny_config(averaging="swa", swa_every=1), [parameter])
+    averager = WeightAverager(tiny_config(averaging="swa", swa_every=1), [parameter])
     values = 1 + 1e-3 * torch.randn(3000)
     for step, value in enumerate(values, start=1):
         with torch.no_grad():
@@ -670,7 +670,7 @@ def test_swa_of_thousands_of_weights_keeps_float32_precision():
 def test_averages_are_float32_whatever_the_weights_are(averaging: str):
     parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     cfg = tiny_config(averaging=averaging, swa_every=1, ema_decay=0.999)
-    averager = Averager(cfg, [parameter])
+    averager = WeightAverager(cfg, [parameter])
     for step in range(1, 1001):
         averager.update(step, 0.0, 1.0)
     assert averager.average[0].dtype == torch.float32
@@ -680,7 +680,7 @@ def test_averages_are_float32_whatever_the_weights_are(averaging: str):
 @pytest.mark.parametrize("averaging", ["none", "swa"])
 def test_without_an_average_the_last_weights_are_exported(averaging: str):
     parameter = nn.Parameter(torch.randn(4))
-    averager = Averager(tiny_config(averaging=averaging, swa_every=1), [parameter])
+    averager = WeightAverager(tiny_config(averaging=averaging, swa_every=1), [parameter])
     with torch.no_grad():
         parameter.add_(1)
     last = parameter.detach().clone()

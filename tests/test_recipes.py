@@ -54,7 +54,7 @@ def described(cfg: Config) -> dict[str, str]:
 def num_parameters(cfg: Config) -> int:
     """The script's own count, on a model without memory."""
     with torch.device("meta"):
-        model = GPT(cfg, train_gpt.ATTENTIONS["sdpa"](), torch.float32)
+        model = GPT(cfg, train_gpt.ATTENTION_BACKENDS["sdpa"](), torch.float32)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -135,7 +135,7 @@ def test_the_defaults_are_the_frontier_s_model_and_training() -> None:
 # --- Order of the blocks -------------------------------------------------------------------------
 
 
-def blocks_of(plan: list[train_gpt.Visit]) -> tuple[list[int], list[int]]:
+def blocks_of(plan: list[train_gpt.LayerCall]) -> tuple[list[int], list[int]]:
     """The blocks of the first half, whose outputs are saved, and of the second."""
     return [v.block for v in plan if v.save], [v.block for v in plan if not v.save]
 
@@ -152,7 +152,7 @@ def blocks_of(plan: list[train_gpt.Visit]) -> tuple[list[int], list[int]]:
     ],
 )
 def test_blocks_run_in_the_published_order(name: str, encoder: str, decoder: str) -> None:
-    plans = train_gpt.plans_of(recipe(name))
+    plans = train_gpt.layer_schedules(recipe(name))
     assert blocks_of(plans[-1]) == ([*map(int, encoder.split())], [*map(int, decoder.split())])
     skips = [visit.skip for visit in plans[-1] if not visit.save]
     assert skips[: len(encoder.split())] == list(range(len(encoder.split())))
@@ -162,17 +162,25 @@ def test_blocks_run_in_the_published_order(name: str, encoder: str, decoder: str
 
 @pytest.mark.parametrize(("name", "share"), [(SP8192, 0.5), (FRONTIER, 0.35)])
 def test_loops_begin_at_the_published_share_of_training(name: str, share: float) -> None:
-    loops = {x: train_gpt.phase_at(recipe(name), x, 1.0).loops for x in (0, share - 1e-6, share, 1)}
+    loops = {
+        x: train_gpt.train_stage_at(recipe(name), x, 1.0).loops for x in (0, share - 1e-6, share, 1)
+    }
     assert loops == {0: 0, share - 1e-6: 0, share: 2, 1: 2}
 
 
 def test_parallel_residuals_begin_at_the_published_blocks() -> None:
-    parts = [visit.block for visit in train_gpt.plans_of(recipe(FRONTIER))[-1] if visit.part]
+    parts = [
+        visit.block
+        for visit in train_gpt.layer_schedules(recipe(FRONTIER))[-1]
+        if visit.split_lanes
+    ]
     assert parts == [8]
     with torch.device("meta"):
-        model = GPT(recipe(SP8192), train_gpt.ATTENTIONS["sdpa"](), torch.float32)
+        model = GPT(recipe(SP8192), train_gpt.ATTENTION_BACKENDS["sdpa"](), torch.float32)
     assert [module.is_parallel for module in model.blocks] == [False] * 7 + [True] * 4
-    assert not [visit for visit in train_gpt.plans_of(recipe(SP8192))[-1] if visit.part]
+    assert not [
+        visit for visit in train_gpt.layer_schedules(recipe(SP8192))[-1] if visit.split_lanes
+    ]
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ def test_the_readme_has_the_commands_of_its_recipe(name: str) -> None:
 
 @each_recipe
 def test_the_batch_divides_over_eight_ranks_in_one_pass(name: str) -> None:
-    for phase in train_gpt.phases(cfg := recipe(name)):
+    for phase in train_gpt.train_stages(cfg := recipe(name)):
         rows, rest = divmod(phase.batch_tokens, 8 * phase.seq_len)
         assert rest == 0 and rows * phase.seq_len <= cfg.micro_batch_tokens
 
@@ -310,7 +318,7 @@ def shrink(cfg: Config) -> dict[str, str]:
         "eval_seq_len": 40, "warmdown_iters": 4, "eval_hash_rows": 64, "ttt_phases": "9",
     }  # fmt: skip
     changes |= {k.upper(): str(size) for k, size in smaller.items() if getattr(cfg, k)}
-    if cfg.solves_steps:
+    if cfg.solves_scales:
         changes |= {"ARTIFACT_BUDGET_BYTES": str(CODE_BYTES + SMALL_ARTIFACT)}
     if cfg.adapts:
         changes |= {
@@ -320,7 +328,7 @@ def shrink(cfg: Config) -> dict[str, str]:
     return changes | ({"SWA_EVERY": "1"} if cfg.averaging == "swa" else {})
 
 
-CODE_BYTES = len(train_gpt.pack_source(train_gpt.own_source()))
+CODE_BYTES = len(train_gpt.pack_source(train_gpt.script_source()))
 SMALL_ARTIFACT = 62_000  # bytes: some 5 bits a weight of the small frontier model
 
 
@@ -333,7 +341,7 @@ def check_export(cfg: Config, folder: Path) -> None:
     assert bits == cfg.mlp_bits
     assert bool(flags & 2) == (cfg.quant_grid == "trellis")
     assert bool(metrics(folder, "calibrated")) == (cfg.quantizer == "gptq")
-    if cfg.solves_steps:
+    if cfg.solves_scales:
         assert 0.98 < metrics(folder, "size")[0]["total_bytes"] / cfg.artifact_budget_bytes <= 1
 
 
@@ -418,7 +426,7 @@ def test_the_recipe_runs_at_its_full_shape(
     model = train_gpt.build_model(run)
     assert sum(parameter.numel() for parameter in model.parameters()) == STATED[name]
     trainer, built = Trainer(run, model), seconds(started_s)
-    trainer.enter(train_gpt.phases(cfg)[-1])  # with all loops, and on quantised weights
+    trainer.enter_stage(train_gpt.train_stages(cfg)[-1])  # with all loops, and on quantised weights
     ids = np.random.default_rng(0).integers(4, cfg.vocab_size, T + 1)
     started_s = time.perf_counter()
     loss = trainer.step(torch.from_numpy(ids[None])).item()

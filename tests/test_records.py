@@ -170,7 +170,7 @@ def test_a_folder_without_metrics_is_refused_by_name(
 # --- Plot ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [0, 1, 6, None])
+@pytest.mark.parametrize("drop_learning_if_late", [0, 1, 6, None])
 def test_a_plot_is_drawn_of_whatever_part_of_a_run_there_is(tmp_path: Path, cut: int) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

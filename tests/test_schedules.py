@@ -34,25 +34,25 @@ from tests.conftest import (
 )
 from train_gpt import (
     GPT,
-    AnnealedPlan,
-    Averager,
+    AnnealedSampler,
     BatchLoader,
     Config,
-    CoprimePlan,
+    CoprimeSampler,
     InputError,
     Interrupted,
     Muon,
-    Phase,
     Progress,
     Run,
     TokenStream,
     Trainer,
+    TrainStage,
+    WeightAverager,
     fake_quantize,
     momentum_at,
-    phase_at,
-    phases,
     quantize_model,
     quantize_rows,
+    train_stage_at,
+    train_stages,
     weight_decay_at,
 )
 
@@ -63,9 +63,9 @@ LOOPS: dict[str, Any] = {"num_loops": 2, "loop_start": 1, "loop_end": 1}
 # --- Phases as functions -------------------------------------------------------------------------
 
 
-def phase_of(progress: float, scale: float, **knobs: Any) -> Phase:
+def phase_of(progress: float, scale: float, **knobs: Any) -> TrainStage:
     """The phase of a tiny run with 32 tokens of context and 256 a batch."""
-    return phase_at(tiny_config(**knobs), progress, scale)
+    return train_stage_at(tiny_config(**knobs), progress, scale)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def phase_of(progress: float, scale: float, **knobs: Any) -> Phase:
 )  # fmt: skip
 def test_lengths_and_batches_hold_until_their_shares(progress: float, seq_len: int, batch: int):
     knobs = {"train_seq_schedule": "8@0.25,16@0.5", "train_batch_schedule": "64@0.31"}
-    assert phase_of(progress, 1.0, **knobs) == Phase(seq_len, batch, loops=0, qat=False)
+    assert phase_of(progress, 1.0, **knobs) == TrainStage(seq_len, batch, loops=0, qat=False)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_the_phases_that_are_compiled_are_those_that_any_training_comes_through(
     cfg = tiny_config(**knobs)
     scales = (1.0, 0.5, 0.01) if cfg.late_qat_threshold else (1.0,)
     grid = [n / 1000 for n in range(1001)]
-    reached = {phase_at(cfg, progress, scale) for progress in grid for scale in scales}
-    found = phases(cfg)
+    reached = {train_stage_at(cfg, progress, scale) for progress in grid for scale in scales}
+    found = train_stages(cfg)
     assert len(found) == len(set(found)) and set(found) == reached
     assert [p.seq_len for p in found] == sorted(p.seq_len for p in found)  # in their order
 
@@ -224,8 +224,8 @@ def noted_steps(stop_after: int = 0) -> Iterator[list[Note]]:
         bits = {
             name: m.qat_bits for name, m in self.model.named_modules() if hasattr(m, "qat_bits")
         }
-        note = {"window": window_BT.clone(), "visits": len(self.model.plan), "bits": bits}
-        note |= {"state": copy.deepcopy(self.model.state_dict()), "scale": self.scale()}
+        note = {"window": window_BT.clone(), "visits": len(self.model.schedule), "bits": bits}
+        note |= {"state": copy.deepcopy(self.model.state_dict()), "scale": self.lr_scale()}
         notes.append(note)
         notes[-1]["loss"] = plain(self, window_BT)
         self.run.signal_received = self.progress.step == stop_after
@@ -295,11 +295,11 @@ def test_warm_up_runs_every_phase_and_leaves_no_trace(new_run: MakeRun):
     warm = new_run(**SCHEDULED, warmup_steps=1)
     with noted_steps() as notes:
         trained = train_all(warm)
-    for note in notes[: len(phases(warm.cfg))]:
+    for note in notes[: len(train_stages(warm.cfg))]:
         T = note["window"].size(1) - 1
         qat = any(note["bits"].values())
         seen.append((T, note["window"][:, 1:].numel(), note["visits"] - 3, qat))
-    assert seen == [tuple(phase) for phase in phases(warm.cfg)]
+    assert seen == [tuple(phase) for phase in train_stages(warm.cfg)]
     assert len(notes) == len(seen) + 10
     same_bits(trained, train_all(new_run(**SCHEDULED)))
 
@@ -361,7 +361,7 @@ def averaged(
 ) -> tuple[float, int]:
     """The exported value of a weight that is n after step n, from 1000, and how many were taken."""
     weight = nn.Parameter(torch.tensor([1000.0]))
-    averager = Averager(tiny_config(**knobs), [weight])
+    averager = WeightAverager(tiny_config(**knobs), [weight])
     for step in range(1, steps + 1):
         weight.data.fill_(step)
         averager.update(step, scale(step), step / steps)
@@ -395,7 +395,7 @@ def test_swa_collects_by_the_multiplier_or_by_the_share_of_progress():
 
 def test_averages_are_kept_in_float32_whatever_the_weights_are():
     weight = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
-    averager = Averager(tiny_config(averaging="tail", tail_frac=1.0), [weight])
+    averager = WeightAverager(tiny_config(averaging="tail", tail_frac=1.0), [weight])
     for step in range(1, 9):
         weight.data.fill_(1.0 if step % 2 else 1.0078125)  # one bf16 step above
         averager.update(step, 1.0, step / 8)
@@ -443,7 +443,7 @@ def with_qat(cfg: Config, make_run: MakeRun) -> GPT:
     """A random model after the switch, as the trainer makes it."""
     run = make_run(**{name: getattr(cfg, name) for name in cfg.__dataclass_fields__})
     trainer = Trainer(run, random_model(cfg))
-    trainer.enter(Phase(32, 64, loops=0, qat=True))
+    trainer.enter_stage(TrainStage(32, 64, loops=0, qat=True))
     return trainer.model
 
 
@@ -452,7 +452,7 @@ def stored(model: GPT, groups: str) -> GPT:
     plain = random_model(model.cfg)
     roles, tensors = train_gpt.parameter_roles(model), quantize_model(model.cfg, model)
     for name, parameter in plain.named_parameters():
-        quantised = roles[name].tensors in groups.split(",")
+        quantised = roles[name].quant_group in groups.split(",")
         source = tensors[name].dequantized() if quantised else model.get_parameter(name)
         parameter.data = source.detach().clone()
     return plain
@@ -485,7 +485,7 @@ def test_the_switch_can_be_turned_back_and_16_bits_mean_none(make_run: MakeRun):
     trainer = Trainer(run, random_model(run.cfg))
     losses = []
     for qat in (False, True, False):
-        trainer.enter(Phase(32, 64, loops=0, qat=qat))
+        trainer.enter_stage(TrainStage(32, 64, loops=0, qat=qat))
         losses.append(trainer.model.loss(ids[:, :-1], ids[:, 1:]).item())
     assert losses[0] == losses[2] != losses[1]
 
@@ -524,7 +524,7 @@ def test_after_training_the_model_scores_its_own_weights_not_those_of_the_grid(n
     plain.load_state_dict(model.state_dict())
     ids = torch.randint(2, run.cfg.vocab_size, (2, 33))
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    assert torch.equal(model.score(inputs, targets), plain.score(inputs, targets))
+    assert torch.equal(model.eval_nll(inputs, targets), plain.eval_nll(inputs, targets))
 
 
 @pytest.mark.parametrize(
@@ -534,7 +534,9 @@ def test_after_training_the_model_scores_its_own_weights_not_those_of_the_grid(n
 def test_after_compilation_the_switch_is_really_active(
     backend: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):
-    if backend == "inductor" and (reason := train_gpt.why_not_compile(torch.device("cpu"))):
+    if backend == "inductor" and (
+        reason := train_gpt.compile_unavailable_reason(torch.device("cpu"))
+    ):
         pytest.skip(reason)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch.compiler.reset()
@@ -548,7 +550,7 @@ def test_after_compilation_the_switch_is_really_active(
     for qat in (False, True, False):
         losses.append([])
         for trainer in trainers:
-            trainer.enter(Phase(32, 64, loops=0, qat=qat))
+            trainer.enter_stage(TrainStage(32, 64, loops=0, qat=qat))
             losses[-1].append(trainer.model.loss(ids[:, :-1], ids[:, 1:]).item())
     # Machine code may keep the scales in float32, see below: some codes then differ by one.
     rel = 1e-5 if backend == "aot_eager" else 2e-4
@@ -563,13 +565,13 @@ def test_after_compilation_the_switch_is_really_active(
 
 @pytest.mark.slow
 def test_compiled_too_the_straight_through_grid_is_that_of_the_stored_weights():
-    if reason := train_gpt.why_not_compile(torch.device("cpu")):
+    if reason := train_gpt.compile_unavailable_reason(torch.device("cpu")):
         pytest.skip(reason)
     torch.compiler.reset()
     cfg = tiny_config(late_qat_threshold=0.5)
     weight = torch.randn(64, 64)
     with torch._inductor.config.patch(emulate_precision_casts=False):  # put back afterwards
-        GPT(cfg, train_gpt.ATTENTIONS["sdpa"](), torch.float32).compile_()
+        GPT(cfg, train_gpt.ATTENTION_BACKENDS["sdpa"](), torch.float32).compile_()
         found = torch.compile(fake_quantize, dynamic=False)(weight, 6)
     expected = quantize_rows(weight, 6).dequantized()
     torch.testing.assert_close(found, expected, rtol=2e-7, atol=0)
@@ -588,7 +590,7 @@ def make_stream(folder: Path, *sizes: int) -> TokenStream:
     return TokenStream(paths, 10)
 
 
-def visits_of(plan: CoprimePlan, sizes: tuple[int, ...], epoch: int) -> list[tuple[int, int]]:
+def visits_of(plan: CoprimeSampler, sizes: tuple[int, ...], epoch: int) -> list[tuple[int, int]]:
     """Shard and place in the shard of each window of an epoch, in order."""
     firsts = np.cumsum([0, *sizes])
     starts = [plan.start((epoch * plan.num_windows + n) * T) for n in range(plan.num_windows)]
@@ -602,7 +604,7 @@ def visits_of(plan: CoprimePlan, sizes: tuple[int, ...], epoch: int) -> list[tup
 def test_the_coprime_plan_visits_every_window_once_an_epoch_by_one_stride_a_shard(
     sizes: tuple[int, ...], tmp_path: Path
 ):
-    plan = CoprimePlan(make_stream(tmp_path, *sizes), T, tiny_config(seed=3))
+    plan = CoprimeSampler(make_stream(tmp_path, *sizes), T, tiny_config(seed=3))
     for epoch in range(8):
         visits = visits_of(plan, sizes, epoch)
         for shard, size in enumerate(sizes):
@@ -624,8 +626,8 @@ def test_phase_beginning_and_stride_are_drawn_for_each_epoch_and_seed(tmp_path: 
     stream = make_stream(tmp_path, *sizes)
     walks = set()
     for seed, epoch in itertools.product(range(4), range(4)):
-        visits = visits_of(CoprimePlan(stream, T, tiny_config(seed=seed)), sizes, epoch)
-        assert visits == visits_of(CoprimePlan(stream, T, tiny_config(seed=seed)), sizes, epoch)
+        visits = visits_of(CoprimeSampler(stream, T, tiny_config(seed=seed)), sizes, epoch)
+        assert visits == visits_of(CoprimeSampler(stream, T, tiny_config(seed=seed)), sizes, epoch)
         for shard in range(2):
             own = [place for s, place in visits if s == shard]
             walks.add((shard, own[0], (own[1] - own[0]) // T % 100))
@@ -638,7 +640,7 @@ def test_shards_take_turns_in_proportion_to_what_remains_of_them(tmp_path: Path)
     for seed in range(3):
         shards = [
             shard
-            for shard, _ in visits_of(CoprimePlan(stream, T, tiny_config(seed=seed)), sizes, 0)
+            for shard, _ in visits_of(CoprimeSampler(stream, T, tiny_config(seed=seed)), sizes, 0)
         ]
         for part in np.split(np.array(shards), 4):
             # 25 of 100 are expected of the smaller; hypergeometric, with a deviation of 3.75.
@@ -647,13 +649,13 @@ def test_shards_take_turns_in_proportion_to_what_remains_of_them(tmp_path: Path)
         assert 110 < changes < 190  # 2 * 400 * 3/16 = 150 in random order; 1 if one by one
 
 
-def annealed(folder: Path, sizes: tuple[int, ...], rows: int, seed: int = 3) -> AnnealedPlan:
+def annealed(folder: Path, sizes: tuple[int, ...], rows: int, seed: int = 3) -> AnnealedSampler:
     """The plan of batches of `rows` windows from shards of these sizes."""
     cfg = tiny_config(seed=seed, train_batch_tokens=rows * T, train_seq_len=T, eval_stride=1)
-    return AnnealedPlan(make_stream(folder, *sizes), T, cfg)
+    return AnnealedSampler(make_stream(folder, *sizes), T, cfg)
 
 
-def shards_of(plan: AnnealedPlan, batch: int, size: int) -> list[int]:
+def shards_of(plan: AnnealedSampler, batch: int, size: int) -> list[int]:
     """Shard of each window of a batch; all shards are of this size."""
     return [start // size for start in plan.order(batch).tolist()]
 
@@ -677,11 +679,16 @@ def test_an_annealed_shard_is_walked_again_and_again_each_time_by_one_stride(tmp
     for shard, n in ((0, 13), (1, 30), (3, 8)):
         taken = np.concatenate([plan.take(shard, count) for count in (1, 5, 0, 2 * n, 3 * n - 6)])
         first, walks = sum(sizes[:shard]), taken.reshape(5, n)
-        assert len({(int(walk.min()), *np.diff(walk[:2])) for walk in walks}) > 1
-        for walk in walks:
-            phase = int(walk.min()) - first
-            assert sorted(walk) == [first + phase + i * T for i in range(n)] and 0 <= phase < T
-            order = (walk - walk.min()) // T
+        assert (
+            len({(int(coprime_walk.min()), *np.diff(coprime_walk[:2])) for coprime_walk in walks})
+            > 1
+        )
+        for coprime_walk in walks:
+            phase = int(coprime_walk.min()) - first
+            assert (
+                sorted(coprime_walk) == [first + phase + i * T for i in range(n)] and 0 <= phase < T
+            )
+            order = (coprime_walk - coprime_walk.min()) // T
             strides = set((np.diff(order) % n).tolist())
             assert len(strides) == 1 and math.gcd(*strides, n) == 1
 
@@ -737,7 +744,7 @@ class Ranks:
     """The collectives among threads of this process, each of which plays a rank."""
 
     def __init__(self, world_size: int, monkeypatch: pytest.MonkeyPatch):
-        self.world_size, self.own = world_size, threading.local()
+        self.world_size, self.local_shard = world_size, threading.local()
         self.barrier = threading.Barrier(world_size, timeout=60)
         self.slots: list[Any] = [None] * world_size
         self.done = SimpleNamespace(wait=lambda: None)
@@ -746,7 +753,7 @@ class Ranks:
 
     def exchange(self, tensor: Tensor) -> list[Tensor]:
         """What all ranks have brought."""
-        self.slots[self.own.rank] = tensor.clone()
+        self.slots[self.local_shard.rank] = tensor.clone()
         self.barrier.wait()
         brought = list(self.slots)
         self.barrier.wait()
@@ -754,7 +761,7 @@ class Ranks:
 
     def reduce_scatter_tensor(self, out: Tensor, whole: Tensor, **options: Any) -> Any:
         total = torch.stack(self.exchange(whole)).sum(dim=0)
-        out.copy_(total.chunk(self.world_size)[self.own.rank])
+        out.copy_(total.chunk(self.world_size)[self.local_shard.rank])
         return self.done
 
     def all_gather_into_tensor(self, out: Tensor, own: Tensor, **options: Any) -> Any:
@@ -769,7 +776,7 @@ class Ranks:
         """work(rank) of all ranks at once."""
 
         def as_rank(rank: int) -> Any:
-            self.own.rank = rank
+            self.local_shard.rank = rank
             torch.set_num_threads(1)
             try:
                 return work(rank)

@@ -24,18 +24,18 @@ from tests.conftest import MakeRun, random_model, randomize_, tiny_config
 from train_gpt import (
     BOS_ID,
     GPT,
+    CastedLinear,
     Config,
     InputError,
-    Linear,
     Trainer,
     build_model,
-    choose_attention,
+    choose_attention_backend,
     encode_artifact,
-    exclude_self,
-    phases,
-    plan_visits,
+    exclusive_self_attention,
+    layer_schedule,
     quantize_model,
     read_artifact,
+    train_stages,
 )
 
 CPU = torch.device("cpu")
@@ -165,7 +165,7 @@ def config_of(name: str, **changes: Any) -> Config:
 
 def new_model(cfg: Config) -> GPT:
     """A model with the initial weights of the seed that is set."""
-    return GPT(cfg, choose_attention(cfg, CPU, torch.float32), torch.float32)
+    return GPT(cfg, choose_attention_backend(cfg, CPU, torch.float32), torch.float32)
 
 
 def scrambled(cfg: Config, seed: int = 0) -> GPT:
@@ -185,7 +185,7 @@ def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
 
 def nats(model: GPT, ids_BT: Tensor) -> Tensor:
     """Nats (B, T - 1) of every token but the first."""
-    return model.score(ids_BT[:, :-1], ids_BT[:, 1:])
+    return model.eval_nll(ids_BT[:, :-1], ids_BT[:, 1:])
 
 
 # --- The reference -------------------------------------------------------------------------------
@@ -335,12 +335,12 @@ class Reference:
         h = torch.where(h > 0, h, self.cfg.leaky_slope * h).square()
         return w[p + "_scale"] * (h @ w[p + ".proj.weight"].T)
 
-    def with_x0(self, layer: int, x: Tensor) -> Tensor:
+    def mix_x0(self, layer: int, x: Tensor) -> Tensor:
         m0, m1 = self.w[f"blocks.{layer}.resid_mix"]
         return m0 * x + m1 * self.x0
 
     def one_stream(self, layer: int, x: Tensor) -> Tensor:
-        u = self.with_x0(layer, x)
+        u = self.mix_x0(layer, x)
         x = u + self.attention(layer, u)
         side_by_side = self.cfg.parallel_residual == "stream"
         if side_by_side and layer >= self.cfg.parallel_start_layer:
@@ -355,16 +355,16 @@ class Reference:
         """One block of each of the forms (b), (c) and A2's."""
         kind = self.cfg.parallel_residual
         if kind == "merge":
-            u = self.with_x0(layer, X0)
+            u = self.mix_x0(layer, X0)
             return u + self.attention(layer, u), X1 + self.thought(layer, X1)
         P, rho = self.w["mixing.write"][layer], self.w["mixing.carry"][layer]
-        o = self.attention(layer, self.with_x0(layer, X0))
+        o = self.attention(layer, self.mix_x0(layer, X0))
         if kind == "lanes":
             m = self.thought(layer, X1)
             return (rho[0] * X0 + P[0, 0] * o + P[1, 0] * m,
                     rho[1] * X1 + P[0, 1] * o + P[1, 1] * m)  # fmt: skip
         X0, X1 = rho[0] * X0 + P[0, 0] * o, rho[0] * X1 + P[0, 1] * o
-        m = self.thought(layer, self.with_x0(layer, X1))
+        m = self.thought(layer, self.mix_x0(layer, X1))
         return rho[1] * X0 + P[1, 0] * m, rho[1] * X1 + P[1, 1] * m
 
     def skipped(self, row: int, x: Tensor, saved: Tensor) -> Tensor:
@@ -620,7 +620,7 @@ def test_full_size_models_have_the_published_numbers_of_parameters(name: str):
     knobs, expected = FULL_SIZE[name]
     cfg = tiny_config(**{**BASE, **knobs})
     with torch.device("meta"):
-        model = GPT(cfg, train_gpt.ATTENTIONS["sdpa"](), torch.float32)
+        model = GPT(cfg, train_gpt.ATTENTION_BACKENDS["sdpa"](), torch.float32)
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
@@ -669,7 +669,7 @@ def test_xsa_is_the_projection_off_the_repeated_values(num_kv_heads: int):
     repeated = v.repeat_interleave(8 // num_kv_heads, dim=2)
     unit = repeated / repeated.norm(dim=-1, keepdim=True)
     expected = y - (y * unit).sum(dim=-1, keepdim=True) * unit
-    found = exclude_self(y, v)
+    found = exclusive_self_attention(y, v)
     torch.testing.assert_close(found, expected)
     assert (found * unit).sum(dim=-1).abs().max() < 1e-5
 
@@ -683,7 +683,7 @@ def test_gradients_of_the_two_caps_are_those_of_autograd():
     loss = (nn.functional.cross_entropy(capped, target, reduction="none") * weight).sum()
     loss.backward()
     args = (target, weight, caps.detach())
-    nll, grad_z, grad_caps = train_gpt.softcapped_nll(z.detach(), *args)
+    nll, grad_z, grad_caps = train_gpt.softcapped_cross_entropy(z.detach(), *args)
     torch.testing.assert_close((nll * weight).sum(), loss.detach())
     torch.testing.assert_close(grad_z, z.grad)
     torch.testing.assert_close(grad_caps, caps.grad)
@@ -693,7 +693,7 @@ def test_gradients_of_the_two_caps_are_those_of_autograd():
 def test_gradients_of_all_parameters_are_those_of_the_plain_loss(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(train_gpt, "LOSS_CHUNK_NUMBERS", chunk_rows * V)
+    monkeypatch.setattr(train_gpt, "MAX_LOGITS_PER_CHUNK", chunk_rows * V)
     model = scrambled(config_of("everything_merge"))
     ids = random_ids(2, 17)
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
@@ -710,7 +710,7 @@ def test_gradients_of_all_parameters_are_those_of_the_plain_loss(
 
 def unrolled(cfg: Config, loops: int) -> tuple[list[int], list[int]]:
     """Blocks of both halves of the plan with so many extra passes."""
-    plan = train_gpt.plans_of(cfg)[loops]
+    plan = train_gpt.layer_schedules(cfg)[loops]
     return ([v.block for v in plan if v.save], [v.block for v in plan if not v.save])
 
 
@@ -723,12 +723,12 @@ def test_the_plans_are_those_of_the_published_systems():
     knobs = {"loop_start": 3, "loop_end": 5, "parallel_start_layer": 8}
     frontier = tiny_config(**shape, **knobs, parallel_residual="lanes")
     assert unrolled(frontier, 2) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
-    for plan in train_gpt.plans_of(frontier):
+    for plan in train_gpt.layer_schedules(frontier):
         rows = [v.skip for v in plan if not v.save]
         half = len(plan) // 2
         assert rows == [*range(half), *[None] * (len(rows) - half)]
-        assert [v.block for v in plan if v.part] == [8]  # and once
-    assert train_gpt.plans_of(frontier)[0] == plan_visits(11, lanes_from=8)
+        assert [v.block for v in plan if v.split_lanes] == [8]  # and once
+    assert train_gpt.layer_schedules(frontier)[0] == layer_schedule(11, lanes_from=8)
 
 
 @pytest.mark.parametrize("name", ["loops", "frontier", "everything_merge", "everything_routed"])
@@ -737,7 +737,7 @@ def test_with_fewer_passes_nats_are_those_of_the_shorter_plan(name: str):
     ids = random_ids(1, 14)
     found = []
     for loops in range(3):
-        model.plan = model.plans[loops]
+        model.schedule = model.schedules[loops]
         expected = Reference(model, ids[0].tolist(), loops).nats()
         found.append(nats(model, ids)[0].double())
         torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-4)
@@ -750,7 +750,7 @@ def test_before_its_loops_begin_a_model_is_the_one_without_loops():
     for key in ("skip_weights", "skip_gates"):
         state[key] = state[key][:2]  # only the first rows are used
     plain.load_state_dict(state)
-    looped.plan = looped.plans[0]
+    looped.schedule = looped.schedules[0]
     ids = random_ids(2, 17)
     assert torch.equal(nats(looped, ids), nats(plain, ids))
 
@@ -836,7 +836,7 @@ def test_after_two_steps_the_gradient_reaches_every_parameter(name: str, make_ru
     run = make_run(**{**SHAPE, **TECHNIQUES[name].knobs})
     trainer = Trainer(run, build_model(run))
     window = random_ids(2, 17)
-    trainer.enter(phases(run.cfg)[-1])  # with all its loops
+    trainer.enter_stage(train_stages(run.cfg)[-1])  # with all its loops
     for _ in range(2):
         trainer.step(window)
     trainer.model.loss(window[:, :-1], window[:, 1:]).backward()
@@ -923,7 +923,7 @@ def test_a_model_survives_quantisation_and_is_read_back(
 # --- Adapters ------------------------------------------------------------------------------------
 
 
-class LowRank(nn.Module):
+class BatchedLoRA(nn.Module):
     """A random adapter of rank 2, like those that test-time training hangs on."""
 
     def __init__(self, linear: nn.Linear, size: float):
@@ -935,9 +935,11 @@ class LowRank(nn.Module):
         return x @ self.down.T @ self.up.T
 
 
-def linears_of(model: GPT) -> dict[str, Linear]:
+def linears_of(model: GPT) -> dict[str, CastedLinear]:
     """Every place where an adapter can hang."""
-    return {k: m for k, m in model.named_modules() if isinstance(m, Linear) and k != "lm_head"}
+    return {
+        k: m for k, m in model.named_modules() if isinstance(m, CastedLinear) and k != "lm_head"
+    }
 
 
 @each_technique
@@ -946,15 +948,15 @@ def test_adapters_of_zeros_change_nothing_and_others_do(name: str):
     ids = random_ids(2, 17)
     without = nats(model, ids)
     for linear in linears_of(model).values():
-        linear.adapter = LowRank(linear, size=0.0)
+        linear.adapter = BatchedLoRA(linear, size=0.0)
     assert torch.equal(nats(model, ids), without)
     for linear in linears_of(model).values():
-        linear.adapter = LowRank(linear, size=0.1)
+        linear.adapter = BatchedLoRA(linear, size=0.1)
     adapted = nats(model, ids)
     assert (adapted - without).abs().max() > 1e-2
     for linear in linears_of(model).values():  # the same as adding the product to the weight
         lora = linear.adapter
-        assert isinstance(lora, LowRank)
+        assert isinstance(lora, BatchedLoRA)
         linear.weight.data += lora.up.data @ lora.down.data
         linear.adapter = None
     torch.testing.assert_close(nats(model, ids), adapted, rtol=0, atol=1e-3)
@@ -966,7 +968,7 @@ def test_an_adapter_on_any_matrix_alone_changes_the_scores_and_learns(name: str)
     ids = random_ids(2, 17)
     without = nats(model, ids)
     for key, linear in linears_of(model).items():
-        linear.adapter = LowRank(linear, size=1.0)
+        linear.adapter = BatchedLoRA(linear, size=1.0)
         assert not torch.allclose(nats(model, ids), without, rtol=0, atol=1e-4), key
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
         assert all(p.grad is not None and p.grad.norm() > 0 for p in linear.adapter.parameters())
@@ -978,7 +980,7 @@ def test_an_adapter_on_the_untied_head_changes_the_scores():
     ids = random_ids(2, 17)
     without = nats(model, ids)
     assert model.lm_head is not None
-    model.lm_head.adapter = LowRank(model.lm_head, size=1.0)
+    model.lm_head.adapter = BatchedLoRA(model.lm_head, size=1.0)
     assert not torch.equal(nats(model, ids), without)
 
 
@@ -996,7 +998,7 @@ def test_an_adapter_on_the_untied_head_changes_the_scores():
 def test_compiled_equals_eager_with_everything_on(
     backend: str, name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    if backend == "inductor" and (reason := train_gpt.why_not_compile(CPU)):
+    if backend == "inductor" and (reason := train_gpt.compile_unavailable_reason(CPU)):
         pytest.skip(reason)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch.compiler.reset()
@@ -1011,7 +1013,7 @@ def test_compiled_equals_eager_with_everything_on(
     ids = random_ids(2, 17)
     for loops in (1,) if backend == "aot_eager" else (0, 1):
         for model in (eager, compiled):
-            model.plan = model.plans[loops]
+            model.schedule = model.schedules[loops]
             model.zero_grad()
             model.loss(ids[:, :-1], ids[:, 1:]).backward()
         torch.testing.assert_close(nats(compiled, ids), nats(eager, ids), rtol=0, atol=1e-4)

@@ -76,7 +76,7 @@ def open_trainer(run: Run) -> tuple[Trainer, BatchLoader]:
 
 def first_batch(loader: BatchLoader, cfg: Config) -> torch.Tensor:
     """The windows of the first step."""
-    return loader.batch(0, train_gpt.phase_at(cfg, 0.0, 1.0))
+    return loader.batch(0, train_gpt.train_stage_at(cfg, 0.0, 1.0))
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def test_same_seed_gives_the_same_bits_and_another_seed_others(new_run: MakeRun)
     assert not any(torch.equal(first[name], other[name]) for name in ("tok_emb.weight",))
 
 
-@pytest.mark.parametrize("loader", sorted(train_gpt.LOADERS))
+@pytest.mark.parametrize("loader", sorted(train_gpt.SAMPLERS))
 def test_another_seed_reads_other_windows(new_run: MakeRun, loader):
     runs = [new_run(seed=seed, loader=loader) for seed in (1, 1, 2)]
     batches = [first_batch(open_loader(run), run.cfg) for run in runs]
@@ -179,7 +179,7 @@ def gradients_at_update(trainer: Trainer, window_BT: torch.Tensor) -> torch.Tens
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         # AdamW reads the gradients of the parameters, Muon its own copies of the matrices'.
-        grads = [p.grad for p in trainer.replicated] + trainer.muon.reduced()
+        grads = [p.grad for p in trainer.replicated] + trainer.muon.reduced_gradients()
         seen.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
         assert len(seen[-1]) == sum(p.numel() for p in trainer.params)
         return step(*args, **kwargs)
@@ -445,7 +445,7 @@ def test_learning_rate_reaches_the_end_of_its_schedule_by_the_clock(
     scales: list[float] = []
 
     def step(window_BT: torch.Tensor) -> torch.Tensor:
-        scales.append(trainer.scale())
+        scales.append(trainer.lr_scale())
         return ClockedTrainer.step(trainer, window_BT)
 
     monkeypatch.setattr(trainer, "step", step)

@@ -12,16 +12,16 @@ import torch
 import train_gpt
 from train_gpt import (
     NEXT_STATES,
-    RATE_PRICE,
+    RATE_LAMBDA,
     TRELLIS_SEGMENT,
-    best_path,
-    best_path_by_fours,
     factor_hessians,
     gaussian_code_bits,
     gptq,
     round_trellis,
     round_uniform,
     trellis_levels,
+    viterbi,
+    viterbi_on_device,
 )
 
 QMAX = 31
@@ -151,7 +151,7 @@ def test_every_state_is_entered_by_two_branches_of_one_quantiser_and_both_pariti
 @pytest.mark.parametrize("length", [1, 2, 5, 8, 10])
 def test_viterbi_finds_the_cheapest_of_all_paths(length: int):
     cost_T4N = np.random.default_rng(length).random((length, 4, 3), np.float32)
-    subset_TN = best_path(cost_T4N)
+    subset_TN = viterbi(cost_T4N)
     for segment in range(3):
         costs = {}
         for parities in itertools.product((0, 1), repeat=length):
@@ -167,7 +167,7 @@ def test_viterbi_finds_the_cheapest_of_all_paths(length: int):
 def test_the_search_on_a_device_finds_a_path_as_cheap_as_the_host_s(num_segments: int):
     cost_T4N = torch.rand(TRELLIS_SEGMENT, 4, num_segments) * 9
     costs = []
-    for subset_TN in (torch.from_numpy(best_path(cost_T4N.numpy())), best_path_by_fours(cost_T4N)):
+    for subset_TN in (torch.from_numpy(viterbi(cost_T4N.numpy())), viterbi_on_device(cost_T4N)):
         assert subset_TN.shape == (TRELLIS_SEGMENT, num_segments)
         state_N = np.zeros(num_segments, np.int64)
         for subset_N in subset_TN.numpy():  # each of the quantiser that the state asks for
@@ -182,8 +182,8 @@ def test_the_search_on_a_device_finds_a_path_as_cheap_as_the_host_s(num_segments
 def test_the_trellis_s_codes_are_the_host_s_on_a_gpu():
     target_LO, column_L = 4 * torch.randn(3, 700), torch.tensor([0, 4, 2])
     bits_LIV = gaussian_code_bits(0.5 + torch.rand(3, 5), 30)
-    on_host = trellis(bits_LIV, RATE_PRICE)(target_LO, column_L)
-    on_gpu = trellis(bits_LIV.cuda(), RATE_PRICE)(target_LO.cuda(), column_L.cuda())
+    on_host = trellis(bits_LIV, RATE_LAMBDA)(target_LO, column_L)
+    on_gpu = trellis(bits_LIV.cuda(), RATE_LAMBDA)(target_LO.cuda(), column_L.cuda())
     for found, expected in zip(on_gpu, on_host, strict=True):
         assert (found.cpu() == expected).float().mean() > 0.999  # ties may break another way
 
@@ -207,7 +207,7 @@ def test_the_decoder_finds_the_values_that_the_encoder_chose(
 def test_by_default_decoder_and_encoder_use_the_same_trellis_over_several_segments():
     target_LO = 4 * torch.randn(1, 2 * TRELLIS_SEGMENT + 7)
     bits_LIV = gaussian_code_bits(torch.full((1, 1), 4.0), 63)
-    code_LO, value_LO = trellis(bits_LIV, RATE_PRICE)(target_LO, torch.tensor([0]))
+    code_LO, value_LO = trellis(bits_LIV, RATE_LAMBDA)(target_LO, torch.tensor([0]))
     code_OI = code_LO.T.to(torch.int16).contiguous().numpy()
     level_OI = trellis_levels(code_OI)
     assert torch.equal(torch.from_numpy(level_OI) / 2, value_LO.T)
@@ -264,7 +264,7 @@ def test_gaussian_code_bits_make_a_distribution_of_each_quantisers_codes(
 
 @pytest.mark.parametrize(
     ("multiplier", "gain_db"),
-    [(0, 1.0), (RATE_PRICE, 1.1)],
+    [(0, 1.0), (RATE_LAMBDA, 1.1)],
 )
 def test_at_equal_entropy_the_trellis_is_a_decibel_better(multiplier, gain_db):
     torch.manual_seed(0)

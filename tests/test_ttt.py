@@ -23,20 +23,20 @@ from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_co
 from tests.processes import SCRIPT, log_events, run_ranks, run_script, submission
 from train_gpt import (
     BOS_ID,
-    BUDGETED,
     GPT,
-    Pass,
-    Planner,
+    USABLE_BUDGET_FRAC,
+    EvalPlanner,
+    EvalRunner,
+    EvalStep,
     Run,
     Scorer,
-    Step,
-    Update,
+    StateUpdate,
     Validation,
     Window,
-    broken_rules,
     document_bounds,
     evaluate,
     plan_adaptive,
+    rule_violations,
 )
 
 T, C = 32, 8  # context, and targets between two updates of a document's adapter
@@ -171,11 +171,13 @@ def test_probabilities_of_all_tokens_sum_to_one_when_they_are_scored(
 ):
     run = make_run(**METHODS[name])
     totals: list[torch.Tensor] = []
-    nats = GPT.nats
+    nats = GPT.token_nll
 
     calls = itertools.count(1)
 
-    def probe(self: GPT, ids_BT: torch.Tensor, target_BT: torch.Tensor, first: int = 0, **more):
+    def check_normalization(
+        self: GPT, ids_BT: torch.Tensor, target_BT: torch.Tensor, first: int = 0, **more
+    ):
         """What was asked for; on the way, every token in the place of each target."""
         past, every = more.pop("past", None), []
         # The first call scores with the model as it was, the ninth with what it has become.
@@ -192,18 +194,18 @@ def test_probabilities_of_all_tokens_sum_to_one_when_they_are_scored(
             totals.append(probability.sum(dim=0)[keep])
         return nats(self, ids_BT, target_BT, first, past=past, **more)
 
-    monkeypatch.setattr(GPT, "nats", probe)
+    monkeypatch.setattr(GPT, "token_nll", check_normalization)
     evaluate(run, random_model(run.cfg), validation_of(text_of(data, 100)), 8,
              adaptive=run.cfg.adapts)  # fmt: skip
     total = torch.cat([total.flatten() for total in totals])
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 
-def copy_of(past: train_gpt.Past) -> train_gpt.Past:
+def copy_of(past: train_gpt.KVCache) -> train_gpt.KVCache:
     """Another memory of the same tokens."""
-    copy = train_gpt.Past(len(past.visits), past.capacity)
+    copy = train_gpt.KVCache(len(past.layers), past.capacity)
     copy.length, copy.ids_BT = past.length, past.ids_BT
-    for mine, theirs in zip(copy.visits, past.visits, strict=True):
+    for mine, theirs in zip(copy.layers, past.layers, strict=True):
         mine.pair = theirs.pair
     return copy
 
@@ -218,10 +220,12 @@ def test_learning_rate_zero_is_no_adaptation_to_the_bit(make_run: MakeRun, data,
     ids, model = text_of(data), random_model(run.cfg)
     found, expected = nats_of(run, model, ids), dict[int, float]()
     with recorded(expected), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pass, "train", lambda self, step: None)
-        adapt = Pass.adapt
-        patch.setattr(Pass, "adapt", lambda self, step: adapt(self, step._replace(learns=0)))
-        patch.setattr(GPT, "wear", lambda self, adapters: None)  # no adapters at all
+        patch.setattr(EvalRunner, "train", lambda self, step: None)
+        adapt = EvalRunner.adapt
+        patch.setattr(
+            EvalRunner, "adapt", lambda self, step: adapt(self, step._replace(num_learning_rows=0))
+        )
+        patch.setattr(GPT, "set_adapters", lambda self, adapters: None)  # no adapters at all
         evaluate(run, model, validation_of(ids), 8, adaptive=True)
     np.testing.assert_array_equal(found, [expected[t] for t in range(len(ids) - 1)])
 
@@ -256,8 +260,8 @@ def test_adaptation_changes_scores(make_run: MakeRun, data, name):
 # --- C4: one pass, and the trace that proves it --------------------------------------------------
 
 
-def plan_of(ids: np.ndarray, rank: int, world_size: int, **knobs: Any) -> list[Step]:
-    return plan_adaptive(Planner(tiny_config(**knobs), rank, world_size), ids)
+def plan_of(ids: np.ndarray, rank: int, world_size: int, **knobs: Any) -> list[EvalStep]:
+    return plan_adaptive(EvalPlanner(tiny_config(**knobs), rank, world_size), ids)
 
 
 @each_learner
@@ -266,7 +270,7 @@ def test_plans_of_all_ranks_score_each_target_once_and_keep_in_step(data, name, 
     ids = text_of(data)
     plans = [plan_of(ids, rank, world_size, **METHODS[name]) for rank in range(world_size)]
     assert len({len(plan) for plan in plans}) == 1
-    shared = [[(i, s.text) for i, s in enumerate(p) if s.action in ("train", "absorb")]
+    shared = [[(i, s.text) for i, s in enumerate(p) if s.action in ("train", "update_ngrams")]
               for p in plans]  # fmt: skip
     assert all(row == shared[0] for row in shared)  # the same collectives at the same ticks
     scored = [t for plan in plans for step in plan if step.action in ("score", "adapt")
@@ -274,24 +278,24 @@ def test_plans_of_all_ranks_score_each_target_once_and_keep_in_step(data, name, 
     assert sorted(scored) == list(range(len(ids) - 1))
 
 
-def trace(ticks: list[int], *updates: Update) -> list[str]:
-    return broken_rules(updates, np.array(ticks), np.array(ticks))
+def trace(ticks: list[int], *updates: StateUpdate) -> list[str]:
+    return rule_violations(updates, np.array(ticks), np.array(ticks))
 
 
 def test_the_trace_accepts_score_first_and_names_what_is_not():
     whole, good = (0, 4), [1, 1, 3, 3]
-    assert trace(good, Update(2, (0, 2), whole, True)) == []
-    assert "were scored at step 3" in trace(good, Update(2, (0, 3), whole, True))[0]
-    assert "from left to right" in trace([3, 1, 3, 3], Update(2, (1, 2), whole, True))[0]
-    assert "another stream" in trace(good, Update(3, (0, 2), (2, 4), False))[0]
-    assert trace([3, 3, 1, 1], Update(1, (2, 3), (2, 4), False)) == []  # streams in any order
+    assert trace(good, StateUpdate(2, (0, 2), whole, True)) == []
+    assert "were scored at step 3" in trace(good, StateUpdate(2, (0, 3), whole, True))[0]
+    assert "from left to right" in trace([3, 1, 3, 3], StateUpdate(2, (1, 2), whole, True))[0]
+    assert "another stream" in trace(good, StateUpdate(3, (0, 2), (2, 4), False))[0]
+    assert trace([3, 3, 1, 1], StateUpdate(1, (2, 3), (2, 4), False)) == []  # streams in any order
 
 
 def test_the_trace_knows_only_a_rank_s_own_targets_where_nothing_is_shared():
     everywhere, own = np.array([2, 1, 2]), np.array([0, 1, 2])
-    update = Update(1, (1, 2), (0, 3), False)
-    assert broken_rules([update], everywhere, own) == []
-    assert broken_rules([update._replace(shared=True)], everywhere, own) != []
+    update = StateUpdate(1, (1, 2), (0, 3), False)
+    assert rule_violations([update], everywhere, own) == []
+    assert rule_violations([update._replace(shared=True)], everywhere, own) != []
 
 
 def test_pretraining_is_caught_and_refused_and_marked(make_run: MakeRun, data):
@@ -302,7 +306,7 @@ def test_pretraining_is_caught_and_refused_and_marked(make_run: MakeRun, data):
     model, validation = random_model(run.cfg), validation_of(text_of(data))
     score = evaluate(run, model, validation, 8, adaptive=True)
     assert "were scored at step" in score.problems[0]
-    train_gpt.final_score(run, model, validation, "ttt")
+    train_gpt.evaluate_and_log(run, model, validation, "ttt")
     assert run.scores["final_ttt"]["compliant"] is False
     changed, found = text_of(data), [dict[int, float](), dict[int, float]()]
     changed[150] = 60
@@ -315,13 +319,13 @@ def test_pretraining_is_caught_and_refused_and_marked(make_run: MakeRun, data):
 def test_a_pass_that_breaks_a_rule_fails_the_run(make_run: MakeRun, data, monkeypatch):
     run, ids = make_run(**CHUNK), text_of(data)
 
-    def train_first(planner: Planner, ids: np.ndarray) -> list[Step]:
+    def train_first(planner: EvalPlanner, ids: np.ndarray) -> list[EvalStep]:
         steps = plan_adaptive(planner, ids)
         return sorted(steps, key=lambda step: step.action != "train")
 
     monkeypatch.setattr(train_gpt, "plan_adaptive", train_first)
     with pytest.raises(train_gpt.RunFailed, match="were scored at step"):
-        train_gpt.final_score(run, random_model(run.cfg), validation_of(ids), "ttt")
+        train_gpt.evaluate_and_log(run, random_model(run.cfg), validation_of(ids), "ttt")
 
 
 # --- Independence --------------------------------------------------------------------------------
@@ -388,7 +392,7 @@ def test_the_model_is_afterwards_what_it_was_to_the_bit(make_run: MakeRun, data,
 def plain_nats(model: GPT, ids: np.ndarray) -> np.ndarray:
     """Nats of a document by one forward pass over all of it, in the table of the full context."""
     window = torch.from_numpy(ids)[None]
-    return model.score(window[:, :-1], window[:, 1:])[0].numpy()
+    return model.eval_nll(window[:, :-1], window[:, 1:])[0].numpy()
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 29])
@@ -456,7 +460,7 @@ def logits_with(model: GPT, ids_BT: torch.Tensor, merged: dict[int, torch.Tensor
     }  # fmt: skip
     x = torch.func.functional_call(model, changed, (ids_BT,))
     head = model.head_VD + merged.get(id(model.head), torch.zeros(()))
-    return train_gpt.softcapped(x @ head.T, model.cap)[0]
+    return train_gpt.softcap_logits(x @ head.T, model.cap)[0]
 
 
 def test_chunks_learn_as_a_plain_loop_of_sgd(make_run: MakeRun, data):
@@ -485,14 +489,14 @@ def test_chunks_learn_as_a_plain_loop_of_sgd(make_run: MakeRun, data):
 def test_the_hash_table_has_its_own_learning_rate(make_run: MakeRun):
     run = make_run(**METHODS["chunk_hash"])
     model = random_model(run.cfg)
-    with train_gpt.borrowed(run.cfg, model):
+    with train_gpt.restore_model_after(run.cfg, model):
         trainer = train_gpt.WeightTrainer(run, model)
         groups = {g["base_lr"]: g["params"] for g in trainer.optimizer.param_groups}
         assert sorted(groups) == [0.05, 0.5]
         (table,) = groups[0.5]
         assert table.shape == (64, run.cfg.model_dim)
         ids = torch.tensor([[9, 5, 7]])
-        row = train_gpt.DirectHash.forward(model.hashes[-1], ids, torch.bfloat16)  # type: ignore[arg-type]
+        row = train_gpt.EvalHashEmbedding.forward(model.hashes[-1], ids, torch.bfloat16)  # type: ignore[arg-type]
         assert row.dtype == torch.bfloat16
         with torch.no_grad():
             table.copy_(torch.arange(64.0)[:, None].expand_as(table))
@@ -511,7 +515,7 @@ def test_the_hash_table_has_its_own_learning_rate(make_run: MakeRun):
 def test_what_is_frozen_stays_and_all_else_is_trained(knobs, frozen):
     cfg = tiny_config(**CHUNK, **knobs)
     model = random_model(cfg)
-    trained = train_gpt.trained_parameters(cfg, model)
+    trained = train_gpt.ttt_parameters(cfg, model)
     names = [name for name, _ in model.named_parameters()]
     assert ("tok_emb.weight" in trained) == (cfg.ttt_train == "all")
     assert all(not any(name.startswith(f) for f in frozen) for name in trained)
@@ -535,7 +539,7 @@ def test_documents_end_at_the_next_bos():
 
 def test_chunks_of_a_document_are_short_at_its_beginning():
     cfg = tiny_config(**{**LORA, "ttt_short_chunks": "2@4,4@10"})
-    spans = Planner(cfg, 0, 1).chunk_bounds(100, 125)
+    spans = EvalPlanner(cfg, 0, 1).chunk_bounds(100, 125)
     assert spans == [(100, 102), (102, 104), (104, 108), (108, 112), (112, 120), (120, 125)]
 
 
@@ -580,10 +584,10 @@ def test_a_pass_that_could_not_score_in_time_takes_longer_chunks(make_run: MakeR
     ids = text_of(data)
     windows = []
     for limit_s in (1e-9, 1e9):
-        run = make_run(**LORA, eval_max_seconds=limit_s / BUDGETED)
+        run = make_run(**LORA, eval_max_seconds=limit_s / USABLE_BUDGET_FRAC)
         model = random_model(run.cfg)
-        with train_gpt.borrowed(run.cfg, model):
-            plan, budget = train_gpt.sized_plan(run, model, ids)
+        with train_gpt.restore_model_after(run.cfg, model):
+            plan, budget = train_gpt.plan_within_budget(run, model, ids)
         assert budget is not None
         windows.append(sum(len(step.windows) for step in plan))
     assert windows[0] < windows[1] / 1.5
@@ -612,10 +616,12 @@ def test_a_step_costs_time_by_itself_and_by_its_positions(
         passes[size] = sum(itertools.starmap(seconds, shapes))
         # The smallest chunks whose steps fit behind the calibrations, with a fifth in reserve.
         limit_s = calibrating_s + 1.21 * passes[size]
-        run = make_run(**{**knobs, "ttt_chunk_size": 2}, eval_max_seconds=limit_s / BUDGETED)
+        run = make_run(
+            **{**knobs, "ttt_chunk_size": 2}, eval_max_seconds=limit_s / USABLE_BUDGET_FRAC
+        )
         model = random_model(run.cfg)
-        with train_gpt.borrowed(run.cfg, model):
-            plan, budget = train_gpt.sized_plan(run, model, ids)
+        with train_gpt.restore_model_after(run.cfg, model):
+            plan, budget = train_gpt.plan_within_budget(run, model, ids)
         assert budget.cost == pytest.approx((3.0, 0.25)) and len(plan) == len(shapes)
         assert budget.to_score[0] == pytest.approx(passes[size])
         assert budget.limit_s == pytest.approx(limit_s - calibrating_s)
@@ -627,13 +633,13 @@ def test_a_phase_whose_first_step_was_dropped_learns_with_the_next(make_run: Mak
     model = random_model(run.cfg)
     whole = nats_of(run, model, ids)
     with pytest.MonkeyPatch.context() as patch:
-        cut = train_gpt.Budget.cut
+        cut = train_gpt.EvalBudget.drop_learning_if_late
 
-        def drop_first(self: train_gpt.Budget, step: Step, tick: int) -> Step:
-            drops = step.action == "train" and step.begins
-            return Step("score") if drops else cut(self, step, tick)
+        def drop_first(self: train_gpt.EvalBudget, step: EvalStep, tick: int) -> EvalStep:
+            drops = step.action == "train" and step.resets
+            return EvalStep("score") if drops else cut(self, step, tick)
 
-        patch.setattr(train_gpt.Budget, "cut", drop_first)
+        patch.setattr(train_gpt.EvalBudget, "drop_learning_if_late", drop_first)
         partly = nats_of(run, model, ids)
     assert (partly[:90] == whole[:90]).all() and (partly != whole).any()
 
@@ -643,19 +649,19 @@ def test_an_optimizer_begins_anew_even_if_its_first_step_was_dropped(make_run: M
     plan = plan_of(ids, 0, 1, **CHUNK)
     trained = [i for i, step in enumerate(plan) if step.action == "train"]
     first = next(i for i in trained[2:] if i + 1 in trained)
-    plan[first] = plan[first]._replace(begins=True)
-    without = [*plan[:first], plan[first + 1]._replace(begins=True), *plan[first + 2 :]]
+    plan[first] = plan[first]._replace(resets=True)
+    without = [*plan[:first], plan[first + 1]._replace(resets=True), *plan[first + 2 :]]
 
-    class DropsOne(train_gpt.Budget):
-        def cut(self, step: Step, tick: int) -> Step:
-            return Step("score") if tick == first + 1 else step
+    class DropsOne(train_gpt.EvalBudget):
+        def drop_learning_if_late(self, step: EvalStep, tick: int) -> EvalStep:
+            return EvalStep("score") if tick == first + 1 else step
 
     dropping = DropsOne(run, plan, math.inf, (0.0, 1.0))
     nats = []
     for steps, budget in ((plan, None), (plan, dropping), (without, None)):
         model = random_model(run.cfg)
-        done = train_gpt.Pass(run, model, validation_of(ids), steps, adaptive=True)
-        nats.append(done.execute(budget).nll_T)
+        done = train_gpt.EvalRunner(run, model, validation_of(ids), steps, adaptive=True)
+        nats.append(done.run_steps(budget).nll_T)
     whole, dropped, other = nats
     assert (dropped == other).all() and (dropped != whole).any()
 
@@ -669,12 +675,12 @@ def test_learning_stops_when_the_rest_of_the_time_is_needed_to_score(
     clock = [0.0]
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
     total = sum(math.prod(step.shape) for step in plan)
-    budget = train_gpt.Budget(run, plan, limit_s=2.0 * total, cost=(0.0, 1.0))  # all: 3
+    budget = train_gpt.EvalBudget(run, plan, limit_s=2.0 * total, cost=(0.0, 1.0))  # all: 3
     learned = []
     for tick, step in enumerate(plan, start=1):
-        done = budget.cut(step, tick)
-        learned.append(done.learns)
-        clock[0] += math.prod(step.shape) * (3.0 if done.learns else 1.0)
+        done = budget.drop_learning_if_late(step, tick)
+        learned.append(done.num_learning_rows)
+        clock[0] += math.prod(step.shape) * (3.0 if done.num_learning_rows else 1.0)
     assert clock[0] <= 2.0 * total
     assert 0.2 < np.mean(np.array(learned) > 0) < 0.6 and budget.num_dropped > 0
     assert learned[0] > 0 and learned[-2] == 0

@@ -38,6 +38,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -94,7 +95,7 @@ KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
 LOADER_CHOICES = ("stream", "shuffled", "coprime", "annealed")
 EMBED_INITS = ("normal", "overtone")
 MIX_INITS = ("last", "phase")
-MATRIX_INITS = ("default", "orthogonal")
+MATRIX_INITS = ("default", "orthogonal", "orthogonal_scaled")
 GATES = ("none", "head", "input", "window", "sparse")
 SMEARS = ("none", "blend", "lambda")
 HASHES = ("mixing", "polynomial")
@@ -186,14 +187,15 @@ class Config:
     resid_mix_init: str = knob(
         "last", "resid_mix starts as (1, 0), or early blocks prefer x0 (phase)", choices=MIX_INITS
     )
-    init: str = knob(
-        "orthogonal", "initial matrices; output projections start at zero", choices=MATRIX_INITS
-    )
+    init: str = knob("orthogonal", "initial matrices; see GPT.init_weights_", choices=MATRIX_INITS)
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", low=1e-3, shape=True)
     asym_logit_rescale: bool = knob(
         True, "separate trainable caps for positive and negative logits", shape=True
     )
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", low=1, shape=True)
+    rope_scaling: str = knob(
+        "ntk", "rotary base beyond TRAIN_SEQ_LEN: NTK-scaled, or unchanged", choices=("ntk", "none")
+    )
     rope_dims: int = knob(
         16, "rotated channels per head; 0 = all", unit="channels", low=0, shape=True
     )
@@ -421,9 +423,7 @@ class Config:
     ttt_batch_size: int = knob(64, "documents adapted side by side", low=1)
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
-    ttt_lora_targets: str = knob(
-        "q,k,v,o,mlp,head", "modules with a LoRA, of q, k, v, o, mlp, head"
-    )
+    ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
     ttt_lora_shared: bool = knob(False, "passes through a looped block share one LoRA")
     ttt_lora_lr: float = knob(0.003, "learning rate of the LoRA (AdamW)", low=0)
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
@@ -454,7 +454,7 @@ class Config:
         0.0, "logit bonus of the most frequent continuation; 0 = off", unit="nats", low=0, high=20
     )
     ngram_tilt_orders: str = knob(
-        "16", "context lengths of the n-gram bias; the longest match wins"
+        "15", "context lengths of the n-gram bias; the longest match wins"
     )
     ngram_tilt_share: float = knob(
         0.8, "minimum relative frequency of that continuation", low=0, high=1
@@ -652,7 +652,7 @@ def check_list_knobs(cfg: Config) -> list[str]:
     return problems
 
 
-LORA_TARGETS = {"q", "k", "v", "o", "mlp", "head"}
+LORA_TARGETS = {"q", "k", "v", "o", "mlp", "head", "attn", "mlp_block"}
 
 
 def check_combinations(cfg: Config) -> list[str]:
@@ -1440,8 +1440,8 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotary_table(cfg: Config, num_positions: int) -> Tensor:
     """cos and sin, (2, num_positions, ROPE_DIMS / 2) in float32 (RoFormer, arXiv:2104.09864)."""
     dims, base = cfg.rotary_dims, cfg.rope_base
-    if num_positions > cfg.train_seq_len and dims > 2:
-        # NTK scaling: the slowest frequency spans the longer text as it spanned the shorter.
+    if cfg.rope_scaling == "ntk" and num_positions > cfg.train_seq_len and dims > 2:
+        # The slowest frequency covers the longer context as it covered TRAIN_SEQ_LEN.
         base *= (num_positions / cfg.train_seq_len) ** (dims / (dims - 2))
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
     angle_TE = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequency)
@@ -1782,6 +1782,7 @@ class SmearGate(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         blend = cfg.smear_gate == "blend"
+        self.before_norm = not blend
         self.gate = nn.Parameter(torch.zeros(cfg.model_dim if blend else cfg.gate_window))
         self.scale = None if blend else nn.Parameter(torch.zeros(()))
 
@@ -1902,6 +1903,7 @@ class CausalSelfAttention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((H,), cfg.qk_gain_init))
         self.gate = None if cfg.attn_gate == "none" else AttnOutputGate(cfg)
         self.head_dim, self.use_xsa, self.attend = E, layer in cfg.xsa_blocks, attention.attend
+        self.adapter: nn.Module | None = None  # parallel to the whole module
 
     def values(self, n_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars) -> Tensor:
         """Values (B, T, K E): own, block 0's (arXiv:2410.17897, VRL #457), shared ones (#414)."""
@@ -1928,7 +1930,8 @@ class CausalSelfAttention(nn.Module):
             y_BTHE = exclusive_self_attention(y_BTHE, v_BTKE)
         if self.gate is not None:
             y_BTHE = self.gate(y_BTHE, n_BTD)
-        return self.proj(y_BTHE.flatten(2))
+        y_BTD = self.proj(y_BTHE.flatten(2))
+        return y_BTD if self.adapter is None else y_BTD + self.adapter(n_BTD)
 
 
 class MLP(nn.Module):
@@ -1939,11 +1942,13 @@ class MLP(nn.Module):
         self.fc = CastedLinear(cfg.model_dim, cfg.mlp_dim)
         self.proj = CastedLinear(cfg.mlp_dim, cfg.model_dim, zero_init=True)
         self.slope = cfg.leaky_slope
+        self.adapter: nn.Module | None = None  # parallel to the whole module
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h_BTF = self.fc(x_BTD)
         h_BTF = F.leaky_relu(h_BTF, self.slope) if self.slope else F.relu(h_BTF)
-        return self.proj(h_BTF.square())
+        y_BTD = self.proj(h_BTF.square())
+        return y_BTD if self.adapter is None else y_BTD + self.adapter(x_BTD)
 
 
 Lanes = tuple[Tensor, Tensor | None]  # what attention reads, and what the MLP reads once they part
@@ -2166,6 +2171,9 @@ class MixerInputs(NamedTuple):
     keep_BT: Tensor  # which targets are recorded
 
 
+AdaptedModule = CastedLinear | Embedding | CausalSelfAttention | MLP  # those with an `adapter`
+
+
 class GPT(nn.Module):
     """The language model: embedding, visits of blocks, norm, head, softcapped cross-entropy."""
 
@@ -2192,7 +2200,7 @@ class GPT(nn.Module):
             None  # sees what is scored, for an audit
         )
         # Adapters by visit, each with the matrix that it hangs on while the visit lasts.
-        self.adapters: list[list[tuple[CastedLinear | Embedding, BatchedLoRA]]] = []
+        self.adapters: list[list[tuple[AdaptedModule, BatchedLoRA]]] = []
         self.init_weights_()
 
     def add_optional_modules(self) -> None:
@@ -2215,7 +2223,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights_(self) -> None:
-        """Draw the initial weights as the baseline does; output projections start at zero."""
+        """Draw the initial weights; output projections start at zero.
+
+        INIT=default is PyTorch's uniform fan-in; orthogonal has orthogonal matrices where both
+        sides are at least 64; orthogonal_scaled also divides the projections of hashed and value
+        embeddings by sqrt(2 * NUM_LAYERS), as openai/parameter-golf#430 does.
+        """
         cfg, table = self.cfg, self.tok_emb.weight
         if cfg.tie_embeddings:
             table.normal_(std=cfg.tied_embed_init_std)
@@ -2225,11 +2238,15 @@ class GPT(nn.Module):
         for module in (module for module in self.modules() if isinstance(module, CastedLinear)):
             if module.zero_init:
                 module.weight.zero_()
-            elif cfg.init == "orthogonal" and min(module.weight.shape) >= 64:
+            elif cfg.init != "default" and min(module.weight.shape) >= 64:
                 nn.init.orthogonal_(module.weight)
         if self.ve_table is not None and self.ve_proj is not None:
             self.ve_table.weight.normal_(std=0.01)
             nn.init.orthogonal_(self.ve_proj.weight)
+        if cfg.init == "orthogonal_scaled":
+            projections = [m.proj for m in self.hashes if isinstance(m, HashEmbedding)]
+            for projection in [*projections, *([self.ve_proj] if self.ve_proj else [])]:
+                projection.weight.mul_((2 * cfg.num_layers) ** -0.5)
 
     @property
     def head(self) -> CastedLinear | Embedding:
@@ -2259,9 +2276,7 @@ class GPT(nn.Module):
             return x_BTD + skip_BTD
         return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
-    def set_adapters(
-        self, adapters: list[list[tuple[CastedLinear | Embedding, BatchedLoRA]]]
-    ) -> None:
+    def set_adapters(self, adapters: list[list[tuple[AdaptedModule, BatchedLoRA]]]) -> None:
         """Take these adapters, by visit, in the place of those before."""
         for matrix, _ in itertools.chain(*self.adapters):
             matrix.adapter = None
@@ -2273,10 +2288,18 @@ class GPT(nn.Module):
             matrix.adapter = adapter
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """x0: the sum of all embeddings, normed, then smeared."""
-        hashed = (hashed(ids_BT, self.dtype) for hashed in self.hashes)
-        x_BTD = rms_norm(sum(hashed, self.tok_emb(ids_BT).to(self.dtype)))
-        return x_BTD if self.smear is None else self.smear(x_BTD, ids_BT)
+        """x0 (B, T, D): the sum of all embeddings, smeared and normalized.
+
+        The lambda form of SmearGate acts before the norm (openai/parameter-golf#1667), the blend
+        form after it.
+        """
+        hashed = (table(ids_BT, self.dtype) for table in self.hashes)
+        x_BTD = sum(hashed, self.tok_emb(ids_BT).to(self.dtype))
+        if self.smear is None:
+            return rms_norm(x_BTD)
+        if self.smear.before_norm:
+            return rms_norm(self.smear(x_BTD, ids_BT))
+        return self.smear(rms_norm(x_BTD), ids_BT)
 
     def block_inputs(
         self, ids_BT: Tensor, x0_BTD: Tensor, past: KVCache | None = None
@@ -2292,12 +2315,14 @@ class GPT(nn.Module):
         table_2PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
         assert capacity <= table_2PE.size(1), "longer than EVAL_SEQ_LEN"
         inputs = BlockInputs(x0_BTD, table_2PE[:, :length], mask, None, shared_BTC)
-        if (
-            "value" in self.block_scalars
-        ):  # once more what block 0 computes: cheaper than its own graph
+        if "value" in self.block_scalars:
+            # Block 0 computes these values again: cheaper than a compiled graph of its own. They
+            # are those of the model: adapters do not reach them (openai/parameter-golf#457).
             block: Any = self.blocks[0]
             n_BTD = block.norm(block.mix_x0(x0_BTD, inputs))
-            return inputs._replace(first_v_BTC=block.attn.c_v(n_BTD))
+            adapter, block.attn.c_v.adapter = block.attn.c_v.adapter, None
+            inputs = inputs._replace(first_v_BTC=block.attn.c_v(n_BTD))
+            block.attn.c_v.adapter = adapter
         return inputs
 
     def block_scalars_of(self, layer: int) -> BlockScalars:
@@ -2321,15 +2346,17 @@ class GPT(nn.Module):
         """The normed stream before the head, (B, T, D), of tokens that go on from `past`."""
         lead_BT = ids_BT if past is None else past.append_tokens(ids_BT)
         x_BTD, side_BTD, saved = self.embed(lead_BT)[:, -ids_BT.size(1) :], None, list[Tensor]()
-        self.attach_adapters(0)  # for block 0's values, which are computed outside of its visit
         inputs = self.block_inputs(ids_BT, x_BTD, past)
+        form = self.cfg.parallel_residual
         for index, call in enumerate(self.schedule):
+            if call.split_lanes and form != "merge":
+                side_BTD = x_BTD
             if call.skip is not None:
                 skip_BTD = saved.pop()
                 x_BTD = self.blend_skip(x_BTD, skip_BTD, call.skip)
-                if side_BTD is not None and self.cfg.parallel_residual == "routed":
+                if side_BTD is not None and form == "routed":
                     side_BTD = self.blend_skip(side_BTD, skip_BTD, call.skip)
-            if call.split_lanes:
+            if call.split_lanes and form == "merge":  # both lanes start with the skip
                 side_BTD = x_BTD
             block, mix = self.blocks[call.block], self.block_scalars_of(call.block)
             self.attach_adapters(index)
@@ -2417,8 +2444,9 @@ def role_of(name: str, module: nn.Module) -> ParamRole:
     if isinstance(module, nn.Embedding):
         return ParamRole("token", "embed" if path == "tok_emb" else "table")
     if isinstance(module, CastedLinear):
-        part = next((p for p in ("attn", "mlp") if f".{p}." in path), "table")
-        return ParamRole("head", "embed") if path == "lm_head" else ParamRole("matrix", part)
+        # The projections of hashed and value embeddings are quantized like attention matrices.
+        group = "mlp" if ".mlp." in path else "attn"
+        return ParamRole("head", "embed") if path == "lm_head" else ParamRole("matrix", group)
     if name == "caps":
         return ParamRole("cap", "control")
     return ParamRole("scalar", "gate" if isinstance(module, AttnOutputGate) else "control")
@@ -3282,7 +3310,10 @@ def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
     damped_LII = hessian_LII.float().clone()
     diagonal_LI = damped_LII.diagonal(dim1=1, dim2=2)
     alive_LI = diagonal_LI > 0
-    diagonal_LI.masked_fill_(~alive_LI, 1.0)
+    # An input that was never seen gets the mean of the others: the damping must not depend on it.
+    num_alive_L1 = alive_LI.sum(dim=1, keepdim=True).clamp_min(1)
+    mean_L1 = (diagonal_LI.sum(dim=1, keepdim=True) / num_alive_L1).clamp_min(1e-30)
+    diagonal_LI.copy_(torch.where(alive_LI, diagonal_LI, mean_L1))
     diagonal_LI.add_(GPTQ_DAMPING * diagonal_LI.mean(dim=1, keepdim=True))
     order_LI = diagonal_LI.argsort(dim=1, descending=True, stable=True)
     ordered_LII = damped_LII.take_along_dim(order_LI[:, :, None], 1)
@@ -3646,6 +3677,8 @@ def quantize_model(
     for name, role in parameter_roles(model).items():
         weight, bits = model.get_parameter(name).detach(), cfg.bits[role.quant_group]
         if bits == PLAIN_BITS or weight.numel() <= 1:
+            if weight.dim() == 2:
+                weight = prune_smallest(weight, cfg.prune_frac)
             plain = weight.clamp(-LARGEST_SCALE, LARGEST_SCALE).half().cpu().numpy()
             tensors[name] = Quantized(PLAIN_BITS, plain, None)
         elif name not in tensors:
@@ -4314,7 +4347,8 @@ class EvalStep(NamedTuple):
     resets: bool = False  # with new adapters, or a new optimizer of the weights
     num_learning_rows: int = 0  # adapt: how many of the rows, the first ones, have more to score
     width: int = 0  # adapt: least positions, so that no document's end tells in what is kept
-    progress: float = 0.0  # train: how much of it is done
+    progress: float = 0.0  # train: from 0 at the first chunk to 1 at the last trained one
+    chunk_frac: float = 0.0  # train: index of the chunk / number of chunks
     text: Span = (0, 0)  # train, absorb: what all ranks together learn from
 
     @property
@@ -4363,12 +4397,12 @@ class EvalPlanner:
             EvalStep("score"), plan_windows(num_targets, self.seq_len, stride)
         )
 
-    def train(self, first: int, stop: int, progress: float, resets: bool) -> list[EvalStep]:
-        """One epoch over the targets from `first` to `stop`, in rows of the context."""
+    def train(self, span: Span, chunk: int, num_chunks: int, resets: bool) -> list[EvalStep]:
+        """One epoch over the targets of `span`, chunk `chunk` of `num_chunks`, in full rows."""
+        (first, stop), last = span, max(1, num_chunks - 1)
         rows = [Window(s, min(s + self.seq_len, stop), s) for s in range(first, stop, self.seq_len)]
-        steps = self.split_over_ranks(
-            EvalStep("train", progress=progress, text=(first, stop)), rows
-        )
+        step = EvalStep("train", progress=chunk / last, chunk_frac=chunk / num_chunks, text=span)
+        steps = self.split_over_ranks(step, rows)
         return [steps[0]._replace(resets=resets), *steps[1:]]
 
     def epochs(self, stop: int) -> list[EvalStep]:
@@ -4378,7 +4412,7 @@ class EvalPlanner:
         return [
             step
             for i, span in enumerate(spans)
-            for step in self.train(*span, i / max(1, len(spans) - 1), resets=i == 0)
+            for step in self.train(span, i, len(spans), resets=i == 0)
         ]
 
     def chunks(self, num_targets: int) -> list[EvalStep]:
@@ -4393,7 +4427,7 @@ class EvalPlanner:
             if chunk == last:
                 break
             for epoch in range(epochs):
-                steps += self.train(*span, chunk / last, resets=chunk == epoch == 0)
+                steps += self.train(span, chunk, last + 1, resets=chunk == epoch == 0)
             if cfg.needs_mixer:
                 steps.append(EvalStep("update_ngrams", text=span))
         return steps
@@ -4407,8 +4441,8 @@ class EvalPlanner:
             list[EvalStep](),
             self.cfg.ttt_chunk_tokens,
         )
-        train_stages = {n for n in parse_int_list(self.cfg.ttt_phases) if n < len(documents)}
-        ends = {0, *train_stages, len(documents)}
+        phase_ends = {n for n in parse_int_list(self.cfg.ttt_phases) if n < len(documents)}
+        ends = {0, *phase_ends, len(documents)}
         if self.cfg.needs_mixer:  # whenever there is text enough for it
             ends |= {n for n, (a, b) in enumerate(documents, start=1) if b // K > a // K}
         for first, last in itertools.pairwise(sorted(ends)):
@@ -4418,7 +4452,7 @@ class EvalPlanner:
             steps += own + [EvalStep("score")] * (longest - len(own))
             if self.cfg.needs_mixer and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
-            if last in train_stages:
+            if last in phase_ends:
                 steps += self.epochs(bounds[last])
         return steps
 
@@ -4719,7 +4753,7 @@ class EvalRunner:
             self.weights = WeightTrainer(self.run, self.model)
         rows = len(step.windows)
         batch = self.batch(step.windows, rows, self.seq_len) if rows else None
-        self.weights.step(batch, step.progress)
+        self.weights.step(batch, step.progress, step.chunk_frac)
 
     def adapt(self, step: EvalStep) -> None:
         """Score the next chunk of each document, then train its adapter on it."""
@@ -4877,15 +4911,31 @@ def evaluate_and_log(run: Run, model: GPT, validation: Validation, kind: str) ->
     run.log(f"final_{kind}", **values)
 
 
+# Parameters with one row per block, which belong to that block.
+ROW_PER_BLOCK = ("block_scalars.x0", "block_scalars.write", "block_scalars.carry")
+
+
 def ttt_parameters(cfg: Config, model: GPT) -> dict[str, nn.Parameter]:
-    """The parameters that test-time training of the weights changes, by name."""
-    part, always = ("", ()) if cfg.ttt_train == "all" else ("blocks.", ("scalar", "cap"))
+    """The parameters that test-time training of the weights changes, by name.
+
+    TTT_TRAIN=blocks selects the blocks that are not frozen, and every parameter whose name has
+    norm, scale or lm_head in it (openai/parameter-golf#430); WeightTrainer masks the rows of
+    ROW_PER_BLOCK that belong to frozen blocks.
+    """
     frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
-    return {
-        name: model.get_parameter(name)
-        for name, role in parameter_roles(model).items()
-        if role.optim_group in always or name.startswith(part) and not name.startswith(frozen)
-    }
+    names = list(parameter_roles(model))
+    if cfg.ttt_train == "all":
+        chosen = [name for name in names if not name.startswith(frozen)]
+    else:
+        always = re.compile(r"lm_head|block_scalars\.shared|\b\w*(norm|scale)$")
+        chosen = [
+            name
+            for name in names
+            if always.search(name)
+            or name in ROW_PER_BLOCK
+            or (name.startswith("blocks.") and not name.startswith(frozen))
+        ]
+    return {name: model.get_parameter(name) for name in chosen}
 
 
 class WeightTrainer:
@@ -4907,10 +4957,15 @@ class WeightTrainer:
             else torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=cfg.ttt_wd)
         )
         self.params = [*params.values()]
+        self.masked = [p for name, p in params.items() if name in ROW_PER_BLOCK]
         self.shadow = [p.detach().clone() for p in self.params if cfg.ttt_polyak]
 
-    def step(self, batch: Batch | None, progress: float) -> None:
-        """One update by the mean loss over the rows of all ranks; None is a rank without rows."""
+    def step(self, batch: Batch | None, progress: float, chunk_frac: float) -> None:
+        """One update on the mean loss over the rows of all ranks; None is a rank without rows.
+
+        The learning rate follows a cosine of `progress`, times a ramp to TTT_RAMP over the first
+        30 % of the chunks (`chunk_frac`).
+        """
         cfg, params, total = self.run.cfg, self.params, torch.zeros(1, device=self.run.device)
         if batch is not None:
             loss = self.model.loss(batch.ids_BT, batch.target_BT, batch.weight_BT)
@@ -4918,9 +4973,13 @@ class WeightTrainer:
             total += batch.weight_BT.sum()
         flat = all_reduce_gradients(self.run, total, params)
         flat[1:] /= flat[0].clamp_min(1)
+        if cfg.ttt_train == "blocks":
+            for param in self.masked:
+                assert param.grad is not None, "all_reduce_gradients sets every gradient"
+                param.grad[: cfg.ttt_freeze_blocks] = 0
         if cfg.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, cfg.ttt_grad_clip)
-        ramp = 1 + (cfg.ttt_ramp - 1) * min(1.0, progress / 0.3)
+        ramp = 1 + (cfg.ttt_ramp - 1) * min(1.0, chunk_frac / 0.3)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * (0.5 * (1 + math.cos(math.pi * progress)) * ramp)
         self.optimizer.step()
@@ -4939,41 +4998,59 @@ class WeightTrainer:
             param.data = weight
 
 
+def lora_modules(model: GPT, index: int) -> list[AdaptedModule]:
+    """The modules that get a LoRA at layer call `index`, in the order of TTT_LORA_TARGETS.
+
+    q, k, v and o are attention's matrices, mlp both matrices of the MLP, head the output head (at
+    the first call); attn and mlp_block have one LoRA parallel to the whole attention or MLP, from
+    its normalized input to its output (openai/parameter-golf#1530).
+    """
+    block: Any = model.blocks[model.schedule[index].block]
+    modules: dict[str, list[AdaptedModule]] = {
+        "q": [block.attn.c_q],
+        "k": [block.attn.c_k],
+        "v": [block.attn.c_v],
+        "o": [block.attn.proj],
+        "attn": [block.attn],
+        "mlp": [block.mlp.fc, block.mlp.proj],
+        "mlp_block": [block.mlp],
+        "head": [] if index else [model.head],
+    }
+    names = model.cfg.ttt_lora_targets.split(",")
+    return [module for name in names for module in modules[name]]
+
+
+def lora_sizes(module: AdaptedModule) -> tuple[int, int]:
+    """Numbers of inputs and outputs of a LoRA on `module`."""
+    if isinstance(module, CausalSelfAttention | MLP):
+        matrix: Any = module.proj
+        return len(matrix.weight), len(matrix.weight)
+    return module.weight.size(1), len(module.weight)
+
+
 class AdapterTrainer:
     """One adapter a document and visit, all documents of a batch at once; the weights stay."""
 
     def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
         self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
-        keys = list[list[tuple[CastedLinear | Embedding, int]]]()  # of the adapters at each visit
-        for index, visit in enumerate(model.schedule):  # the head belongs to the first
-            block: Any = model.blocks[visit.block]
-            matrices = {
-                "q": [block.attn.c_q],
-                "k": [block.attn.c_k],
-                "v": [block.attn.c_v],
-                "o": [block.attn.proj],
-                "mlp": [block.mlp.fc, block.mlp.proj],
-                "head": [] if index else [model.head],
-            }
-            keys.append(
-                [
-                    (matrix, 0 if cfg.ttt_lora_shared else index)
-                    for name in cfg.ttt_lora_targets.split(",")
-                    for matrix in matrices[name]
-                ]
-            )
+        # The adapters of each layer call: two calls of a block share one if TTT_LORA_SHARED.
+        keys = [
+            [(module, 0 if cfg.ttt_lora_shared else index) for module in lora_modules(model, index)]
+            for index in range(len(model.schedule))
+        ]
         unique = [*dict.fromkeys(itertools.chain(*keys))]
-        # Every document begins with the same A, so that their order does not matter; B is zero.
+        sizes = [lora_sizes(module) for module, _ in unique]
+        # Every document starts with the same A, so that their order does not matter; B is zero.
         self.starts = [*starts] or [
             ((2 * torch.rand(cfg.ttt_lora_rank, width, generator=generator) - 1) * width**-0.5).to(
                 run.device
             )
-            for width in (matrix.weight.size(1) for matrix, _ in unique)
+            for width, _ in sizes
         ]
         self.adapters = [
-            BatchedLoRA(start_RI, rows, len(matrix.weight), cfg.ttt_lora_alpha)
-            for start_RI, (matrix, _) in zip(self.starts, unique, strict=True)
+            BatchedLoRA(start_RI, rows, num_outputs, cfg.ttt_lora_alpha)
+            for start_RI, (_, num_outputs) in zip(self.starts, sizes, strict=True)
         ]
         adapter_of = dict(zip(unique, self.adapters, strict=True))
         self.visits = [[(key[0], adapter_of[key]) for key in visit] for visit in keys]

@@ -69,7 +69,7 @@ def hashed(place: int, rows: int, dim: int) -> Added:
 
 def lanes(carry: float) -> Added:
     """Factors of two lanes that are fully routed."""
-    return {"mixing.write": ((L, 2, 2), 1.0), "mixing.carry": ((L, 2), carry)}
+    return {"block_scalars.write": ((L, 2, 2), 1.0), "block_scalars.carry": ((L, 2), carry)}
 
 
 BIGRAM = {"bigram_vocab_size": 50, "bigram_dim": 8}
@@ -98,12 +98,12 @@ SINGLE: dict[str, Technique] = {
         {"attn_gate": "window"}, each_block("attn.gate.weight", (H, 12), 0.0), True),
     "gate_sparse": Technique(SPARSE, each_block("attn.gate.weight", (H, 12), 0.0)),
     "resformer": Technique(
-        {"value_residual": "resformer"}, {"mixing.value": ((L - 1, 2), 0.5)}),
-    "vrl": Technique({"value_residual": "vrl"}, {"mixing.value": ((L - 1, 1), 0.0)}, True),
-    "x0": Technique({"value_residual": "x0"}, {"mixing.x0": ((L,), 0.0)}, True),
+        {"value_residual": "resformer"}, {"block_scalars.value": ((L - 1, 2), 0.5)}),
+    "vrl": Technique({"value_residual": "vrl"}, {"block_scalars.value": ((L - 1, 1), 0.0)}, True),
+    "x0": Technique({"value_residual": "x0"}, {"block_scalars.x0": ((L,), 0.0)}, True),
     "value_embedding": Technique(
         VALUES, {"ve_table.weight": ((V, 8), None), "ve_scale": ((), 0.1),
-                 "ve_proj.weight": ((KV, 8), None), "mixing.shared": ((2,), 1.0)}),
+                 "ve_proj.weight": ((KV, 8), None), "block_scalars.shared": ((2,), 1.0)}),
     "skip_gates": Technique({"skip_gates": True}, {"skip_gates": ((2, D), 0.0)}),
     "phase": Technique({"resid_mix_init": "phase"}),
     "overtone": Technique({"embed_init": "overtone"}),
@@ -114,23 +114,23 @@ SINGLE: dict[str, Technique] = {
     "stream": Technique({"parallel_residual": "stream", "parallel_start_layer": 3}),
     "merge": Technique(
         {"parallel_residual": "merge", "parallel_start_layer": 3},
-        {"mixing.merge": ((), 0.5)}),
+        {"block_scalars.merge": ((), 0.5)}),
     "routed": Technique(
         {"parallel_residual": "routed", "parallel_start_layer": 3}, lanes(math.sqrt(1.1)),
-        unused={"mixing.write": 3, "mixing.carry": 3}),
+        unused={"block_scalars.write": 3, "block_scalars.carry": 3}),
     "lanes": Technique(
         {"parallel_residual": "lanes", "parallel_start_layer": 3}, lanes(1.1),
-        unused={"mixing.write": 3, "mixing.carry": 3}),
+        unused={"block_scalars.write": 3, "block_scalars.carry": 3}),
     "asym": Technique({"asym_logit_rescale": True}, {"caps": ((2,), 30.0)}, True),
 }  # fmt: skip
 COMMON: dict[str, Any] = {"ln_scale": True, "leaky_slope": 0.5, "rope_dims": 4, "xsa_last_n": 5}
-UNUSED_2 = {"mixing.write": 2, "mixing.carry": 2}
+UNUSED_2 = {"block_scalars.write": 2, "block_scalars.carry": 2}
 COMBINED: dict[str, Technique] = {
     "frontier": Technique(
         {**COMMON, **SPARSE, "smear_gate": "lambda", "asym_logit_rescale": True, "num_loops": 2,
          "loop_start": 1, "loop_end": 2, "skip_gates": True, "parallel_residual": "lanes",
          "parallel_start_layer": 3},
-        unused={"mixing.write": 3, "mixing.carry": 3}),
+        unused={"block_scalars.write": 3, "block_scalars.carry": 3}),
     "seed_000": Technique(
         {**BIGRAM, **TRIGRAM, "trigram_hash": "polynomial", "xsa_last_n": 4, "mlp_mult": 3.0,
          "smear_gate": "blend"}),
@@ -152,7 +152,7 @@ COMBINED: dict[str, Technique] = {
          "value_residual": "resformer", "attn_gate": "window", "skip_gates": True,
          "asym_logit_rescale": True, "parallel_residual": "routed", "parallel_start_layer": 3,
          "tie_embeddings": False},
-        unused={"mixing.write": 3, "mixing.carry": 3}),
+        unused={"block_scalars.write": 3, "block_scalars.carry": 3}),
 }  # fmt: skip
 TECHNIQUES = {**SINGLE, **COMBINED}
 each_technique = pytest.mark.parametrize("name", TECHNIQUES)
@@ -241,8 +241,9 @@ class Reference:
             table = w[f"hashes.{place}.table.weight"]
             e = torch.stack([table[self.trigram_row(t, rows)] for t in range(self.T)])
             x = x + e @ w[f"hashes.{place}.proj.weight"].T
-        x = rms(x)
-        return x if cfg.smear_gate == "none" else self.smeared(x)
+        if cfg.smear_gate == "lambda":
+            return rms(self.smeared(x))
+        return rms(x) if cfg.smear_gate == "none" else self.smeared(rms(x))
 
     def smeared(self, x: Tensor) -> Tensor:
         gate, rows = self.w["smear.gate"], []
@@ -276,15 +277,15 @@ class Reference:
         cfg, w = self.cfg, self.w
         v = n @ w[f"blocks.{layer}.attn.c_v.weight"].T
         if cfg.value_residual == "resformer" and layer > 0:
-            of_first, of_own = w["mixing.value"][layer - 1]
+            of_first, of_own = w["block_scalars.value"][layer - 1]
             v = of_first * self.first_v + of_own * v
         if cfg.value_residual == "vrl" and layer > 0:
-            v = v + w["mixing.value"][layer - 1, 0] * self.first_v
+            v = v + w["block_scalars.value"][layer - 1, 0] * self.first_v
         chosen = [int(number) for number in cfg.ve_layers.split(",") if number]
         if layer in chosen:
             e = torch.stack([w["ve_table.weight"][i] for i in self.ids])
             e = w["ve_scale"] * (e @ w["ve_proj.weight"].T)
-            v = v + w["mixing.shared"][chosen.index(layer)] * e
+            v = v + w["block_scalars.shared"][chosen.index(layer)] * e
         return v
 
     def gated(self, layer: int, y: Tensor, n: Tensor) -> Tensor:
@@ -348,7 +349,7 @@ class Reference:
         else:
             x = x + self.thought(layer, x)
         if self.cfg.value_residual == "x0":
-            x = x + self.w["mixing.x0"][layer] * self.x0
+            x = x + self.w["block_scalars.x0"][layer] * self.x0
         return x
 
     def two_lanes(self, layer: int, X0: Tensor, X1: Tensor) -> tuple[Tensor, Tensor]:
@@ -357,7 +358,7 @@ class Reference:
         if kind == "merge":
             u = self.mix_x0(layer, X0)
             return u + self.attention(layer, u), X1 + self.thought(layer, X1)
-        P, rho = self.w["mixing.write"][layer], self.w["mixing.carry"][layer]
+        P, rho = self.w["block_scalars.write"][layer], self.w["block_scalars.carry"][layer]
         o = self.attention(layer, self.mix_x0(layer, X0))
         if kind == "lanes":
             m = self.thought(layer, X1)
@@ -393,20 +394,23 @@ class Reference:
             stack.append(x)
         other: Tensor | None = None
         for row, layer in enumerate(order[half:]):
+            has_lanes = cfg.parallel_residual in ("merge", "routed", "lanes")
+            splits = has_lanes and other is None and layer >= cfg.parallel_start_layer
+            if splits and cfg.parallel_residual == "lanes":
+                other = x  # before the skip, which reaches lane 0 only
             if stack:
                 saved = stack.pop()
                 x = self.skipped(row, x, saved)
                 if other is not None and cfg.parallel_residual == "routed":
                     other = self.skipped(row, other, saved)
-            parts = cfg.parallel_residual in ("merge", "routed", "lanes")
-            if parts and other is None and layer >= cfg.parallel_start_layer:
+            if splits and cfg.parallel_residual != "lanes":
                 other = x
             if other is None:
                 x = self.one_stream(layer, x)
             else:
                 x, other = self.two_lanes(layer, x, other)
         if other is not None:
-            mu = self.w.get("mixing.merge", torch.tensor(0.5).double())
+            mu = self.w.get("block_scalars.merge", torch.tensor(0.5).double())
             x = mu * x + (1 - mu) * other
         return rms(x)
 
@@ -843,7 +847,7 @@ def test_after_two_steps_the_gradient_reaches_every_parameter(name: str, make_ru
     for key, parameter in trainer.model.named_parameters():
         grad = parameter.grad
         assert grad is not None and grad.isfinite().all() and grad.norm() > 1e-9, key
-        if key.startswith(("mixing.", "skip_")) and grad.dim():
+        if key.startswith(("block_scalars.", "skip_")) and grad.dim():
             rows = grad.flatten(1).norm(dim=1) if grad.dim() > 1 else grad.abs()
             idle = TECHNIQUES[name].unused.get(key, 0)  # blocks before the lanes have no use for it
             assert (rows[idle:] > 1e-9).all() and (rows[:idle] == 0).all(), key
@@ -886,7 +890,7 @@ def test_tables_learn_as_the_embedding_does_and_their_projections_by_muon(make_r
         "hashes.0.proj.weight": matrix, "hashes.1.proj.weight": matrix,
         "ve_proj.weight": matrix,
         "hashes.0.scale": scalar, "ve_scale": scalar, "smear.gate": scalar, "caps": cap,
-        "mixing.value": scalar, "mixing.merge": scalar, "mixing.shared": scalar,
+        "block_scalars.value": scalar, "block_scalars.merge": scalar, "block_scalars.shared": scalar,
         "blocks.0.attn.gate.weight": scalar, "blocks.0.attn.gate.bias": scalar,
         "skip_gates": scalar, "skip_weights": scalar, "blocks.0.resid_mix": scalar,
     }  # fmt: skip

@@ -273,10 +273,6 @@ class Config:
     )
     muon_row_norm: bool = knob(True, "normalize the update's rows before Newton-Schulz (MuonEq-R)")
     muon_wd: float = knob(0.095, "weight decay of Muon's matrices (decoupled)", low=0)
-    wd_taper_start_frac: float = knob(
-        1.0, "progress from which Muon's weight decay changes linearly", low=0, high=1
-    )
-    wd_taper_final_mult: float = knob(1.0, "factor of Muon's weight decay at the end", low=0)
     grad_clip_norm: float = knob(0.3, "maximum global gradient norm; 0 = no clipping", low=0)
     # Schedule
     iterations: int = knob(20_000, "maximum number of optimizer steps", unit="steps", low=1)
@@ -2680,13 +2676,6 @@ def momentum_at(step: int, progress: float, cfg: Config) -> float:
     return end if share >= 1 else start + share * (end - start)
 
 
-def weight_decay_at(progress: float, cfg: Config) -> float:
-    """Muon's weight decay: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729)."""
-    start = cfg.wd_taper_start_frac
-    share = (progress - start) / (1 - start) if progress > start else 0.0
-    return cfg.muon_wd * (1 + share * (cfg.wd_taper_final_mult - 1))
-
-
 class WeightAverager:
     """The weights to export: the last, their EMA, or a mean of late ones (SWA, arXiv:1803.05407).
     Sums are float32 whatever the weights are: a bf16 running sum loses its low bits.
@@ -2863,9 +2852,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * scale
         self.adam.step()
         (step, train_s, tokens), done = self.progress, self.progress.fraction(cfg)
-        self.muon.step(
-            cfg.matrix_lr * scale, momentum_at(step, done, cfg), weight_decay_at(done, cfg)
-        )
+        self.muon.step(cfg.matrix_lr * scale, momentum_at(step, done, cfg), cfg.muon_wd)
         self.model.zero_grad(set_to_none=True)
         tokens += window_BT[:, 1:].numel() * self.run.world_size
         self.progress = Progress(step + 1, train_s, tokens)

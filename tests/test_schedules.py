@@ -53,7 +53,6 @@ from train_gpt import (
     quantize_rows,
     train_stage_at,
     train_stages,
-    weight_decay_at,
 )
 
 SMALL: dict[str, Any] = {"num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1}
@@ -169,18 +168,6 @@ def test_without_cooldown_and_ramp_momentum_is_constant():
     assert {momentum_at(n, n / 10, cfg) for n in range(11)} == {0.97}
     cfg = tiny_config(muon_momentum_warmup_steps=2)
     assert [momentum_at(n, n / 4, cfg) for n in range(5)] == pytest.approx([0.85, 0.9] + 3 * [0.95])
-
-
-@pytest.mark.parametrize(
-    ("start", "final", "progress", "expected"),
-    [(0.7, 0.0, 0.0, 0.1), (0.7, 0.0, 0.7, 0.1), (0.7, 0.0, 0.85, 0.05), (0.7, 0.0, 1.0, 0.0),
-     (0.5, 3.0, 0.75, 0.2), (0.5, 3.0, 1.0, 0.3), (0.0, 0.5, 0.5, 0.075), (1.0, 0.0, 1.0, 0.1)],
-)  # fmt: skip
-def test_weight_decay_is_constant_and_then_tapers_to_its_final_share(
-    start: float, final: float, progress: float, expected: float
-):
-    cfg = tiny_config(muon_wd=0.1, wd_taper_start_frac=start, wd_taper_final_mult=final)
-    assert weight_decay_at(progress, cfg) == pytest.approx(expected)
 
 
 # --- Training through phases ---------------------------------------------------------------------
@@ -337,7 +324,7 @@ def test_a_step_takes_momentum_and_decay_of_its_own_progress(
 ):
     run = new_run(
         iterations=8, muon_momentum_warmup_steps=4, muon_momentum_cooldown_frac=0.25, muon_wd=0.2,
-        wd_taper_start_frac=0.5, wd_taper_final_mult=0.0, warmdown_frac=0.5, matrix_lr=0.1,
+        warmdown_frac=0.5, matrix_lr=0.1,
     )  # fmt: skip
     found: list[tuple[float, ...]] = []
 
@@ -349,7 +336,7 @@ def test_a_step_takes_momentum_and_decay_of_its_own_progress(
     train_all(run)
     lr = [0.1] * 5 + [0.075, 0.05, 0.025]
     momentum = [0.85, 0.875, 0.9, 0.925, 0.95, 0.95, 0.95, 0.9]
-    decay = [0.2] * 5 + [0.15, 0.1, 0.05]
+    decay = [0.2] * 8
     assert np.array(found).T.tolist() == [pytest.approx(row) for row in (lr, momentum, decay)]
 
 

@@ -292,9 +292,6 @@ class Config:
     swa_start_lr: float = knob(
         0.4, "SWA collects while the learning rate multiplier is below this", low=0, high=1
     )
-    swa_start_frac: float = knob(
-        0.0, "SWA collects from this progress on; 0 = use SWA_START_LR", low=0, high=1
-    )
     tail_frac: float = knob(
         0.1, "final fraction of training whose steps AVERAGING=tail averages", low=0, high=1
     )
@@ -2693,9 +2690,8 @@ class WeightAverager:
         """Take in the weights after step `step` (from 1), whose lr multiplier was `scale`."""
         cfg, weights = self.cfg, [param.float() for param in self.params]
         # Never by a nominal number of steps: a run that the clock stops reaches SWA, too.
-        is_late = progress >= cfg.swa_start_frac if cfg.swa_start_frac else scale < cfg.swa_start_lr
         collects = {
-            "swa": is_late and step % cfg.swa_every == 0,
+            "swa": scale < cfg.swa_start_lr and step % cfg.swa_every == 0,
             "tail": progress > 1 - cfg.tail_frac,
         }
         if cfg.averaging == "ema":

@@ -299,9 +299,6 @@ class Config:
     late_qat_threshold: float = knob(
         0.0, "fake quantization while the learning rate multiplier is below; 0 = off", low=0, high=1
     )
-    qat_groups: str = knob(
-        "attn,mlp", "tensor groups with fake quantization, of attn, mlp, embed, table"
-    )
     train_log_every: int = knob(200, "steps between training log lines", unit="steps", low=1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = none", unit="steps", low=0)
     # Quantization and artifact
@@ -625,10 +622,6 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
         "ttt_lora_targets": (
             lambda text: set(text.split(",")) <= LORA_TARGETS,
             f"name modules of {', '.join(sorted(LORA_TARGETS))}",
-        ),
-        "qat_groups": (
-            lambda text: set(text.split(",")) <= coded_groups,
-            "name groups of attn, mlp, embed, table",
         ),
         "clip_sigmas": (has_all_sigmas, "be a number, or one for each of attn, mlp, embed, table"),
     }
@@ -1699,10 +1692,6 @@ class Embedding(nn.Embedding):
     def __init__(self, rows: int, dim: int):
         super().__init__(rows, dim)
         self.adapter: nn.Module | None = None
-        self.qat_bits = 0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, fake_quantize(self.weight, self.qat_bits))
 
 
 def shift_right(x_BT: Tensor, steps: int) -> Tensor:
@@ -2247,7 +2236,7 @@ class GPT(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        return fake_quantize(self.head.weight, self.head.qat_bits)
+        return self.head.weight
 
     @property
     def cap(self) -> float | Tensor:
@@ -2802,11 +2791,10 @@ class Trainer:
         cfg, model = self.run.cfg, self.model
         model.schedule = model.schedules[phase.loops]  # evaluation in between has set another
         if phase.qat != self.current_stage.qat:
-            groups = cfg.qat_groups.split(",") if phase.qat else []
             for name, role in parameter_roles(model).items():
                 module = model.get_submodule(name.rpartition(".")[0])
-                if isinstance(module, CastedLinear | Embedding):
-                    bits = cfg.bits[role.quant_group] if role.quant_group in groups else 0
+                if isinstance(module, CastedLinear) and role.quant_group in ("attn", "mlp"):
+                    bits = cfg.bits[role.quant_group] if phase.qat else PLAIN_BITS
                     module.qat_bits = 0 if bits == PLAIN_BITS else bits
         self.current_stage = phase
 

@@ -48,7 +48,7 @@ import time
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -1551,10 +1551,19 @@ def flash_cu_seqlens(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | N
     starts = ids_BT == BOS_ID
     starts[:, 0] = True
     cuts = starts.flatten().nonzero().flatten().to(torch.int32)
-    # Empty sequences fill the count up to one that nearly all batches share: each new one would
-    # compile the blocks anew, on the training clock.
-    bucket = max(64, ids_BT.numel() // 256)
-    return F.pad(cuts, (0, bucket - len(cuts) % bucket), value=ids_BT.numel())
+    capacity = next(c for c in cu_seqlens_capacities(ids_BT.numel()) if c > len(cuts))
+    return F.pad(cuts, (0, capacity - len(cuts)), value=ids_BT.numel())  # empty sequences
+
+
+def cu_seqlens_capacities(num_tokens: int) -> Iterator[int]:
+    """Lengths to which the cumulative sequence lengths of a batch are padded, in doubling steps.
+
+    The blocks are compiled once for each length, so there must be few of them.
+    """
+    capacity = max(64, num_tokens // 256)
+    while True:
+        yield capacity
+        capacity *= 2
 
 
 def flash_attend(
@@ -1564,11 +1573,14 @@ def flash_attend(
     if cuts is None:
         y = kernels.flash_attn_func(q_BTHE, k_BTKE, v_BTKE, causal=True)
     else:
-        flat, longest = (x.flatten(0, 1) for x in (q_BTHE, k_BTKE, v_BTKE)), q_BTHE.size(1)
+        longest = q_BTHE.size(1)
         y = kernels.flash_attn_varlen_func(
-            *flat,
+            q_BTHE.flatten(0, 1),
+            k_BTKE.flatten(0, 1),
+            v_BTKE.flatten(0, 1),
             cu_seqlens_q=cuts,
-            cu_seqlens_k=cuts,
+            # A tensor of its own: torch 2.13 cannot trace one that is passed twice.
+            cu_seqlens_k=cuts.detach(),
             max_seqlen_q=longest,
             max_seqlen_k=longest,
             causal=True,
@@ -1602,17 +1614,29 @@ def flex_kernel() -> Any:
     return torch.compile(flex_attention.flex_attention, dynamic=False)
 
 
+def import_flash_attention(name: str) -> Any:
+    """The FlashAttention module `name`; ImportError if it is missing or lacks its functions.
+
+    With flash-attn-4 alone, `flash_attn` is a namespace package without them.
+    """
+    module = importlib.import_module(name)
+    for function in ("flash_attn_func", "flash_attn_varlen_func"):
+        if not hasattr(module, function):
+            raise ImportError(f"module {name} has no {function}")
+    return module
+
+
 # Each is called when it is chosen: a flash kernel that is not installed raises ImportError.
 ATTENTION_BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "fa3": lambda: AttentionBackend(
         "fa3",
         flash_cu_seqlens,
-        functools.partial(flash_attend, importlib.import_module("flash_attn_interface")),
+        functools.partial(flash_attend, import_flash_attention("flash_attn_interface")),
     ),
     "fa2": lambda: AttentionBackend(
         "fa2",
         flash_cu_seqlens,
-        functools.partial(flash_attend, importlib.import_module("flash_attn")),
+        functools.partial(flash_attend, import_flash_attention("flash_attn")),
     ),
     "flex": lambda: AttentionBackend(
         "flex", flex_block_mask, functools.partial(flex_attend, flex_kernel())
@@ -2100,9 +2124,12 @@ def softcapped_cross_entropy(
     slope_NV = 1 - tanh_NV.square()
     grad_caps = None
     if isinstance(cap, Tensor):
-        by_cap_NV = grad_NV * (tanh_NV - z_NV.float() / cap_NV * slope_NV) * weight_N[:, None]
-        above = torch.where(z_NV > 0, by_cap_NV, 0).sum()
-        grad_caps = torch.stack([above, by_cap_NV.sum() - above])
+        by_cap_NV = grad_NV * (tanh_NV - z_NV.float() / cap_NV * slope_NV)
+        # Sums over rows first: a sum over both dimensions at once would write out by_cap_NV.
+        total_N = by_cap_NV.sum(dim=1)
+        positive_N = torch.where(z_NV > 0, by_cap_NV, 0).sum(dim=1)
+        by_sign_2N = torch.stack([positive_N, total_N - positive_N])
+        grad_caps = (by_sign_2N * weight_N).sum(dim=1)
     return nll_N, (grad_NV * slope_NV * weight_N[:, None]).to(z_NV.dtype), grad_caps
 
 
@@ -2245,7 +2272,7 @@ class GPT(nn.Module):
     def compile_(self) -> None:
         """Replace block and loss by compiled ones; the weights and the formulas stay."""
         # Few shapes occur, but each with and without gradients, and for each kind of block.
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 128
         # Late QAT must see the fp16 scales that are stored, not more exact ones.
         torch._inductor.config.emulate_precision_casts = self.cfg.late_qat_threshold > 0
         self.run_block = torch.compile(run_block, dynamic=False)
@@ -2327,7 +2354,8 @@ class GPT(nn.Module):
     def forward(self, ids_BT: Tensor, past: KVCache | None = None) -> Tensor:
         """The normed stream before the head, (B, T, D), of tokens that go on from `past`."""
         lead_BT = ids_BT if past is None else past.append_tokens(ids_BT)
-        x_BTD, side_BTD, saved = self.embed(lead_BT)[:, -ids_BT.size(1) :], None, list[Tensor]()
+        x_BTD, side_BTD = self.embed(lead_BT)[:, -ids_BT.size(1) :], None
+        saved: list[Tensor] = []
         inputs = self.block_inputs(ids_BT, x_BTD, past)
         form = self.cfg.parallel_residual
         for index, call in enumerate(self.schedule):
@@ -2558,7 +2586,7 @@ class Muon:
                 padding = (0, 0, 0, 0, 0, len(buffer) - len(stack))
                 padded_LOI = F.pad(grad_LOI, padding).div_(self.run.world_size)
                 grad_LOI = torch.empty_like(self.local_shard(padded_LOI))
-                work = dist.reduce_scatter_tensor(grad_LOI, padded_LOI, async_op=True)
+                work = start_reduce_scatter(grad_LOI, padded_LOI)
             self.pending.append((grad_LOI, work))
 
     def reduced_gradients(self) -> list[Tensor]:
@@ -2591,12 +2619,27 @@ class Muon:
         if self.run.world_size == 1:
             return own_LOI, None
         whole = own_LOI.new_empty(self.run.world_size * len(own_LOI), *own_LOI.shape[1:])
-        return whole, dist.all_gather_into_tensor(whole, own_LOI.contiguous(), async_op=True)
+        return whole, start_all_gather(whole, own_LOI.contiguous())
 
     def gather_buffers(self) -> None:
         """Complete the momentum on every rank, for a checkpoint."""
         for buffer in self.buffers:
             buffer.copy_(wait_for(*self.gather(self.local_shard(buffer))))
+
+
+def start_reduce_scatter(output: Tensor, tensor: Tensor) -> Any:
+    """Start to sum `tensor` over the ranks, each rank's part into its `output`; returns the work.
+
+    torch 2.13 renamed this collective and the next one; earlier versions have the old names only.
+    """
+    function = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return function(output, tensor, async_op=True)
+
+
+def start_all_gather(output: Tensor, tensor: Tensor) -> Any:
+    """Start to concatenate all ranks' `tensor` into `output`; returns the work to wait for."""
+    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return function(output, tensor, async_op=True)
 
 
 def wait_for(tensor: Tensor, work: Any) -> Tensor:
@@ -2764,6 +2807,27 @@ def train_stages(cfg: Config) -> list[TrainStage]:
     return list(dict.fromkeys(train_stage_at(cfg, cut, s) for cut in sorted(cuts) for s in scales))
 
 
+def num_micro_batches(rows: int, seq_len: int, max_tokens: int) -> int:
+    """The smallest number of equal micro-batches of whole rows with at most `max_tokens` each."""
+    max_rows = max(1, max_tokens // seq_len)
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= max_rows)
+
+
+WARM_UP_MEAN_LEN = 64  # tokens; see Trainer.warm_up_capacities
+
+
+def with_num_documents(window_BT: Tensor, num_documents: int) -> Tensor:
+    """A copy of the windows (rows, T + 1) whose inputs hold `num_documents` >= rows documents.
+
+    Every row begins one; evenly spaced BOS tokens begin the others.
+    """
+    window_BT = window_BT.masked_fill(window_BT == BOS_ID, BOS_ID + 1)
+    inner_N, count = window_BT[:, 1:-1].flatten(), num_documents - len(window_BT)
+    inner_N[torch.arange(count) * len(inner_N) // max(1, count)] = BOS_ID
+    window_BT[:, 1:-1] = inner_N.view(len(window_BT), -1)
+    return window_BT
+
+
 class Trainer:
     """Model, optimizers and average, and what one step does to them."""
 
@@ -2801,9 +2865,7 @@ class Trainer:
     def accumulate_gradients(self, window_BT: Tensor) -> Tensor:
         """Gradient of the mean loss over this rank's windows (rows, T + 1); returns that loss."""
         rows, T = len(window_BT), window_BT.size(1) - 1
-        most_rows = max(1, self.run.cfg.micro_batch_tokens // T)
-        # The fewest equal forward passes that keep within MICRO_BATCH_TOKENS.
-        num_micro = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most_rows)
+        num_micro = num_micro_batches(rows, T, self.run.cfg.micro_batch_tokens)
         total = torch.zeros((), device=self.run.device)
         for rows_BT in window_BT.to(self.run.device, non_blocking=True).chunk(num_micro):
             loss = self.model.loss(rows_BT[:, :-1], rows_BT[:, 1:]) / num_micro
@@ -2871,12 +2933,34 @@ class Trainer:
         for phase in train_stages(cfg) if cfg.warmup_steps else []:
             rows = phase.batch_tokens // phase.seq_len // self.run.world_size
             self.enter_stage(phase)
-            for _ in range(cfg.warmup_steps):
+            for number in range(cfg.warmup_steps):
                 self.run.check_signal()
                 shape = (rows, phase.seq_len + 1)
-                self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
+                window_BT = torch.randint(cfg.vocab_size, shape, generator=generator)
+                self.step(window_BT)
+                uses_cuts = cfg.isolate_documents and self.model.prepare is flash_cu_seqlens
+                if number == 0 and uses_cuts:
+                    self.warm_up_capacities(window_BT)
         self.load(before, Progress())
         self.run.synchronize()
+
+    def warm_up_capacities(self, window_BT: Tensor) -> None:
+        """Run a step for each length of `cu_seqlens` that the training data can need.
+
+        That is down to a mean document length of WARM_UP_MEAN_LEN tokens in a micro-batch.
+        """
+        (rows, T), limit = window_BT[:, 1:].shape, self.run.cfg.micro_batch_tokens
+        num_micro = num_micro_batches(rows, T, limit)
+        rows //= num_micro
+        max_documents = max(rows, rows * T // WARM_UP_MEAN_LEN - 1)
+        for capacity in cu_seqlens_capacities(rows * T):
+            num_documents = min(capacity - 1, max_documents)
+            if num_documents >= rows:
+                self.run.check_signal()
+                micro_BT = with_num_documents(window_BT[:rows], num_documents)
+                self.step(micro_BT.repeat(num_micro, 1))
+            if capacity > max_documents:
+                break
 
 
 # Knobs that may change between a run and its continuation.

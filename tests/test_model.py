@@ -8,6 +8,7 @@ formulas that was tried moves logits by more than 1e-2.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -556,6 +557,7 @@ def fake_flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ) -> Tensor:
         assert causal and q.ndim == 3 and cu_seqlens_q.dtype == torch.int32
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+        assert cu_seqlens_q is not cu_seqlens_k  # which torch 2.13 could not trace
         cuts = cu_seqlens_q.tolist()
         assert cuts[0] == 0 and cuts[-1] == len(q) and cuts == sorted(cuts)
         assert max(np.diff(cuts)) <= max_seqlen_q
@@ -598,9 +600,46 @@ def test_the_cuts_are_padded_to_few_lengths_and_always_closed(num_documents: int
     ids = torch.full((1, 200), 5)
     ids[0, torch.arange(num_documents) * 3] = BOS_ID
     cuts = train_gpt.flash_cu_seqlens(ids, True)
-    assert cuts is not None and len(cuts) % 64 == 0 and len(cuts) > num_documents
+    assert cuts is not None and len(cuts) == (64 if num_documents < 64 else 128)
     expected = [3 * i for i in range(num_documents)]
     assert cuts.tolist() == expected + [200] * (len(cuts) - num_documents)
+
+
+@pytest.mark.parametrize(
+    ("mean_len", "expected"), [(1, {64, 128, 256}), (2, {64, 128}), (64, {64})]
+)
+def test_warm_up_compiles_every_length_of_cu_seqlens_that_documents_can_need(
+    fake_flash_attention: None,
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    mean_len: int,
+    expected: set[int],
+):
+    monkeypatch.setattr(train_gpt, "WARM_UP_MEAN_LEN", mean_len)
+    knobs = {"num_layers": 1, "warmup_steps": 2, "isolate_documents": True, "attention": "fa2"}
+    run = make_run(**knobs, train_batch_tokens=512)  # two micro-batches of 256 tokens
+    trainer, lengths = Trainer(run, random_model(run.cfg)), []
+    forward, before = GPT.forward, copy.deepcopy(trainer.model.state_dict())
+
+    def noted(self: GPT, ids_BT: Tensor) -> Tensor:
+        cuts = train_gpt.flash_cu_seqlens(ids_BT, True)
+        lengths.append(0 if cuts is None else len(cuts))
+        return forward(self, ids_BT)
+
+    monkeypatch.setattr(GPT, "forward", noted)
+    trainer.warm_up()
+    assert set(lengths) == expected
+    assert len(lengths) == 2 * (2 + len(expected))
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "T", "count"), [(1, 1, 1), (3, 8, 3), (3, 8, 5), (4, 16, 64)])
+def test_windows_are_given_a_number_of_documents(rows: int, T: int, count: int):
+    window_BT = train_gpt.with_num_documents(torch.randint(5, (rows, T + 1)), count)
+    starts_BT = window_BT[:, :-1] == BOS_ID
+    starts_BT[:, 0] = True
+    assert int(starts_BT.sum()) == count
 
 
 @pytest.mark.gpu
@@ -632,6 +671,46 @@ def test_a_kernel_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # makes its import fail
     with pytest.raises(InputError, match="^ATTENTION=fa2 is not installed: .*flash_attn"):
         choose_attention_backend(tiny_config(attention="fa2"), CPU, torch.bfloat16)
+
+
+def test_flash_attn_without_its_functions_counts_as_not_installed(monkeypatch: pytest.MonkeyPatch):
+    # With flash-attn-4 alone, `import flash_attn` finds a namespace package.
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    with pytest.raises(InputError, match="^ATTENTION=fa2 is not installed: .*no flash_attn_func"):
+        choose_attention_backend(tiny_config(attention="fa2"), CPU, torch.bfloat16)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    cfg = tiny_config(attention="auto", compile=False)
+    assert choose_attention_backend(cfg, torch.device("cuda"), torch.bfloat16).name == "sdpa"
+
+
+def test_the_forward_pass_is_traced_without_a_graph_break():
+    model = random_model(config_of("all"))
+    ids = random_ids(model.cfg, B=2, T=16)
+    traced = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(ids), model(ids))
+
+
+def test_flash_attention_is_traced_with_the_sequence_lengths_of_queries_and_keys(
+    fake_flash_attention: None, monkeypatch: pytest.MonkeyPatch
+):
+    class Varlen(torch.autograd.Function):  # as flash-attn has one around its kernel
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor):
+            return q + (cu_q + cu_k).sum() * (k + v).repeat_interleave(2, dim=1)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor):
+            return grads[0], None, None, None, None
+
+    def varlen_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return Varlen.apply(q, k, v, options["cu_seqlens_q"], options["cu_seqlens_k"])
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", varlen_func)
+    qkv, flash = attention_inputs(2, 11), kernel("fa2")
+    cuts = flash.prepare(packed_ids(2, 11), True)
+    traced = torch.compile(flash.attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(*qkv, cuts), flash.attend(*qkv, cuts))
 
 
 @pytest.mark.parametrize(

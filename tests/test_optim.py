@@ -253,8 +253,8 @@ class Ranks:
         self.changed = threading.Condition()
         for rank, run in enumerate(runs):
             run.rank, run.world_size = rank, len(runs)
-        for name in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce"):
-            monkeypatch.setattr(torch.distributed, name, getattr(self, name))
+        for name in ("reduce_scatter_single", "all_gather_single", "all_reduce"):
+            monkeypatch.setattr(torch.distributed, name, getattr(self, name), raising=False)
 
     def post(self, kind: str, tensor: Tensor, finish: Callable[[list[Tensor]], Any]) -> Any:
         """Give this rank's tensor; the answer's wait() calls `finish` with those of all ranks."""
@@ -272,12 +272,12 @@ class Ranks:
 
         return SimpleNamespace(wait=wait)
 
-    def reduce_scatter_tensor(self, out: Tensor, whole: Tensor, async_op: bool = False) -> Any:
+    def reduce_scatter_single(self, out: Tensor, whole: Tensor, async_op: bool = False) -> Any:
         own = slice(self.local.rank * len(out), (self.local.rank + 1) * len(out))
         assert len(whole) == len(out) * len(self.runs) and async_op
         return self.post("scatter", whole, lambda all_: out.copy_(torch.stack(all_).sum(0)[own]))
 
-    def all_gather_into_tensor(self, whole: Tensor, own: Tensor, async_op: bool = False) -> Any:
+    def all_gather_single(self, whole: Tensor, own: Tensor, async_op: bool = False) -> Any:
         assert own.is_contiguous() and len(whole) == len(own) * len(self.runs) and async_op
         return self.post("gather", own, lambda all_: whole.copy_(torch.cat(all_)))
 

@@ -726,8 +726,8 @@ class Ranks:
         self.barrier = threading.Barrier(world_size, timeout=60)
         self.slots: list[Any] = [None] * world_size
         self.done = SimpleNamespace(wait=lambda: None)
-        for name in ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce"):
-            monkeypatch.setattr(torch.distributed, name, getattr(self, name))
+        for name in ("reduce_scatter_single", "all_gather_single", "all_reduce"):
+            monkeypatch.setattr(torch.distributed, name, getattr(self, name), raising=False)
 
     def exchange(self, tensor: Tensor) -> list[Tensor]:
         """What all ranks have brought."""
@@ -737,12 +737,12 @@ class Ranks:
         self.barrier.wait()
         return brought
 
-    def reduce_scatter_tensor(self, out: Tensor, whole: Tensor, **options: Any) -> Any:
+    def reduce_scatter_single(self, out: Tensor, whole: Tensor, **options: Any) -> Any:
         total = torch.stack(self.exchange(whole)).sum(dim=0)
         out.copy_(total.chunk(self.world_size)[self.local_shard.rank])
         return self.done
 
-    def all_gather_into_tensor(self, out: Tensor, own: Tensor, **options: Any) -> Any:
+    def all_gather_single(self, out: Tensor, own: Tensor, **options: Any) -> Any:
         out.copy_(torch.cat(self.exchange(own)))
         return self.done
 

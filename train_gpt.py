@@ -2837,6 +2837,7 @@ class Trainer:
         self.replicated = [p for group in self.adam.param_groups for p in group["params"]]
         self.averager = WeightAverager(run.cfg, self.params)
         self.progress, self.current_stage = Progress(), train_stages(run.cfg)[0]
+        self.run_token = os.urandom(16).hex()  # marks the checkpoints that this run has written
         self.enter_stage(self.current_stage)
 
     def lr_scale(self) -> float:
@@ -2986,78 +2987,238 @@ RESUME_IGNORED_KNOBS = {
 }
 
 
-def checkpoint_folders(run: Run) -> list[Path]:
-    return sorted((run.directory / "checkpoint").glob("step_[0-9]*[0-9]"))
+CHECKPOINT_FILES = ("state.safetensors", "meta.json")  # in the order of their removal
+MAX_META_BYTES = 2**20
+# What reading a damaged file can raise; RecursionError is a RuntimeError, InputError a ValueError.
+READ_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError,
+)  # fmt: skip
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Rank 0: write weights, optimizers, averages and clocks; drop older checkpoints."""
+    """Rank 0: write the state of training as the folder RUN_DIR/checkpoint/step_*.
+
+    The run's older checkpoints are removed afterwards; what others put there stays.
+    """
     run, progress = trainer.run, trainer.progress
     if not run.is_main:
         return
-    final = run.directory / "checkpoint" / f"step_{progress.step:09d}"
-    temporary = final.with_name(final.name + ".tmp")
+    final = checkpoint_root(run) / f"step_{progress.step:09d}"
+    if final.exists() and run_token_of(final) == trainer.run_token:
+        return  # saved before the validation that a signal has interrupted
+    require(not os.path.lexists(final), f"{final} is not of this run; remove it to go on")
+    temporary = final.with_name(f"{final.name}.{trainer.run_token}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     payload = safetensors.torch.save(
         {name: tensor.cpu().contiguous() for name, tensor in trainer.tensors().items()}
     )
-    write_atomic(temporary / "state.safetensors", payload)
     meta = {
+        "run_token": trainer.run_token,
         "progress": progress,
         "ledger": run.ledger,
         "config": dataclasses.asdict(run.cfg),
         "state_sha256": hashlib.sha256(payload).hexdigest(),
     }
+    write_atomic(temporary / "state.safetensors", payload)
     write_atomic(temporary / "meta.json", json.dumps(meta, indent=1).encode())
-    shutil.rmtree(final, ignore_errors=True)  # of a run that was stopped at this very step
     os.replace(temporary, final)
     sync_folder(final.parent)
-    for folder in final.parent.iterdir():  # older ones, and what a kill left half-written
-        if folder != final:
-            shutil.rmtree(folder, ignore_errors=True)  # a strange file is none
+    for folder in checkpoint_folders(run):
+        if folder != final and run_token_of(folder) == trainer.run_token:
+            remove_checkpoint(folder)
+    remove_half_written(run)
     run.log("checkpoint", step=progress.step, train_s=round(progress.train_s, 3), path=str(final))
 
 
 def load_checkpoint(trainer: Trainer) -> None:
-    """Continue from the newest checkpoint of RUN_DIR, if there is one; without RESUME remove it."""
+    """Continue from the newest checkpoint in RUN_DIR if there is one; with RESUME=0 remove it."""
     run = trainer.run
 
-    def newest() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if not run.cfg.resume:
-            shutil.rmtree(run.directory / "checkpoint", ignore_errors=True)
-        folders = checkpoint_folders(run) if run.cfg.resume else []
-        return read_checkpoint(folders[-1], run.cfg) if folders else None
+    def read_newest() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        folders = checkpoint_folders(run)
+        if run.cfg.resume:
+            return read_checkpoint(folders[-1], trainer) if folders else None
+        discard_checkpoints(run)
+        return None
 
-    if (found := run.run_on_rank0(newest)) is not None:
-        trainer.load(found[1], Progress(*found[0]["progress"]))
-        run.ledger.update(found[0]["ledger"])
+    if (checkpoint := run.run_on_rank0(read_newest)) is not None:
+        meta, state = checkpoint
+        trainer.load(state, Progress(*meta["progress"]))
+        trainer.run_token = meta["run_token"]
+        run.ledger.update(meta["ledger"])
         run.log("resume", step=trainer.progress.step, train_s=round(trainer.progress.train_s, 3))
 
 
-def read_checkpoint(folder: Path, cfg: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Meta data and tensors of a checkpoint; InputError if it is damaged or of another run."""
+def checkpoint_root(run: Run) -> Path:
+    """The folder of the run's checkpoints; InputError if it is a symbolic link."""
+    root = run.directory / "checkpoint"
+    require(not root.is_symlink(), f"{root} is a symbolic link; remove it or set another RUN_DIR")
+    return root
+
+
+def checkpoint_folders(run: Run) -> list[Path]:
+    """The checkpoints in RUN_DIR by their names, oldest first."""
+    folders = [
+        path
+        for path in checkpoint_root(run).glob("step_*")
+        if re.fullmatch("step_[0-9]{9,}", path.name)
+    ]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def run_token_of(folder: Path) -> str:
+    """The random token of the run that wrote a checkpoint; empty if there is none."""
+    try:
+        token = read_meta(folder)["run_token"]
+    except READ_ERRORS:
+        return ""
+    return token if isinstance(token, str) else ""
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint's two files and its folder, which stays if it holds anything else."""
+    with contextlib.suppress(OSError):
+        for name in CHECKPOINT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def remove_half_written(run: Run) -> None:
+    """Remove what killed runs left half-written; the form of its name is this script's own."""
+    for path in checkpoint_root(run).glob("step_*.tmp"):
+        if re.fullmatch(r"step_[0-9]{9,}\.[0-9a-f]{32}\.tmp", path.name):
+            shutil.rmtree(path, ignore_errors=True)  # which does not follow symbolic links
+
+
+def discard_checkpoints(run: Run) -> None:
+    """Remove all checkpoints in RUN_DIR; InputError if a folder holds anything else."""
+    folders = checkpoint_folders(run)
+    for folder in folders:
+        is_checkpoint = (
+            folder.is_dir()
+            and not folder.is_symlink()
+            and {path.name for path in folder.iterdir()} <= {*CHECKPOINT_FILES}
+        )
+        require(
+            is_checkpoint,
+            f"RESUME=0 removes checkpoints, and {folder} is not one; move it away",
+        )
+    for folder in folders:
+        remove_checkpoint(folder)
+    remove_half_written(run)
+
+
+def read_checkpoint(folder: Path, trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a checkpoint, all of them checked against the trainer's.
+
+    Raises InputError if it is damaged or of another run; nothing is changed before.
+    """
     remedy = f"remove {folder} to go on without it, or set RESUME=0 or another RUN_ID"
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        payload = (folder / "state.safetensors").read_bytes()
-        require(
-            hashlib.sha256(payload).hexdigest() == meta["state_sha256"],
-            "checksum of state.safetensors does not match",
-        )
-        state, saved = safetensors.torch.load(payload), meta["config"]
-        Progress(*meta["progress"])
-    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
-        raise InputError(f"{folder} is damaged ({error}); {remedy}") from error
-    check_same_run(saved, cfg, folder)
+        meta = read_meta(folder)
+        config = meta["config"]
+        require(isinstance(config, dict), "config in meta.json is not an object")
+    except READ_ERRORS as error:
+        raise InputError(f"{folder} is damaged ({error!s:.300}); {remedy}") from error
+    check_same_run(config, trainer.run.cfg, folder)
+    try:
+        check_meta(meta, trainer)
+        step = meta["progress"][0]
+        require(folder.name == f"step_{step:09d}", f"meta.json is of step {step}")
+        state = read_state(folder, meta["state_sha256"], trainer.tensors())
+        check_counters(state, step)
+    except READ_ERRORS as error:
+        raise InputError(f"{folder} is damaged ({error!s:.300}); {remedy}") from error
     return meta, state
+
+
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """Content of a file that is neither a link nor a device and has at most `max_bytes`."""
+    is_regular = path.is_file() and not path.is_symlink() and not path.parent.is_symlink()
+    require(is_regular, f"{path.name} is missing or not a regular file")
+    size = path.stat().st_size
+    require(size <= max_bytes, f"{path.name} has {size} bytes, more than {max_bytes}")
+    return path.read_bytes()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The object in a checkpoint's meta.json, not checked any further."""
+    meta = json.loads(read_regular_file(folder / "meta.json", MAX_META_BYTES))
+    require(isinstance(meta, dict), "meta.json is not an object")
+    return meta
+
+
+def check_meta(meta: Mapping[str, Any], trainer: Trainer) -> None:
+    """Raise InputError unless the entries of meta.json have the right types and ranges."""
+    run, progress, ledger = trainer.run, meta["progress"], meta["ledger"]
+    max_tokens = max(stage.batch_tokens for stage in train_stages(run.cfg))
+    require(isinstance(progress, list) and len(progress) == 3, "progress is not three numbers")
+    step, train_s, tokens = progress
+    require(
+        type(step) is int and 1 <= step <= run.cfg.iterations,
+        f"progress: step {step!r:.40} is not in [1, {run.cfg.iterations}]",
+    )
+    require(is_duration(train_s), f"progress: {train_s!r:.40} is not a number of seconds")
+    require(
+        type(tokens) is int and 0 <= tokens <= step * max_tokens,
+        f"progress: tokens {tokens!r:.40} are not in [0, {step * max_tokens}]",
+    )
+    require(
+        isinstance(ledger, dict)
+        and ledger.keys() == run.ledger.keys()
+        and all(map(is_duration, ledger.values())),
+        f"ledger does not hold the seconds of {', '.join(run.ledger)}",
+    )
+    token = meta["run_token"]
+    is_token = isinstance(token, str) and re.fullmatch("[0-9a-f]{32}", token)
+    require(is_token, "run_token is not 32 hexadecimal digits")
+
+
+def is_duration(value: Any) -> bool:
+    """Whether `value` is a finite number of seconds, 0 or more."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def read_state(folder: Path, sha256: Any, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of state.safetensors, which have the names, shapes and dtypes of `expected`."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    payload = read_regular_file(folder / "state.safetensors", size + MAX_META_BYTES)
+    matches = hashlib.sha256(payload).hexdigest() == sha256
+    require(matches, "checksum of state.safetensors does not match")
+    state = safetensors.torch.load(payload)
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    require(not missing, f"state.safetensors lacks {missing[:3]}")
+    require(not extra, f"state.safetensors has unknown tensors {extra[:3]}")
+    for name, like in expected.items():
+        tensor = state[name]
+        require(
+            tensor.shape == like.shape and tensor.dtype == like.dtype,
+            f"{name} is {describe_tensor(tensor)} instead of {describe_tensor(like)}",
+        )
+        is_finite = not name.startswith("model/") or bool(tensor.isfinite().all())
+        require(is_finite, f"{name} has values that are not finite")
+    return state
+
+
+def describe_tensor(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def check_counters(state: Mapping[str, Tensor], step: int) -> None:
+    """Raise InputError unless the counters among the tensors are possible after `step` steps."""
+    for name, tensor in state.items():
+        if name.startswith("adam/") and name.endswith("/step"):
+            require(tensor.item() == step, f"{name} is {tensor.item():g} after {step} steps")
+    count = state["average/count"].item()
+    require(0 <= count <= step, f"average/count is {count} after {step} steps")
 
 
 def check_same_run(saved: Mapping[str, Any], cfg: Config, path: Path) -> None:
     """Raise InputError if `path` was made with knobs that make it another run than `cfg`'s."""
     now = dataclasses.asdict(cfg)
     different = [
-        f"{name.upper()}={now[name]} (there: {saved.get(name)})"
+        f"{name.upper()}={now[name]} (there: {saved.get(name)!r:.80})"
         for name in sorted(now.keys() - RESUME_IGNORED_KNOBS)
         if now[name] != saved.get(name)
     ]

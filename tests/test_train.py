@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -649,7 +651,7 @@ def test_newest_of_two_checkpoints_is_the_one_that_counts(new_run: MakeRun, stop
 def test_half_written_checkpoints_are_not_used_and_not_kept(new_run: MakeRun, stopped: Resume):
     newest = stopped.checkpoint
     for step in (4, 5):
-        half = newest.with_name(f"step_{step:09d}.tmp")
+        half = newest.with_name(f"step_{step:09d}.{step:032x}.tmp")
         half.mkdir()
         payload = (newest / "state.safetensors").read_bytes()
         (half / "state.safetensors").write_bytes(payload[: len(payload) // 2])
@@ -692,6 +694,118 @@ def test_damaged_checkpoint_is_refused_with_its_name_and_the_remedy(stopped: Res
         train_weights(stopped.run())
     assert str(caught.value).startswith(f"{folder} is damaged")
     assert f"remove {folder}" in str(caught.value) and "RESUME=0" in str(caught.value)
+
+
+CheckpointChange = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+WEIGHT = "model/blocks.0.attn_scale"  # (32,) in float32
+
+
+def nested_list(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# What is wrong, how to make it so, and what the message says.
+WRONG_CHECKPOINTS: dict[str, tuple[CheckpointChange, str]] = {
+    "step 0": (lambda meta, _: meta["progress"].__setitem__(0, 0), "step 0 is not in [1, 10]"),
+    "step < 0": (lambda meta, _: meta["progress"].__setitem__(0, -4), "step -4 is not"),
+    "step 4.5": (lambda meta, _: meta["progress"].__setitem__(0, 4.5), "step 4.5 is not"),
+    "step true": (lambda meta, _: meta["progress"].__setitem__(0, True), "step True is not"),
+    "step 11": (lambda meta, _: meta["progress"].__setitem__(0, 11), "step 11 is not"),
+    "step 5": (lambda meta, _: meta["progress"].__setitem__(0, 5), "is of step 5"),
+    "clock < 0": (lambda meta, _: meta["progress"].__setitem__(1, -1.0), "-1.0 is not a number"),
+    "clock nan": (lambda meta, _: meta["progress"].__setitem__(1, math.nan), "nan is not"),
+    "clock text": (lambda meta, _: meta["progress"].__setitem__(1, "1"), "'1' is not a number"),
+    "tokens": (lambda meta, _: meta["progress"].__setitem__(2, 10**12), "tokens 1000000000000"),
+    "progress": (lambda meta, _: meta.update(progress=[4, 1.0]), "three numbers"),
+    "ledger": (lambda meta, _: meta["ledger"].update(training=-1.0), "ledger"),
+    "ledger keys": (lambda meta, _: meta["ledger"].pop("other"), "ledger"),
+    "token": (lambda meta, _: meta.update(run_token="../x"), "run_token"),
+    "config": (lambda meta, _: meta.update(config=[1]), "config"),
+    "deep": (lambda meta, _: meta.update(config=nested_list(900)), "config"),
+    "sha": (lambda meta, _: meta.update(state_sha256=7), "checksum"),
+    "shape ()": (lambda _, state: state.update({WEIGHT: torch.tensor(1.0)}), "float32 ()"),
+    "shape (1,)": (lambda _, state: state.update({WEIGHT: torch.ones(1)}), "float32 (1,)"),
+    "shape (1, 1)": (lambda _, state: state.update({WEIGHT: torch.ones(1, 1)}), "(1, 1)"),
+    "dtype": (lambda _, state: state.update({WEIGHT: state[WEIGHT].half()}), "float16 (32,)"),
+    "nan": (lambda _, state: state[WEIGHT].fill_(math.nan), "not finite"),
+    "missing": (lambda _, state: state.pop(WEIGHT), "lacks ['model/blocks.0.attn_scale']"),
+    "extra": (lambda _, state: state.update(x=torch.ones(1)), "unknown tensors ['x']"),
+    "adam step": (lambda _, state: state["adam/0/step"].fill_(3), "adam/0/step is 3 after 4"),
+    "count": (lambda _, state: state["average/count"].fill_(-1), "average/count is -1"),
+}
+
+
+def change_checkpoint(folder: Path, change: CheckpointChange) -> None:
+    """Apply `change` to the metadata and tensors of a checkpoint; its checksum stays right."""
+    meta = json.loads((folder / "meta.json").read_text())
+    state = safetensors.torch.load((folder / "state.safetensors").read_bytes())
+    digest = meta["state_sha256"]
+    change(meta, state)
+    payload = safetensors.torch.save(state)
+    if meta["state_sha256"] == digest:
+        meta["state_sha256"] = hashlib.sha256(payload).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "state.safetensors").write_bytes(payload)
+
+
+@pytest.mark.parametrize("name", WRONG_CHECKPOINTS)
+def test_checkpoint_with_wrong_content_is_refused_before_anything_is_changed(
+    stopped: Resume, name: str
+):
+    change, text = WRONG_CHECKPOINTS[name]
+    change_checkpoint(stopped.checkpoint, change)
+    trainer, _ = open_trainer(stopped.run())
+    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    with pytest.raises(InputError) as caught:
+        train_gpt.load_checkpoint(trainer)
+    message = str(caught.value)
+    assert message.startswith(f"{stopped.checkpoint} is damaged (") and text in message
+    assert same_bits(before, trainer.tensors()) and trainer.progress == Progress()
+
+
+def test_checkpoint_whose_json_is_too_deep_is_refused(stopped: Resume):
+    (stopped.checkpoint / "meta.json").write_text("[" * 100_000 + "]" * 100_000)
+    trainer, _ = open_trainer(stopped.run())
+    with pytest.raises(InputError, match="is damaged"):
+        train_gpt.load_checkpoint(trainer)
+
+
+def test_folders_that_the_run_did_not_write_are_kept(new_run: MakeRun, stopped: Resume):
+    root = stopped.checkpoint.parent
+    foreign = [root / "bert-base", root / "step_000000002", root / "step_000000001.tmp"]
+    for folder in foreign:
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+    other = root / "step_000000003"  # a checkpoint of another run
+    shutil.copytree(stopped.checkpoint, other)
+    change_checkpoint(other, lambda meta, _: meta.update(run_token="0" * 32))
+    elsewhere = stopped.directory / "elsewhere"
+    shutil.copytree(stopped.checkpoint, elsewhere)
+    (root / "step_000000001").symlink_to(elsewhere)
+    train_weights(stopped.run())
+    assert all((folder / "weights").exists() for folder in foreign)
+    assert (other / "state.safetensors").exists() and (elsewhere / "state.safetensors").exists()
+    assert not stopped.checkpoint.exists()  # its own older checkpoint is gone
+
+
+def test_checkpoints_are_not_written_through_a_link(new_run: MakeRun, tmp_path: Path):
+    run = new_run()
+    (tmp_path / "elsewhere").mkdir()
+    (run.directory / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="checkpoint is a symbolic link; remove it"):
+        train_weights(run)
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
+def test_resume_0_refuses_to_remove_a_folder_that_is_no_checkpoint(stopped: Resume):
+    notes = stopped.checkpoint / "notes.txt"
+    notes.write_text("x")
+    with pytest.raises(InputError, match="RESUME=0 removes checkpoints, and .* is not one"):
+        train_weights(stopped.run(resume=False))
+    assert notes.exists() and (stopped.checkpoint / "state.safetensors").exists()
 
 
 def test_checkpoint_of_another_configuration_is_refused_with_both_values(

@@ -2989,6 +2989,7 @@ RESUME_IGNORED_KNOBS = {
 
 CHECKPOINT_FILES = ("state.safetensors", "meta.json")  # in the order of their removal
 MAX_META_BYTES = 2**20
+MAX_DURATION_S = 1e9  # 32 years
 # What reading a damaged file can raise; RecursionError is a RuntimeError, InputError a ValueError.
 READ_ERRORS = (
     OSError, ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError,
@@ -3152,7 +3153,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def check_meta(meta: Mapping[str, Any], trainer: Trainer) -> None:
     """Raise InputError unless the entries of meta.json have the right types and ranges."""
     run, progress, ledger = trainer.run, meta["progress"], meta["ledger"]
-    max_tokens = max(stage.batch_tokens for stage in train_stages(run.cfg))
+    batches = [stage.batch_tokens for stage in train_stages(run.cfg)]
     require(isinstance(progress, list) and len(progress) == 3, "progress is not three numbers")
     step, train_s, tokens = progress
     require(
@@ -3160,9 +3161,10 @@ def check_meta(meta: Mapping[str, Any], trainer: Trainer) -> None:
         f"progress: step {step!r:.40} is not in [1, {run.cfg.iterations}]",
     )
     require(is_duration(train_s), f"progress: {train_s!r:.40} is not a number of seconds")
+    min_tokens, max_tokens = step * min(batches), step * max(batches)
     require(
-        type(tokens) is int and 0 <= tokens <= step * max_tokens,
-        f"progress: tokens {tokens!r:.40} are not in [0, {step * max_tokens}]",
+        type(tokens) is int and min_tokens <= tokens <= max_tokens,
+        f"progress: tokens {tokens!r:.40} are not in [{min_tokens}, {max_tokens}]",
     )
     require(
         isinstance(ledger, dict)
@@ -3176,8 +3178,8 @@ def check_meta(meta: Mapping[str, Any], trainer: Trainer) -> None:
 
 
 def is_duration(value: Any) -> bool:
-    """Whether `value` is a finite number of seconds, 0 or more."""
-    return type(value) in (int, float) and 0 <= value < math.inf
+    """Whether `value` is a float of seconds that a run can have taken."""
+    return type(value) is float and 0 <= value <= MAX_DURATION_S
 
 
 def read_state(folder: Path, sha256: Any, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

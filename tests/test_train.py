@@ -714,7 +714,7 @@ WRONG_CHECKPOINTS: dict[str, tuple[CheckpointChange, str]] = {
     "step 4.5": (lambda meta, _: meta["progress"].__setitem__(0, 4.5), "step 4.5 is not"),
     "step true": (lambda meta, _: meta["progress"].__setitem__(0, True), "step True is not"),
     "step 11": (lambda meta, _: meta["progress"].__setitem__(0, 11), "step 11 is not"),
-    "step 5": (lambda meta, _: meta["progress"].__setitem__(0, 5), "is of step 5"),
+    "step 5": (lambda meta, _: meta.update(progress=[5, 1.0, 1280]), "is of step 5"),
     "clock < 0": (lambda meta, _: meta["progress"].__setitem__(1, -1.0), "-1.0 is not a number"),
     "clock nan": (lambda meta, _: meta["progress"].__setitem__(1, math.nan), "nan is not"),
     "clock text": (lambda meta, _: meta["progress"].__setitem__(1, "1"), "'1' is not a number"),

@@ -890,7 +890,8 @@ def test_tables_learn_as_the_embedding_does_and_their_projections_by_muon(make_r
         "hashes.0.proj.weight": matrix, "hashes.1.proj.weight": matrix,
         "ve_proj.weight": matrix,
         "hashes.0.scale": scalar, "ve_scale": scalar, "smear.gate": scalar, "caps": cap,
-        "block_scalars.value": scalar, "block_scalars.merge": scalar, "block_scalars.shared": scalar,
+        "block_scalars.value": scalar, "block_scalars.merge": scalar,
+        "block_scalars.shared": scalar,
         "blocks.0.attn.gate.weight": scalar, "blocks.0.attn.gate.bias": scalar,
         "skip_gates": scalar, "skip_weights": scalar, "blocks.0.resid_mix": scalar,
     }  # fmt: skip

@@ -1,4 +1,7 @@
-"""openai/parameter-golf#1460: SP8192, layers 4 and 5 three times, parallel residuals from layer 7."""
+"""openai/parameter-golf#1460: SP8192, layers 4 and 5 three times, XSA in all layers.
+
+From layer 7 on, attention and MLP read the same input (parallel residuals on one stream).
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def mlp(p: Params, layer: int, n_BTD: Tensor) -> Tensor:
 
 
 def block(p: Params, layer: int, x: Tensor, x0: Tensor) -> Tensor:
-    """The stream after a layer; from layer 7 on, attention and MLP read the same input."""
+    """The stream after a layer."""
     name, depth = f"blocks.{layer}", math.sqrt(layer + 1)
     keep, renew = p[f"{name}.resid_mix"]
     x = keep * x + renew * x0
@@ -58,9 +61,9 @@ def logits(params: Params, ids_BT: Tensor, *, looped: bool = True) -> Tensor:
     """Logits (B, T, 8192); `looped` as in evaluation and in the second half of training."""
     p = params
     if looped:
-        encoder, decoder = (0, 1, 2, 3, 4, 5, 4), (5, 4, 5, 6, 7, 8, 9, 10)
+        encoder, decoder = [0, 1, 2, 3, 4, 5, 4], [5, 4, 5, 6, 7, 8, 9, 10]
     else:
-        encoder, decoder = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9, 10)
+        encoder, decoder = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10]
     x0 = rms(p["tok_emb.weight"][ids_BT])
     x, saved = x0, []
     for layer in encoder:

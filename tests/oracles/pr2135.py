@@ -1,6 +1,6 @@
-"""openai/parameter-golf#2135: SP8192, layers 3 to 5 three times, two lanes from layer 8, small gates.
+"""openai/parameter-golf#2135: SP8192, layers 3 to 5 three times, two lanes from layer 8.
 
-Documents are isolated. The logits have two caps, for positive and negative ones.
+Attention has sparse gates and does not cross documents. The logits have two caps.
 """
 
 from __future__ import annotations
@@ -40,71 +40,70 @@ def embedding(p: Params, ids_BT: Tensor) -> Tensor:
     """x0: tokens plus a gated share of the token before (none at BOS), then normed."""
     x = p["tok_emb.weight"][ids_BT]
     gate_BT1 = torch.sigmoid(x[:, :, :12] @ p["smear.gate"])[:, :, None]
-    inside_BT1 = (ids_BT != BOS).float()[:, :, None]
+    inside_BT1 = (ids_BT != BOS)[:, :, None]
     return rms(x + p["smear.scale"] * gate_BT1 * inside_BT1 * before(x))
 
 
-def attention(p: Params, layer: int, n_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-    """Output of a layer's attention: 8 query heads, 4 key/value heads of 64 channels."""
+def attention(p: Params, layer: int, x_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+    """Scaled output of a layer's attention: 8 query heads, 4 key/value heads of 64 channels."""
     name = f"blocks.{layer}.attn"
-    q = rms(heads(n_BTD @ p[f"{name}.c_q.weight"].T, 8))
-    k = rms(heads(n_BTD @ p[f"{name}.c_k.weight"].T, 4))
-    v = heads(n_BTD @ p[f"{name}.c_v.weight"].T, 4)
+    n = rms(x_BTD) / math.sqrt(layer + 1)
+    q = rms(heads(n @ p[f"{name}.c_q.weight"].T, 8))
+    k = rms(heads(n @ p[f"{name}.c_k.weight"].T, 4))
+    v = heads(n @ p[f"{name}.c_v.weight"].T, 4)
     q = rope(q, base=10_000, dims=16) * p[f"{name}.q_gain"][:, None]
     k = rope(k, base=10_000, dims=16)
     y = remove_self_value(causal_attention(q, k, v, ids_BT), v)
-    gate_BTH = torch.sigmoid(0.5 * (n_BTD[:, :, :12] @ p[f"{name}.gate.weight"].T))
-    return (y * gate_BTH[..., None]).flatten(2) @ p[f"{name}.proj.weight"].T
+    gate_BTH = torch.sigmoid(0.5 * (n[:, :, :12] @ p[f"{name}.gate.weight"].T))
+    y = (y * gate_BTH[..., None]).flatten(2) @ p[f"{name}.proj.weight"].T
+    return p[f"blocks.{layer}.attn_scale"] * y
 
 
-def mlp(p: Params, layer: int, n_BTD: Tensor) -> Tensor:
-    """Output of a layer's MLP of 2048 channels."""
+def mlp(p: Params, layer: int, x_BTD: Tensor) -> Tensor:
+    """Scaled output of a layer's MLP of 2048 channels."""
     name = f"blocks.{layer}.mlp"
-    return leaky_squared(n_BTD @ p[f"{name}.fc.weight"].T) @ p[f"{name}.proj.weight"].T
+    n = rms(x_BTD) / math.sqrt(layer + 1)
+    y = leaky_squared(n @ p[f"{name}.fc.weight"].T) @ p[f"{name}.proj.weight"].T
+    return p[f"blocks.{layer}.mlp_scale"] * y
+
+
+def mix_with_x0(p: Params, layer: int, x: Tensor, x0: Tensor) -> Tensor:
+    """What a layer's attention reads."""
+    keep, renew = p[f"blocks.{layer}.resid_mix"]
+    return keep * x + renew * x0
+
+
+def blend_skip(p: Params, row: int, x: Tensor, skip: Tensor) -> Tensor:
+    """The stream or lane, blended with the output of an encoder layer."""
+    stay = torch.sigmoid(p["skip_gates"][row])
+    return (1 - stay) * p["skip_weights"][row] * skip + stay * x
 
 
 def logits(params: Params, ids_BT: Tensor, *, looped: bool = True) -> Tensor:
     """Logits (B, T, 8192); `looped` as in evaluation and after 35 % of training."""
     p = params
-    x0 = embedding(p, ids_BT)
-
-    def scaled_attention(layer: int, x: Tensor) -> Tensor:
-        n_BTD = rms(x) / math.sqrt(layer + 1)
-        return p[f"blocks.{layer}.attn_scale"] * attention(p, layer, n_BTD, ids_BT)
-
-    def scaled_mlp(layer: int, x: Tensor) -> Tensor:
-        return p[f"blocks.{layer}.mlp_scale"] * mlp(p, layer, rms(x) / math.sqrt(layer + 1))
-
-    def mixed(layer: int, x: Tensor) -> Tensor:
-        keep, renew = p[f"blocks.{layer}.resid_mix"]
-        return keep * x + renew * x0
-
-    def block(layer: int, x: Tensor) -> Tensor:
-        x = mixed(layer, x)
-        x = x + scaled_attention(layer, x)
-        return x + scaled_mlp(layer, x)
-
-    def skipped(row: int, x: Tensor, skip: Tensor) -> Tensor:
-        stay = torch.sigmoid(p["skip_gates"][row])
-        return (1 - stay) * p["skip_weights"][row] * skip + stay * x
-
     if looped:
-        encoder, decoder = (0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7)
+        encoder, decoder = [0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7]
     else:
-        encoder, decoder = (0, 1, 2, 3, 4), (5, 6, 7)
+        encoder, decoder = [0, 1, 2, 3, 4], [5, 6, 7]
+    x0 = embedding(p, ids_BT)
     x, saved = x0, []
     for layer in encoder:
-        x = block(layer, x)
+        x = mix_with_x0(p, layer, x, x0)
+        x = x + attention(p, layer, x, ids_BT)
+        x = x + mlp(p, layer, x)
         saved.append(x)
     for row, layer in enumerate(decoder):
-        x = block(layer, skipped(row, x, saved.pop()))
+        x = mix_with_x0(p, layer, blend_skip(p, row, x, saved.pop()), x0)
+        x = x + attention(p, layer, x, ids_BT)
+        x = x + mlp(p, layer, x)
 
-    lane0, lane1 = x, x  # the lanes part before the skip of layer 8
+    lane0, lane1 = x, x  # they part before the skip, which lane 0 alone receives
     for row, layer in enumerate((8, 9, 10), start=len(decoder)):
-        if saved:  # layer 10 has no skip left
-            lane0 = skipped(row, lane0, saved.pop())
-        a = scaled_attention(layer, mixed(layer, lane0))
-        m = scaled_mlp(layer, lane1)
+        if saved:  # none is left for layer 10
+            lane0 = blend_skip(p, row, lane0, saved.pop())
+        a = attention(p, layer, mix_with_x0(p, layer, lane0, x0), ids_BT)
+        m = mlp(p, layer, lane1)
         carry, write = p["block_scalars.carry"][layer], p["block_scalars.write"][layer]
         lane0 = carry[0] * lane0 + write[0, 0] * a + write[1, 0] * m
         lane1 = carry[1] * lane1 + write[0, 1] * a + write[1, 1] * m

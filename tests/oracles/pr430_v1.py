@@ -1,6 +1,6 @@
-"""openai/parameter-golf#430, first version: 10 layers, bigram and trigram tables, XSA in the last 4.
+"""openai/parameter-golf#430, first version: 10 layers, bigram and trigram tables.
 
-Two hashes of trigrams: `mixing`, and the polynomial of the source.
+XSA in the last 4 layers. Two hashes of trigrams: `mixing`, and the polynomial of the source.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def rope(x_BTHE: Tensor, base: float, dims: int) -> Tensor:
     inverse_frequency = base ** (-torch.arange(half, dtype=torch.float64) * 2 / dims)
     positions = torch.arange(x_BTHE.shape[1], dtype=torch.float64)
     angle = (positions[:, None] * inverse_frequency)[:, None, :]  # T, 1, half
-    cos, sin = angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().to(x_BTHE.dtype), angle.sin().to(x_BTHE.dtype)
     first, second = x_BTHE[..., :half], x_BTHE[..., half:dims]
     turned = [first * cos + second * sin, second * cos - first * sin, x_BTHE[..., dims:]]
     return torch.cat(turned, dim=-1)
@@ -112,7 +112,7 @@ def blend_with_token_before(x_BTD: Tensor, theta_D: Tensor, ids_BT: Tensor) -> T
     x_(t-1) counts as zero at the first position, and where a document begins.
     """
     gate_D = torch.sigmoid(theta_D)
-    inside_BT1 = (ids_BT != BOS).float()[:, :, None]
+    inside_BT1 = (ids_BT != BOS)[:, :, None]
     return (1 - gate_D) * x_BTD + gate_D * inside_BT1 * before(x_BTD)
 
 

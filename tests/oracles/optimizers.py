@@ -36,36 +36,41 @@ class Recipe:
     clip: float = math.inf  # of the norm over all parameters
     row_norm: bool = False  # MuonEq-R, arXiv 2603.28254
     coefficients: list[tuple[float, float, float]]
-    decays_from_the_start: bool = False  # the learning rate, linearly to 0 over the whole run
+    warmdown_steps: int = 0  # last steps, over which the learning rate falls linearly ...
+    warmdown_frac: float = 0  # ... or last share of the run
+    lowest_scale: float = 0  # factor of the learning rate in the end
 
 
 RECIPES = {
     "naive_baseline": Recipe(
         matrix_lr=0.04, matrix_decay=0, scalar_lr=0.04, scalar_decay=0, token_lr=0.05,
         token_decay=0, beta2=0.95, momentum=(0.85, 0.95, 500), coefficients=CLASSIC,
+        warmdown_steps=1200,
     ),
     "pr430_v1": Recipe(
         matrix_lr=0.02, matrix_decay=0.04, scalar_lr=0.02, scalar_decay=0.04, token_lr=0.03,
         token_decay=0.04, beta2=0.95, momentum=(0.92, 0.99, 1500), clip=0.3, coefficients=CLASSIC,
+        warmdown_steps=3000,
     ),
     "pr457": Recipe(
         matrix_lr=0.04, matrix_decay=0, scalar_lr=0.04, scalar_decay=0.01, token_lr=0.05,
         token_decay=0.01, beta2=0.95, momentum=(0.85, 0.95, 500), coefficients=CLASSIC,
-        decays_from_the_start=True,
+        warmdown_frac=1,
     ),
     "pr430_final": Recipe(
         matrix_lr=0.025, matrix_decay=0.04, scalar_lr=0.025, scalar_decay=0.04, token_lr=0.035,
         token_decay=0.04, beta2=0.95, momentum=(0.92, 0.99, 1500), clip=0.3, coefficients=CLASSIC,
+        warmdown_steps=3500,
     ),
     "pr1460": Recipe(
         matrix_lr=0.02, matrix_decay=0.085, scalar_lr=0.02, scalar_decay=0.02, token_lr=0.03,
         token_decay=0.085, beta2=0.95, momentum=(0.92, 0.99, 1500), clip=0.3, row_norm=True,
-        coefficients=CLASSIC,
+        coefficients=CLASSIC, warmdown_frac=0.667,
     ),
     "pr2135": Recipe(
         matrix_lr=0.028, matrix_decay=0.095, scalar_lr=0.02, scalar_decay=0.02, token_lr=0.03,
         token_decay=0.085, beta2=0.99, momentum=(0.92, 0.97, 1500), clip=0.3, row_norm=True,
-        coefficients=POLAR_EXPRESS,
+        coefficients=POLAR_EXPRESS, warmdown_frac=0.85, lowest_scale=0.1,
     ),
 }  # fmt: skip
 
@@ -84,13 +89,18 @@ def group_of(name: str) -> str:
     return "cap" if name == "caps" else "scalar"
 
 
+def lr_scale(recipe: Recipe, step: int, num_steps: int) -> float:
+    """Factor of all learning rates at a step, from 0, of a run that the steps limit."""
+    warmdown = recipe.warmdown_steps or recipe.warmdown_frac * num_steps
+    return max(recipe.lowest_scale, min(1, (num_steps - step) / warmdown))
+
+
 def muon(
-    w: Tensor, gradient: Tensor, m: Tensor, recipe: Recipe, *, step: int, scale: float
+    w: Tensor, gradient: Tensor, m: Tensor, recipe: Recipe, *, step: int, lr: float
 ) -> tuple[Tensor, Tensor]:
-    """Weight and momentum of a matrix after step number `step`, from 0."""
+    """Weight and momentum of a matrix after step number `step` of the run, from 0."""
     first, last, ramp_steps = recipe.momentum
     momentum = first + (last - first) * min(step / ramp_steps, 1)
-    lr = recipe.matrix_lr * scale
     m = momentum * m + gradient
     u = gradient + momentum * m  # Nesterov
     if recipe.row_norm:
@@ -110,13 +120,13 @@ def muon(
 
 def adamw(
     w: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], *,
-    step: int, lr: float, decay: float, beta2: float,
+    updates: int, lr: float, decay: float, beta2: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """Weight and moments after step number `step`, from 0."""
+    """Weight and moments after update number `updates` of them, from 1."""
     first = 0.9 * moments[0] + 0.1 * gradient
     second = beta2 * moments[1] + (1 - beta2) * gradient.square()
-    unbiased = first / (1 - 0.9 ** (step + 1))
-    deviation = (second / (1 - beta2 ** (step + 1))).sqrt()
+    unbiased = first / (1 - 0.9**updates)
+    deviation = (second / (1 - beta2**updates)).sqrt()
     return w * (1 - lr * decay) - lr * unbiased / (deviation + 1e-8), (first, second)
 
 
@@ -124,15 +134,15 @@ class Optimizer:
     """Weights, their moments, and the steps of a recipe's run of `num_steps` steps."""
 
     def __init__(self, recipe: Recipe, weights: dict[str, Tensor], num_steps: int):
-        self.recipe, self.weights, self.num_steps, self.step_index = recipe, weights, num_steps, 0
+        self.recipe, self.weights, self.num_steps, self.updates = recipe, weights, num_steps, 0
         self.moments = {
             name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()
         }
 
-    def step(self, gradients: dict[str, Tensor]) -> None:
-        """Update all weights by the gradients of the mean loss."""
-        recipe, step = self.recipe, self.step_index
-        scale = 1 - step / self.num_steps if recipe.decays_from_the_start else 1.0
+    def update(self, gradients: dict[str, Tensor], step: int) -> None:
+        """Update all weights by the gradients of the mean loss, at a step of the run, from 0."""
+        recipe, self.updates = self.recipe, self.updates + 1
+        scale = lr_scale(recipe, step, self.num_steps)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         clip = min(1, recipe.clip / norm)
         rates = {
@@ -143,11 +153,12 @@ class Optimizer:
         for name, w in self.weights.items():
             g, moments, group = clip * gradients[name], self.moments[name], group_of(name)
             if group == "matrix":
-                w, m = muon(w, g, moments[0], recipe, step=step, scale=scale)
+                lr = recipe.matrix_lr * scale
+                w, m = muon(w, g, moments[0], recipe, step=step, lr=lr)
                 self.weights[name], self.moments[name] = w, (m, m)
             else:
                 lr, decay = rates[group]
                 self.weights[name], self.moments[name] = adamw(
-                    w, g, moments, step=step, lr=lr * scale, decay=decay, beta2=recipe.beta2
-                )
-        self.step_index += 1
+                    w, g, moments, updates=self.updates, lr=lr * scale, decay=decay,
+                    beta2=recipe.beta2,
+                )  # fmt: skip

@@ -16,7 +16,7 @@ from tests.conftest import TRACK, random_model
 from tests.oracles.gptq import gptq_codes
 from tests.oracles.inputs import fill, hashed
 from tests.oracles.optimizers import RECIPES, Optimizer
-from tests.test_golden import SYSTEMS, System, oracle_name
+from tests.test_golden import SYSTEMS, System
 from train_gpt import GPT, Progress, Run, Trainer
 
 NUM_STEPS, VOCAB = 20_000, 320
@@ -40,7 +40,7 @@ def small_trainer(recipe: str) -> Trainer:
     model = random_model(cfg)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(fill(oracle_name(name), tuple(parameter.shape)))
+            parameter.copy_(fill(name, tuple(parameter.shape)))
     return Trainer(run, model)
 
 
@@ -56,7 +56,7 @@ def gradients_of(model: GPT, window_BT: Tensor) -> dict[str, Tensor]:
     logits_NV = model.logits(window_BT[:, :-1]).flatten(0, 1)
     loss = F.cross_entropy(logits_NV, window_BT[:, 1:].flatten())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return dict(zip(map(oracle_name, names), gradients, strict=True))
+    return dict(zip(names, gradients, strict=True))
 
 
 @pytest.mark.parametrize("first_step", [0, 19_000])  # in the momentum's ramp, in the warmdown
@@ -65,19 +65,18 @@ def test_the_trainer_makes_the_published_optimizer_steps(system: System, first_s
     trainer = small_trainer(system.recipe)
     trainer.progress = Progress(first_step)
     model = trainer.model
-    start = {oracle_name(n): p.detach().clone() for n, p in model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     oracle = Optimizer(RECIPES[system.name], dict(start), num_steps=NUM_STEPS)
     for step in range(first_step, first_step + 2):
         window_BT = fixed_window(step)
         oracle.update(gradients_of(model, window_BT), step)
         trainer.step(window_BT)
-        for parameter_name, parameter in model.named_parameters():
-            key = oracle_name(parameter_name)
-            update = parameter.detach() - start[key]
-            expected = oracle.weights[key] - start[key]
+        for name, parameter in model.named_parameters():
+            update = parameter.detach() - start[name]
+            expected = oracle.weights[name] - start[name]
             difference = ((update - expected).norm() / expected.norm()).item()
             # Rounding makes up to 1e-4: AdamW divides small gradients by their own size.
-            assert difference < 5e-4, f"step {step}, {key}"
+            assert difference < 5e-4, f"step {step}, {name}"
 
 
 @pytest.mark.parametrize("num_dead", [0, 5])

@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -59,8 +58,6 @@ class System:
         has_loops = len(self.golden) > 1
         return self.logits(params, ids_BT, **({"looped": looped} if has_loops else {}))
 
-
-NTK = {"ROPE_SCALING": "ntk"} if hasattr(Config, "rope_scaling") else {}
 
 NAIVE = System(
     name="naive_baseline",
@@ -126,7 +123,15 @@ GATED = System(
     shapes=pr430_final.SHAPES,
     num_parameters=33_055_935,
     # The text is twice as long as this training context, as the source's was as its table's.
-    knobs=({}, {"ROPE_BASE": "10000", **NTK, "TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "128"}),
+    knobs=(
+        {},
+        {
+            "ROPE_BASE": "10000",
+            "ROPE_SCALING": "ntk",
+            "TRAIN_SEQ_LEN": "64",
+            "EVAL_SEQ_LEN": "128",
+        },
+    ),
     golden=(
         Golden(
             total=16040.69,
@@ -216,28 +221,15 @@ def recipe_config(system: System, knobs: dict[str, str]) -> Config:
     return train_gpt.config_from_env(fixed | knobs)
 
 
-def oracle_name(name: str) -> str:
-    """The oracle's name of a parameter of the script."""
-    return name.replace("mixing.", "block_scalars.")
-
-
 @torch.no_grad()
 def filled_model(cfg: Config, params: dict[str, Tensor]) -> GPT:
     """The script's model with these parameters, which must be exactly its own."""
     model = random_model(cfg)
-    own = {oracle_name(name): parameter for name, parameter in model.named_parameters()}
+    own = dict(model.named_parameters())
     assert {name: p.shape for name, p in own.items()} == {n: p.shape for n, p in params.items()}
     for name, parameter in own.items():
         parameter.copy_(params[name])
     return model
-
-
-def set_loops(model: Any, looped: bool) -> None:
-    """Make the model run all its loops, as in evaluation, or none of them."""
-    if hasattr(model, "schedules"):
-        model.schedule = model.schedules[-1 if looped else 0]
-    else:
-        model.plan = model.plans[-1 if looped else 0]
 
 
 # --- Tests ---------------------------------------------------------------------------------------
@@ -263,7 +255,7 @@ def test_the_script_computes_what_the_oracle_does(filled: Filled):
         model = filled_model(recipe_config(filled.system, knobs), filled.params)
         assert sum(p.numel() for p in model.parameters()) == filled.system.num_parameters
         for golden, expected_BTV in zip(filled.system.golden, filled.logits_BTV, strict=True):
-            set_loops(model, golden.looped)
+            model.schedule = model.schedules[-1 if golden.looped else 0]
             difference = (model.logits(filled.ids_BT) - expected_BTV).abs().max().item()
             # Different orders of addition make up to 2e-5, in logits of up to 30.
             assert difference < 1e-4, f"{knobs}, looped={golden.looped}"

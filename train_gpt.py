@@ -273,10 +273,6 @@ class Config:
     )
     muon_row_norm: bool = knob(True, "normalize the update's rows before Newton-Schulz (MuonEq-R)")
     muon_wd: float = knob(0.095, "weight decay of Muon's matrices (decoupled)", low=0)
-    wd_taper_start_frac: float = knob(
-        1.0, "progress from which Muon's weight decay changes linearly", low=0, high=1
-    )
-    wd_taper_final_mult: float = knob(1.0, "factor of Muon's weight decay at the end", low=0)
     grad_clip_norm: float = knob(0.3, "maximum global gradient norm; 0 = no clipping", low=0)
     # Schedule
     iterations: int = knob(20_000, "maximum number of optimizer steps", unit="steps", low=1)
@@ -296,18 +292,12 @@ class Config:
     swa_start_lr: float = knob(
         0.4, "SWA collects while the learning rate multiplier is below this", low=0, high=1
     )
-    swa_start_frac: float = knob(
-        0.0, "SWA collects from this progress on; 0 = use SWA_START_LR", low=0, high=1
-    )
     tail_frac: float = knob(
         0.1, "final fraction of training whose steps AVERAGING=tail averages", low=0, high=1
     )
     swa_every: int = knob(50, "steps between weights collected by SWA", unit="steps", low=1)
     late_qat_threshold: float = knob(
         0.0, "fake quantization while the learning rate multiplier is below; 0 = off", low=0, high=1
-    )
-    qat_groups: str = knob(
-        "attn,mlp", "tensor groups with fake quantization, of attn, mlp, embed, table"
     )
     train_log_every: int = knob(200, "steps between training log lines", unit="steps", low=1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = none", unit="steps", low=0)
@@ -632,10 +622,6 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
         "ttt_lora_targets": (
             lambda text: set(text.split(",")) <= LORA_TARGETS,
             f"name modules of {', '.join(sorted(LORA_TARGETS))}",
-        ),
-        "qat_groups": (
-            lambda text: set(text.split(",")) <= coded_groups,
-            "name groups of attn, mlp, embed, table",
         ),
         "clip_sigmas": (has_all_sigmas, "be a number, or one for each of attn, mlp, embed, table"),
     }
@@ -1706,10 +1692,6 @@ class Embedding(nn.Embedding):
     def __init__(self, rows: int, dim: int):
         super().__init__(rows, dim)
         self.adapter: nn.Module | None = None
-        self.qat_bits = 0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, fake_quantize(self.weight, self.qat_bits))
 
 
 def shift_right(x_BT: Tensor, steps: int) -> Tensor:
@@ -2254,7 +2236,7 @@ class GPT(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        return fake_quantize(self.head.weight, self.head.qat_bits)
+        return self.head.weight
 
     @property
     def cap(self) -> float | Tensor:
@@ -2680,13 +2662,6 @@ def momentum_at(step: int, progress: float, cfg: Config) -> float:
     return end if share >= 1 else start + share * (end - start)
 
 
-def weight_decay_at(progress: float, cfg: Config) -> float:
-    """Muon's weight decay: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729)."""
-    start = cfg.wd_taper_start_frac
-    share = (progress - start) / (1 - start) if progress > start else 0.0
-    return cfg.muon_wd * (1 + share * (cfg.wd_taper_final_mult - 1))
-
-
 class WeightAverager:
     """The weights to export: the last, their EMA, or a mean of late ones (SWA, arXiv:1803.05407).
     Sums are float32 whatever the weights are: a bf16 running sum loses its low bits.
@@ -2704,9 +2679,8 @@ class WeightAverager:
         """Take in the weights after step `step` (from 1), whose lr multiplier was `scale`."""
         cfg, weights = self.cfg, [param.float() for param in self.params]
         # Never by a nominal number of steps: a run that the clock stops reaches SWA, too.
-        is_late = progress >= cfg.swa_start_frac if cfg.swa_start_frac else scale < cfg.swa_start_lr
         collects = {
-            "swa": is_late and step % cfg.swa_every == 0,
+            "swa": scale < cfg.swa_start_lr and step % cfg.swa_every == 0,
             "tail": progress > 1 - cfg.tail_frac,
         }
         if cfg.averaging == "ema":
@@ -2817,11 +2791,10 @@ class Trainer:
         cfg, model = self.run.cfg, self.model
         model.schedule = model.schedules[phase.loops]  # evaluation in between has set another
         if phase.qat != self.current_stage.qat:
-            groups = cfg.qat_groups.split(",") if phase.qat else []
             for name, role in parameter_roles(model).items():
                 module = model.get_submodule(name.rpartition(".")[0])
-                if isinstance(module, CastedLinear | Embedding):
-                    bits = cfg.bits[role.quant_group] if role.quant_group in groups else 0
+                if isinstance(module, CastedLinear) and role.quant_group in ("attn", "mlp"):
+                    bits = cfg.bits[role.quant_group] if phase.qat else PLAIN_BITS
                     module.qat_bits = 0 if bits == PLAIN_BITS else bits
         self.current_stage = phase
 
@@ -2863,9 +2836,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * scale
         self.adam.step()
         (step, train_s, tokens), done = self.progress, self.progress.fraction(cfg)
-        self.muon.step(
-            cfg.matrix_lr * scale, momentum_at(step, done, cfg), weight_decay_at(done, cfg)
-        )
+        self.muon.step(cfg.matrix_lr * scale, momentum_at(step, done, cfg), cfg.muon_wd)
         self.model.zero_grad(set_to_none=True)
         tokens += window_BT[:, 1:].numel() * self.run.world_size
         self.progress = Progress(step + 1, train_s, tokens)

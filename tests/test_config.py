@@ -107,7 +107,6 @@ LISTS = {
     "xsa_layers": "0,2,5-7",
     "ve_layers": "7,8",
     "enable_looping_at": "0.5",
-    "qat_groups": "embed",
     "clip_sigmas": "attn:13,mlp:11.5,embed:14,table:12.85",
     "ttt_short_chunks": "8@256,24@2000",
     "ttt_phases": "833,1666",
@@ -403,10 +402,6 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
             "PARALLEL_START_LAYER=9 must be below NUM_LAYERS=9",
         ),
         (
-            {"qat_groups": "attn,heads"},
-            "QAT_GROUPS='attn,heads' must name groups of attn, mlp, embed, table",
-        ),
-        (
             {"bigram_vocab_size": 1},
             "BIGRAM_VOCAB_SIZE and TRIGRAM_VOCAB_SIZE must be 0 or at least 2",
         ),
@@ -477,7 +472,6 @@ def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], prob
         {"model_dim": 80, "rope_dims": 10},
         {"parallel_start_layer": 9},
         {"loop_start": 9, "loop_end": 4},
-        {"qat_groups": "attn,mlp,embed,table"},
         {"train_seq_schedule": "512@0.999", "train_batch_schedule": "512@0.999"},
         {"model_dim": 8, "num_heads": 4},
         {"quantizer": "rtn", "quant_grid": "uniform", "clip_sigmas": "12"},
@@ -491,7 +485,6 @@ def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any
 @pytest.mark.parametrize(
     "changes",
     [
-        {"qat_groups": "control"},
         {"xsa_layers": "5-2"},
         {"ve_layers": ","},
         {"num_loops": 1, "enable_looping_at": "nan"},

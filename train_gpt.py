@@ -356,11 +356,6 @@ class Config:
     gptq_reserve_seconds: float = knob(
         12.0, "part of the training budget for calibration, at most a tenth", unit="s", low=0
     )
-    lqer_rank: int = knob(0, "rank of the stored error correction; 0 = none", low=0, high=64)
-    lqer_top_k: int = knob(3, "number of matrices with an error correction", low=1)
-    lqer_group: int = knob(
-        0, "values per scale of the second factor, first in 2 bits; 0 = a scale per row", low=0
-    )
     compressor: str = knob("ans", "entropy coder of the artifact", choices=COMPRESSOR_CHOICES)
     artifact_budget_bytes: int = knob(
         16_000_000, "limit for packed code plus artifact", unit="bytes", low=1
@@ -3157,10 +3152,10 @@ def row_scales(weight_OI: Tensor, qmax: int) -> Tensor:
     return (weight_OI.abs().amax(dim=1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
 
 
-def quantize_rows(weight: Tensor, bits: int, size: int = 0) -> Quantized:
-    """Round to nearest, symmetrically, with a scale a row (a vector: one) or `size` numbers."""
+def quantize_rows(weight: Tensor, bits: int) -> Quantized:
+    """Round to nearest, symmetrically, with a scale a row (a vector: one)."""
     qmax, rows = 2 ** (bits - 1) - 1, weight.detach().float().cpu()
-    rows_OI = rows.reshape(-1, size) if size else rows.flatten(1) if rows.dim() > 1 else rows[None]
+    rows_OI = rows.flatten(1) if rows.dim() > 1 else rows[None]
     scale_O = row_scales(rows_OI, qmax)  # in fp16, which is what a reader will multiply by
     codes_OI = (rows_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
     return Quantized(bits, codes_OI.to(torch.int8).numpy().reshape(rows.shape), scale_O.numpy())
@@ -3638,27 +3633,6 @@ def quantize_group(cfg: Config, stack: MatrixGroup, multiplier: float) -> dict[s
     }
 
 
-def low_rank_corrections(
-    cfg: Config, stacks: Sequence[MatrixGroup], tensors: Mapping[str, Quantized]
-) -> dict[str, Quantized]:
-    """LQER (arXiv:2402.02446, #1797): the largest errors, as products of NAME@0 and NAME@1."""
-    errors = {
-        name: weight_OI.cpu() - tensors[name].dequantized()
-        for stack in stacks
-        for name, weight_OI in zip(stack.names, stack.weight_LOI, strict=True)
-    }
-    found: dict[str, Quantized] = {}
-    for name in sorted(errors, key=lambda name: -float(errors[name].norm()))[: cfg.lqer_top_k]:
-        u, s, v = torch.linalg.svd(errors[name], full_matrices=False)
-        root_R = s[: cfg.lqer_rank].sqrt()
-        left_OR, right_RI = u[:, : len(root_R)] * root_R, root_R[:, None] * v[: len(root_R)]
-        coarse = (2, left_OR.numel()) if cfg.lqer_group else (4, 0)  # asymmetric (#1797)
-        size = math.gcd(right_RI.size(1), cfg.lqer_group)  # of 0: a row
-        found[f"{name}@0"] = quantize_rows(left_OR, *coarse)
-        found[f"{name}@1"] = quantize_rows(right_RI, 4, size)
-    return found
-
-
 def quantize_model(
     cfg: Config,
     model: nn.Module,
@@ -3672,8 +3646,6 @@ def quantize_model(
         for stack in stacks
         for name, tensor in quantize_group(cfg, stack, multiplier).items()
     }
-    if cfg.lqer_rank:
-        tensors |= low_rank_corrections(cfg, stacks, tensors)
     for name, role in parameter_roles(model).items():
         weight, bits = model.get_parameter(name).detach(), cfg.bits[role.quant_group]
         if bits == PLAIN_BITS or weight.numel() <= 1:
@@ -4018,7 +3990,7 @@ def empty_tensor(name: str, spec: Sequence[int], shape: Sequence[int], coder: st
         or (
             0 < num_scales <= size
             and size % num_scales == 0
-            and bits in {*BITS, 2} - {PLAIN_BITS}
+            and bits in {*BITS} - {PLAIN_BITS}
             and 0 <= flags < (16 if coder == "ans" else 8)
             and (not flags & 3 or (len(shape) == 2 and num_scales == shape[0]))
         )
@@ -4044,10 +4016,10 @@ def model_layout(cfg: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str
 
 
 def group_names(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
-    """The stored names by group, in order; factors of corrections are a group of their own."""
+    """The stored names by group, in order."""
     members: dict[str, list[str]] = {}
     for name in sorted(names):
-        members.setdefault("lqer" if "@" in name else groups[name], []).append(name)
+        members.setdefault(groups[name], []).append(name)
     return dict(sorted(members.items()))
 
 
@@ -4142,11 +4114,6 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
         "tokenizer_sha256": tokenizer_sha256,
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
-        "ranks": {
-            name[:-2]: tensors[name].values.shape[1]
-            for name in sorted(tensors)
-            if name.endswith("@0")
-        },
         "streams": [[kind, len(stream)] for kind, stream in packed.items()],
     }
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -4188,19 +4155,11 @@ def decode_tensors(
 ) -> dict[str, Quantized]:
     """The stored tensors by name; names and shapes must be exactly the model's."""
     specs, coder = {name: spec for name, *spec in header["tensors"]}, header["compressor"]
-    all_shapes = dict(shapes)
-    for name, rank in header["ranks"].items():  # a factor's steps or codes do not tell the rank
-        require(
-            type(rank) is int and 0 < rank <= 64 and len(shapes.get(name, ())) == 2,
-            f"{name} cannot have a correction of rank {rank}",
-        )
-        rows, columns = shapes[name]
-        all_shapes |= {f"{name}@0": (rows, rank), f"{name}@1": (rank, columns)}
     require(
-        specs.keys() == all_shapes.keys(),
-        f"its tensors are not the model's: {sorted(specs.keys() ^ all_shapes.keys())}",
+        specs.keys() == shapes.keys(),
+        f"its tensors are not the model's: {sorted(specs.keys() ^ shapes.keys())}",
     )
-    size = sum(math.prod(shape) for shape in all_shapes.values())
+    size = sum(math.prod(shape) for shape in shapes.values())
     require(size <= MAX_WEIGHTS, f"{size} weights; {MAX_WEIGHTS} are the most")
     packed: dict[str, dict[str, bytes]] = {}
     position = 0
@@ -4213,18 +4172,15 @@ def decode_tensors(
     members, tensors = group_names(list(specs), groups), dict[str, Quantized]()
     require(packed.keys() == members.keys(), f"streams of {[*packed]} for {[*members]}")
     for group, names in members.items():
-        blanks = [empty_tensor(name, specs[name], all_shapes[name], coder) for name in names]
+        blanks = [empty_tensor(name, specs[name], shapes[name], coder) for name in names]
         unpack_group(packed[group], blanks, coder)
         tensors |= zip(names, blanks, strict=True)
     return tensors
 
 
 def dequantize_all(tensors: Mapping[str, Quantized]) -> dict[str, Tensor]:
-    """The weights by name, with their corrections."""
-    weights = {name: tensor.dequantized() for name, tensor in tensors.items()}
-    for name in [name for name in tensors if name.endswith("@0")]:
-        weights[name[:-2]] += weights.pop(name) @ weights.pop(f"{name[:-1]}1")
-    return weights
+    """The weights by name."""
+    return {name: tensor.dequantized() for name, tensor in tensors.items()}
 
 
 def artifact_sizes(payload: bytes) -> dict[str, int]:

@@ -252,7 +252,7 @@ DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by p
 }
 OTHER_EXPORTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "corrected, self-calibrated": {"lqer_rank": 2, "lqer_group": 8, "calibration": "self"},
+    "self-calibrated": {"calibration": "self"},
     "seed": {
         "quant_grid": "uniform", "clip_sigmas": "12.85", "attn_bits": 6, "mlp_bits": 6,
         "compressor": "brotli_shuffled", "control_bits": 16, "gate_bits": 16,

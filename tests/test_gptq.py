@@ -40,7 +40,6 @@ from train_gpt import (
     fill_budget,
     group_matrices,
     heuristic_row_scales,
-    low_rank_corrections,
     model_layout,
     parameter_roles,
     prune_smallest,
@@ -453,56 +452,6 @@ def test_pruning_zeroes_the_smallest_share_of_large_matrices_alone(share: float)
     assert torch.equal(prune_smallest(small, 0.5), small)
 
 
-# --- Corrections of low rank ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("group", [0, 4, 5])
-@pytest.mark.parametrize("compressor", ["ans", "zlib"])
-def test_corrections_lower_the_error_of_the_worst_matrices_and_survive_the_file(
-    group: int, compressor: str, make_run: MakeRun, tmp_path: Path
-):
-    knobs = dict(lqer_rank=4, lqer_top_k=2, lqer_group=group, compressor=compressor)
-    cfg = tiny_config(model_dim=32, vocab_size=48, attn_bits=4, mlp_bits=4, **knobs)
-    model = random_model(cfg)
-    with torch.no_grad():  # so that there is something of low rank to be corrected
-        for p in model.parameters():
-            if p.dim() == 2:
-                p[:, 0] *= 30
-    stacks = group_matrices(cfg, model, {})
-    tensors = quantize_model(cfg, model, stacks)
-    corrected = {name[:-2] for name in tensors if "@" in name}
-    assert len(corrected) == 2 and {f"{n}@{i}" for n in corrected for i in (0, 1)} <= tensors.keys()
-    plain = {name: t for name, t in tensors.items() if "@" not in name}
-    errors = {
-        name: [float((w[name] - model.get_parameter(name)).detach().norm()) for w in (rough, fine)]
-        for rough, fine in [(dequantize_all(plain), dequantize_all(tensors))]
-        for stack in stacks
-        for name in stack.names
-    }
-    worst = sorted(errors, key=lambda name: -errors[name][0])[:2]
-    assert corrected == set(worst)
-    for name, (before, after) in errors.items():
-        assert after < before if name in corrected else after == before, name
-    path = tmp_path / "a.bin"
-    path.write_bytes(encode_artifact(cfg, tensors, SHA))
-    assert_is_assembled(read_artifact(path, make_run(), SHA), tensors)
-
-
-def test_a_correction_of_full_rank_in_many_bits_would_be_the_error_itself():
-    # The factors are those of the singular value decomposition: 4 bits leave a tenth of an error
-    # that has rank 1.
-    cfg = tiny_config(lqer_rank=1, lqer_top_k=1)
-    exact_OI = torch.outer(torch.randn(20), torch.randn(30))
-    codes = np.zeros((20, 30), dtype=np.int8)
-    tensors = {"x": Quantized(8, codes, np.ones(20, dtype=np.float16))}
-    stack = MatrixGroup(
-        ["x"], exact_OI[None], None, torch.ones(1, 20), torch.ones(1, 30), 8, torch.ones(1, 30)
-    )
-    found = low_rank_corrections(cfg, [stack], tensors)
-    back = found["x@0"].dequantized() @ found["x@1"].dequantized()
-    assert float((back - exact_OI).norm() / exact_OI.norm()) < 0.15
-
-
 # --- The byte budget -----------------------------------------------------------------------------
 
 
@@ -762,8 +711,7 @@ def test_a_model_read_back_is_what_was_stored_and_is_stored_to_the_same_bytes(
 ):
     model, found = small
     plain = len(str(knobs)) % 2 * 8 + 8  # both ways to store vectors and gates, some of each
-    lqer = {"lqer_rank": 2, "lqer_group": 4 * (plain == 8)}
-    cfg = dataclasses.replace(model.cfg, **knobs, **lqer, gate_bits=plain, control_bits=plain)
+    cfg = dataclasses.replace(model.cfg, **knobs, gate_bits=plain, control_bits=plain)
 
     def stored() -> dict[str, Quantized]:
         stacks = group_matrices(cfg, model, found if cfg.quantizer == "gptq" else {})

@@ -344,9 +344,6 @@ class Config:
     clip_percentile: float = knob(
         0.9999984, "quantile of a row's magnitudes that becomes the largest code", low=0.5, high=1
     )
-    hessian_clip_lambda: float = knob(
-        0.0, "how much CLIP_SIGMAS grows with a row's importance", low=0, high=1
-    )
     calibration: str = knob(
         "train", "text for GPTQ's Hessians: training shards, or sampled", choices=("train", "self")
     )
@@ -3501,19 +3498,11 @@ def round_scales(cfg: Config, step: Tensor) -> Tensor:
     return torch.from_numpy(SCALES[place.cpu().numpy()]).to(step)
 
 
-def heuristic_row_scales(
-    cfg: Config, weight_OI: Tensor, group: str, found: KroneckerHessian | None
-) -> Tensor:
+def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
     """Step of each row by the row's own weights: CLIP_SIGMAS, or ROW_STEPS but solved."""
     qmax, size_OI = 2 ** (cfg.bits[group] - 1) - 1, weight_OI.abs()
     if cfg.sigmas:  # SDClip (#1394): the same rate for every row
-        step_O = cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
-        if found is None:
-            return step_O
-        diagonal_I = found.inputs_II.diagonal()  # Hessian-aware (#1412): important rows clip later
-        importance_O = (size_OI * diagonal_I / diagonal_I.mean().clamp_min(1e-30)).mean(dim=1)
-        relative_O = importance_O / importance_O.mean().clamp_min(1e-30)
-        return step_O * (1 + cfg.hessian_clip_lambda * (relative_O - 1))
+        return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
     shares = {
         "max": [1.0],
         "percentile": [cfg.clip_percentile],
@@ -3594,7 +3583,7 @@ def group_matrices(
         else:
             row_LO = torch.stack(
                 [
-                    heuristic_row_scales(cfg, weight_OI, roles[name], found.get(name))
+                    heuristic_row_scales(cfg, weight_OI, roles[name])
                     for name, weight_OI in zip(names, weights, strict=True)
                 ]
             )

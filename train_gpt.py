@@ -104,7 +104,7 @@ LANES = ("none", "stream", "merge", "routed", "lanes")
 COEFFICIENTS = ("classic", "polar")
 AVERAGES = ("none", "ema", "swa", "tail")
 GRIDS = ("uniform", "trellis")
-SCALINGS = ("solved", "max", "percentile", "search")
+SCALINGS = ("solved", "max", "percentile")
 COMPRESSOR_CHOICES = ("ans", "zlib", "zstd", "lzma", "brotli", "brotli_shuffled")
 TTT_METHODS = ("none", "pretrain", "chunk", "lora")
 TTT_CONTEXTS = ("window", "text", "incremental")
@@ -340,9 +340,6 @@ class Config:
     )
     clip_sigmas: str = knob(
         "", "clipping range in row deviations: one number, or attn:13,mlp:11.5,embed:14,table:12.85"
-    )
-    clip_percentile: float = knob(
-        0.9999984, "quantile of a row's magnitudes that becomes the largest code", low=0.5, high=1
     )
     calibration: str = knob(
         "train", "text for GPTQ's Hessians: training shards, or sampled", choices=("train", "self")
@@ -3498,30 +3495,17 @@ def round_scales(cfg: Config, step: Tensor) -> Tensor:
     return torch.from_numpy(SCALES[place.cpu().numpy()]).to(step)
 
 
+CLIP_PERCENTILE = 0.9999984  # of a row's magnitudes, as in the naive baseline
+
+
 def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
     """Step of each row by the row's own weights: CLIP_SIGMAS, or ROW_STEPS but solved."""
     qmax, size_OI = 2 ** (cfg.bits[group] - 1) - 1, weight_OI.abs()
     if cfg.sigmas:  # SDClip (#1394): the same rate for every row
         return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
-    shares = {
-        "max": [1.0],
-        "percentile": [cfg.clip_percentile],
-        "search": [0.999, 0.9995, 0.9999, 0.99999, 1.0],
-    }  # GPTQ-lite (#414)
-
-    def error(step_O: Tensor) -> float:
-        step_O1 = step_O[:, None].clamp_min(SMALLEST_SCALE)
-        codes_OI = (weight_OI / step_O1).round().clamp(-qmax, qmax)
-        return float((codes_OI * step_O1 - weight_OI).square().sum())
-
+    share = {"max": 1.0, "percentile": CLIP_PERCENTILE}[cfg.row_steps]
     pieces = torch.split(size_OI, 512)  # torch.quantile takes 2^24 numbers at most
-    return min(
-        (
-            torch.cat([rows.quantile(q, dim=1) for rows in pieces]) / qmax
-            for q in shares[cfg.row_steps]
-        ),
-        key=error,
-    )
+    return torch.cat([rows.quantile(share, dim=1) for rows in pieces]) / qmax
 
 
 def optimal_scales(found: KroneckerHessian, column_I: Tensor) -> tuple[Tensor, Tensor]:

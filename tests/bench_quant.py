@@ -91,10 +91,6 @@ METHODS = {
         {**ROUNDED, "row_steps": "max", "mlp_bits": 5, "attn_bits": 6, "table_bits": 6}
         | {"embed_bits": 16, "prune_frac": 0.03, "compressor": "zstd"},
     ),
-    "gptq_lite": Method(
-        "GPTQ-lite: best of five percentiles, 6 bits, embedding 8, zstd",
-        {**ROUNDED, **SIX_BITS, "row_steps": "search", "compressor": "zstd"},
-    ),
     "reference": Method(
         "GPTQ, SDClip, uniform, brotli (reference)",
         {**SDCLIP, "quant_grid": "uniform", "compressor": "brotli_shuffled"},
@@ -106,6 +102,7 @@ METHODS = {
 }
 # Methods that were measured and then removed from the script; their rows stay in the table.
 REMOVED = {
+    "gptq_lite": "GPTQ-lite: best of five percentiles, 6 bits, embedding 8, zstd",
     "sdclip_uniform_lqer": "SDClip, uniform, LQER, ans",
     "solved_trellis_lqer": "solved steps, trellis, LQER, ans",
 }

@@ -323,9 +323,6 @@ class Config:
     gate_bits: int = knob(
         8, "gate weights, one scale per row; 16 = fp16", unit="bits", choices=(8, 16)
     )
-    control_bits: int = knob(
-        16, "vectors and scalars, one scale each; 16 = fp16", unit="bits", choices=(8, 16)
-    )
     prune_frac: float = knob(
         0.0, "fraction of the smallest weights of each large matrix set to 0", low=0, high=0.99
     )
@@ -515,7 +512,7 @@ class Config:
             "embed": self.embed_bits,
             "table": self.table_bits,
             "gate": self.gate_bits,
-            "control": self.control_bits,
+            "control": PLAIN_BITS,
         }
 
     @property

@@ -507,7 +507,7 @@ def test_a_budget_beyond_the_finest_steps_is_not_filled():
 @pytest.fixture(scope="module")
 def larger() -> tuple[GPT, dict[str, KroneckerHessian]]:
     """A random model of 40,000 weights and its curvature on random text."""
-    cfg = tiny_config(quantizer="gptq", gate_bits=8, control_bits=8, vocab_size=256)
+    cfg = tiny_config(quantizer="gptq", gate_bits=8, vocab_size=256)
     model = random_model(cfg)
     moments = CalibrationStats(model)
     moments.accumulate(windows_of(cfg, 16))
@@ -528,7 +528,6 @@ EXPORT = {
     "quantizer": "gptq",
     "row_steps": "solved",
     "gate_bits": 8,
-    "control_bits": 8,
 }
 CODE_BYTES = 777
 
@@ -681,8 +680,8 @@ def test_a_model_read_back_is_what_was_stored_and_is_stored_to_the_same_bytes(
     knobs: dict[str, Any], small: Any, make_run: MakeRun, tmp_path: Path
 ):
     model, found = small
-    plain = len(str(knobs)) % 2 * 8 + 8  # both ways to store vectors and gates, some of each
-    cfg = dataclasses.replace(model.cfg, **knobs, gate_bits=plain, control_bits=plain)
+    gate_bits = len(str(knobs)) % 2 * 8 + 8  # both ways to store gates, some of each
+    cfg = dataclasses.replace(model.cfg, **knobs, gate_bits=gate_bits)
 
     def stored() -> dict[str, Quantized]:
         stacks = group_matrices(cfg, model, found if cfg.quantizer == "gptq" else {})
@@ -721,14 +720,13 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("compressor", ["ans", "zlib"])
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_every_shape_of_model_is_written_and_read_with_vectors_in_8_bits(
+def test_every_shape_of_model_is_written_and_read_with_gates_in_8_bits(
     shape: str, compressor: str, make_run: MakeRun, tmp_path: Path
 ):
     cfg = tiny_config(
         **{**GPTQ, "quantizer": "rtn", **ODD_SHAPES[shape]},
         compressor=compressor,
         gate_bits=8,
-        control_bits=8,
     )
     model = random_model(cfg)
     tensors = quantize_model(cfg, model)
@@ -771,7 +769,7 @@ sys.exit(train_gpt.main())
 STILL = dict.fromkeys(["embed_lr", "head_lr", "tied_embed_lr", "scalar_lr", "matrix_lr"], 0.0)
 DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by plainer ones
     name: getattr(Config(), name)
-    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "control_bits", "compressor")
+    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "compressor")
 }
 
 

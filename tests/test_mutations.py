@@ -1,7 +1,7 @@
 """Artifacts that strangers made: every mutation is refused, or a model of the right shapes.
 
 Every kind of damage is done to a small model that uses all parts of the format: the entropy coder,
-the trellis, factors for columns, gates and vectors in 8 bits. Most are
+the trellis, factors for columns, gates in 8 bits. Most are
 sealed with a right checksum, so that what lies behind it is reached.
 """
 
@@ -42,7 +42,7 @@ SHA = hashlib.sha256(b"the tokenizer").hexdigest()
 SHAPE: dict[str, Any] = {
     "vocab_size": 24, "num_layers": 2, "model_dim": 8, "num_heads": 2, "num_kv_heads": 1,
     "attn_gate": "head", "quantizer": "gptq", "quant_grid": "trellis", "row_steps": "solved",
-    "gate_bits": 8, "control_bits": 8, "compressor": "ans",
+    "gate_bits": 8, "compressor": "ans",
 }  # fmt: skip
 LIMIT_S = 20.0  # a whole one is read in a small fraction of a second; the machine may be busy
 LIMIT_MIB = 64

@@ -338,9 +338,6 @@ class Config:
     clip_sigmas: str = knob(
         "", "clipping range in row deviations: one number, or attn:13,mlp:11.5,embed:14,table:12.85"
     )
-    calibration: str = knob(
-        "train", "text for GPTQ's Hessians: training shards, or sampled", choices=("train", "self")
-    )
     gptq_calibration_batches: int = knob(
         16, "maximum number of calibration batches of TRAIN_BATCH_TOKENS", low=1
     )
@@ -709,13 +706,9 @@ def method_rules(cfg: Config) -> list[Rule]:
         ),
         (
             cfg.quantizer == "gptq"
-            or (
-                cfg.quant_grid == "uniform"
-                and cfg.calibration == "train"
-                and (not needs_hessian or bool(cfg.clip_sigmas))
-            ),
-            "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, CALIBRATION=self, or "
-            "ROW_STEPS=solved without CLIP_SIGMAS",
+            or (cfg.quant_grid == "uniform" and (not needs_hessian or bool(cfg.clip_sigmas))),
+            "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, or ROW_STEPS=solved "
+            "without CLIP_SIGMAS",
         ),
         (
             not cfg.clip_sigmas or cfg.row_steps == "solved",
@@ -3237,33 +3230,16 @@ class CalibrationStats:
         return found
 
 
-@torch.no_grad()
-def sample_windows(model: GPT, rows: int, seq_len: int, generator: torch.Generator) -> Tensor:
-    """Windows (rows, T + 1) that the model writes after BOS, at temperature 0.8 (#1019)."""
-    window_BT = torch.full((rows, seq_len + 1), BOS_ID, device=model.tok_emb.weight.device)
-    for t in range(seq_len):  # what stands right of t is not seen: one shape for all
-        head_VD, x_BD = model.head_VD.to(model.dtype), model(window_BT[:, :-1])[:, t]
-        odds_BV = (softcap_logits(x_BD @ head_VD.T, model.cap)[0] / 0.8).softmax(dim=-1)
-        window_BT[:, t + 1] = torch.multinomial(odds_BV.cpu(), 1, generator=generator)[:, 0]
-    return window_BT
-
-
 def calibrate(
     run: Run, model: GPT, loader: BatchLoader, trained: Progress
 ) -> dict[str, KroneckerHessian]:
-    """Curvature of every matrix, by text after what was trained on or text of the model's own."""
+    """Curvature of every matrix, by text after what was trained on."""
     cfg, moments, started_s = run.cfg, CalibrationStats(model), time.perf_counter()
-    timed = cfg.max_wallclock_seconds > 0 and cfg.calibration == "train"
-    model.schedule, limit_s = model.schedules[-1], cfg.max_wallclock_seconds if timed else math.inf
+    model.schedule, limit_s = model.schedules[-1], cfg.max_wallclock_seconds or math.inf
     T, batch = cfg.train_seq_len, cfg.train_batch_tokens
-    generator = torch.Generator().manual_seed(cfg.seed + run.rank)
     for i in range(cfg.gptq_calibration_batches):
-        rows, position = batch // T // run.world_size, trained.tokens + i * batch
-        window_BT = (
-            sample_windows(model, rows, T, generator)
-            if cfg.calibration == "self"
-            else loader.read(position - position % T, T, batch).to(run.device)
-        )
+        position = trained.tokens + i * batch
+        window_BT = loader.read(position - position % T, T, batch).to(run.device)
         for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
             run.check_signal()
             moments.accumulate(rows_BT)
@@ -3274,7 +3250,7 @@ def calibrate(
             > limit_s
         ):
             break  # all ranks do: the next batch might end later than the training budget
-    run.log("calibrated", tokens=moments.num_tokens * run.world_size, source=cfg.calibration)
+    run.log("calibrated", tokens=moments.num_tokens * run.world_size)
     return moments.hessians(run)
 
 
@@ -5413,8 +5389,7 @@ def train_and_write(run: Run, artifact: Path, validation: Validation, tokenizer_
     evaluate_and_log(run, model, validation, "prequant")
     found = dict[str, KroneckerHessian]()
     if cfg.quantizer == "gptq":
-        # Text of the model's own is not training data (#1019), and takes long.
-        with run.stage("calibrate", "training" if cfg.calibration == "train" else "other"):
+        with run.stage("calibrate", "training"):
             found = calibrate(run, model, loader, trainer.progress)
 
     def write() -> None:  # the state first: a continuation that finds the artifact needs it

@@ -417,12 +417,11 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         *(
             (
                 {"quantizer": "rtn", "row_steps": "max", "quant_grid": "uniform", **changes},
-                "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, CALIBRATION=self, "
-                "or ROW_STEPS=solved without CLIP_SIGMAS",
+                "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, or ROW_STEPS=solved "
+                "without CLIP_SIGMAS",
             )
             for changes in (
                 {"quant_grid": "trellis"},
-                {"calibration": "self"},
                 {"row_steps": "solved"},
             )
         ),

@@ -252,7 +252,6 @@ DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by p
 }
 OTHER_EXPORTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "self-calibrated": {"calibration": "self"},
     "seed": {
         "quant_grid": "uniform", "clip_sigmas": "12.85", "attn_bits": 6, "mlp_bits": 6,
         "compressor": "brotli_shuffled", "gate_bits": 16,

@@ -19,7 +19,6 @@ import train_gpt
 from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
 from tests.processes import SCRIPT, run_ranks, run_script
 from train_gpt import (
-    BOS_ID,
     GPT,
     MAX_BITS_PER_WEIGHT,
     CalibrationStats,
@@ -46,7 +45,6 @@ from train_gpt import (
     quantize_and_encode,
     quantize_model,
     read_artifact,
-    sample_windows,
 )
 
 GPTQ: dict[str, Any] = {"quantizer": "gptq", "vocab_size": 48, "model_dim": 16, "num_layers": 2}
@@ -259,13 +257,6 @@ class Text:
         return windows_of(self.cfg, batch_tokens // seq_len, seed=position)
 
 
-class NoText:
-    """A loader that must not be asked."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError("training data was read")
-
-
 def test_calibration_reads_the_text_after_what_was_trained_on(make_run: MakeRun):
     run = make_run(**GPTQ, gptq_calibration_batches=3)
     text = Text(run.cfg)
@@ -285,32 +276,6 @@ def test_calibration_ends_where_the_training_budget_would(
     text = Text(run.cfg)
     calibrate(run, random_model(run.cfg), text, Progress(1, train_s, 0))  # type: ignore[arg-type]
     assert len(text.reads) == batches
-
-
-def test_self_calibration_needs_no_data_and_is_deterministic(make_run: MakeRun):
-    run = make_run(**GPTQ, gptq_calibration_batches=2, calibration="self", train_batch_tokens=64)
-    first, second = (
-        calibrate(run, random_model(run.cfg), NoText(), Progress(1, 1.0, 256))  # type: ignore[arg-type]
-        for _ in range(2)
-    )
-    roles = parameter_roles(random_model(run.cfg))
-    assert first.keys() == {name for name, role in roles.items() if role.quant_group in CODED}
-    for name, curvature in first.items():
-        assert all(map(torch.equal, curvature, second[name]))
-
-
-def test_sampled_windows_begin_with_bos_and_follow_the_model():
-    cfg = tiny_config(**GPTQ)
-    model = random_model(cfg)
-    generator = torch.Generator().manual_seed(0)
-    window_BT = sample_windows(model, 600, 2, generator)
-    assert window_BT.shape == (600, 3) and (window_BT[:, 0] == BOS_ID).all()
-    # The second token is drawn at temperature 0.8: 600 draws against the exact odds.
-    z_V = model.logits(window_BT[:1, :1])[0, 0].double() / 0.8
-    shares_V = torch.bincount(window_BT[:, 1], minlength=cfg.vocab_size) / 600
-    deviation_V = (z_V.softmax(dim=0) * (1 - z_V.softmax(dim=0)) / 600).sqrt()
-    assert ((shares_V - z_V.softmax(dim=0)).abs() < 5 * deviation_V + 1e-3).all()
-    assert window_BT[:, 2].unique().numel() > 5
 
 
 # --- GPTQ and steps ------------------------------------------------------------------------------

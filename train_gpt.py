@@ -104,7 +104,7 @@ LANES = ("none", "stream", "merge", "routed", "lanes")
 COEFFICIENTS = ("classic", "polar")
 AVERAGES = ("none", "ema", "swa", "tail")
 GRIDS = ("uniform", "trellis")
-SCALINGS = ("solved", "max", "percentile", "search")
+SCALINGS = ("solved", "max", "percentile")
 COMPRESSOR_CHOICES = ("ans", "zlib", "zstd", "lzma", "brotli", "brotli_shuffled")
 TTT_METHODS = ("none", "pretrain", "chunk", "lora")
 TTT_CONTEXTS = ("window", "text", "incremental")
@@ -313,9 +313,6 @@ class Config:
     gate_bits: int = knob(
         8, "gate weights, one scale per row; 16 = fp16", unit="bits", choices=(8, 16)
     )
-    control_bits: int = knob(
-        16, "vectors and scalars, one scale each; 16 = fp16", unit="bits", choices=(8, 16)
-    )
     prune_frac: float = knob(
         0.0, "fraction of the smallest weights of each large matrix set to 0", low=0, high=0.99
     )
@@ -331,25 +328,11 @@ class Config:
     clip_sigmas: str = knob(
         "", "clipping range in row deviations: one number, or attn:13,mlp:11.5,embed:14,table:12.85"
     )
-    clip_percentile: float = knob(
-        0.9999984, "quantile of a row's magnitudes that becomes the largest code", low=0.5, high=1
-    )
-    hessian_clip_lambda: float = knob(
-        0.0, "how much CLIP_SIGMAS grows with a row's importance", low=0, high=1
-    )
-    calibration: str = knob(
-        "train", "text for GPTQ's Hessians: training shards, or sampled", choices=("train", "self")
-    )
     gptq_calibration_batches: int = knob(
         16, "maximum number of calibration batches of TRAIN_BATCH_TOKENS", low=1
     )
     gptq_reserve_seconds: float = knob(
         12.0, "part of the training budget for calibration, at most a tenth", unit="s", low=0
-    )
-    lqer_rank: int = knob(0, "rank of the stored error correction; 0 = none", low=0, high=64)
-    lqer_top_k: int = knob(3, "number of matrices with an error correction", low=1)
-    lqer_group: int = knob(
-        0, "values per scale of the second factor, first in 2 bits; 0 = a scale per row", low=0
     )
     compressor: str = knob("ans", "entropy coder of the artifact", choices=COMPRESSOR_CHOICES)
     artifact_budget_bytes: int = knob(
@@ -516,7 +499,7 @@ class Config:
             "embed": self.embed_bits,
             "table": self.table_bits,
             "gate": self.gate_bits,
-            "control": self.control_bits,
+            "control": PLAIN_BITS,
         }
 
     @property
@@ -709,13 +692,9 @@ def method_rules(cfg: Config) -> list[Rule]:
         ),
         (
             cfg.quantizer == "gptq"
-            or (
-                cfg.quant_grid == "uniform"
-                and cfg.calibration == "train"
-                and (not needs_hessian or bool(cfg.clip_sigmas))
-            ),
-            "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, CALIBRATION=self, or "
-            "ROW_STEPS=solved without CLIP_SIGMAS",
+            or (cfg.quant_grid == "uniform" and (not needs_hessian or bool(cfg.clip_sigmas))),
+            "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, or ROW_STEPS=solved "
+            "without CLIP_SIGMAS",
         ),
         (
             not cfg.clip_sigmas or cfg.row_steps == "solved",
@@ -3128,10 +3107,10 @@ def row_scales(weight_OI: Tensor, qmax: int) -> Tensor:
     return (weight_OI.abs().amax(dim=1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
 
 
-def quantize_rows(weight: Tensor, bits: int, size: int = 0) -> Quantized:
-    """Round to nearest, symmetrically, with a scale a row (a vector: one) or `size` numbers."""
+def quantize_rows(weight: Tensor, bits: int) -> Quantized:
+    """Round to nearest, symmetrically, with a scale a row (a vector: one)."""
     qmax, rows = 2 ** (bits - 1) - 1, weight.detach().float().cpu()
-    rows_OI = rows.reshape(-1, size) if size else rows.flatten(1) if rows.dim() > 1 else rows[None]
+    rows_OI = rows.flatten(1) if rows.dim() > 1 else rows[None]
     scale_O = row_scales(rows_OI, qmax)  # in fp16, which is what a reader will multiply by
     codes_OI = (rows_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
     return Quantized(bits, codes_OI.to(torch.int8).numpy().reshape(rows.shape), scale_O.numpy())
@@ -3222,33 +3201,16 @@ class CalibrationStats:
         return found
 
 
-@torch.no_grad()
-def sample_windows(model: GPT, rows: int, seq_len: int, generator: torch.Generator) -> Tensor:
-    """Windows (rows, T + 1) that the model writes after BOS, at temperature 0.8 (#1019)."""
-    window_BT = torch.full((rows, seq_len + 1), BOS_ID, device=model.tok_emb.weight.device)
-    for t in range(seq_len):  # what stands right of t is not seen: one shape for all
-        head_VD, x_BD = model.head_VD.to(model.dtype), model(window_BT[:, :-1])[:, t]
-        odds_BV = (softcap_logits(x_BD @ head_VD.T, model.cap)[0] / 0.8).softmax(dim=-1)
-        window_BT[:, t + 1] = torch.multinomial(odds_BV.cpu(), 1, generator=generator)[:, 0]
-    return window_BT
-
-
 def calibrate(
     run: Run, model: GPT, loader: BatchLoader, trained: Progress
 ) -> dict[str, KroneckerHessian]:
-    """Curvature of every matrix, by text after what was trained on or text of the model's own."""
+    """Curvature of every matrix, by text after what was trained on."""
     cfg, moments, started_s = run.cfg, CalibrationStats(model), time.perf_counter()
-    timed = cfg.max_wallclock_seconds > 0 and cfg.calibration == "train"
-    model.schedule, limit_s = model.schedules[-1], cfg.max_wallclock_seconds if timed else math.inf
+    model.schedule, limit_s = model.schedules[-1], cfg.max_wallclock_seconds or math.inf
     T, batch = cfg.train_seq_len, cfg.train_batch_tokens
-    generator = torch.Generator().manual_seed(cfg.seed + run.rank)
     for i in range(cfg.gptq_calibration_batches):
-        rows, position = batch // T // run.world_size, trained.tokens + i * batch
-        window_BT = (
-            sample_windows(model, rows, T, generator)
-            if cfg.calibration == "self"
-            else loader.read(position - position % T, T, batch).to(run.device)
-        )
+        position = trained.tokens + i * batch
+        window_BT = loader.read(position - position % T, T, batch).to(run.device)
         for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
             run.check_signal()
             moments.accumulate(rows_BT)
@@ -3259,7 +3221,7 @@ def calibrate(
             > limit_s
         ):
             break  # all ranks do: the next batch might end later than the training budget
-    run.log("calibrated", tokens=moments.num_tokens * run.world_size, source=cfg.calibration)
+    run.log("calibrated", tokens=moments.num_tokens * run.world_size)
     return moments.hessians(run)
 
 
@@ -3477,38 +3439,17 @@ def round_scales(cfg: Config, step: Tensor) -> Tensor:
     return torch.from_numpy(SCALES[place.cpu().numpy()]).to(step)
 
 
-def heuristic_row_scales(
-    cfg: Config, weight_OI: Tensor, group: str, found: KroneckerHessian | None
-) -> Tensor:
+CLIP_PERCENTILE = 0.9999984  # of a row's magnitudes, as in the naive baseline
+
+
+def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
     """Step of each row by the row's own weights: CLIP_SIGMAS, or ROW_STEPS but solved."""
     qmax, size_OI = 2 ** (cfg.bits[group] - 1) - 1, weight_OI.abs()
     if cfg.sigmas:  # SDClip (#1394): the same rate for every row
-        step_O = cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
-        if found is None:
-            return step_O
-        diagonal_I = found.inputs_II.diagonal()  # Hessian-aware (#1412): important rows clip later
-        importance_O = (size_OI * diagonal_I / diagonal_I.mean().clamp_min(1e-30)).mean(dim=1)
-        relative_O = importance_O / importance_O.mean().clamp_min(1e-30)
-        return step_O * (1 + cfg.hessian_clip_lambda * (relative_O - 1))
-    shares = {
-        "max": [1.0],
-        "percentile": [cfg.clip_percentile],
-        "search": [0.999, 0.9995, 0.9999, 0.99999, 1.0],
-    }  # GPTQ-lite (#414)
-
-    def error(step_O: Tensor) -> float:
-        step_O1 = step_O[:, None].clamp_min(SMALLEST_SCALE)
-        codes_OI = (weight_OI / step_O1).round().clamp(-qmax, qmax)
-        return float((codes_OI * step_O1 - weight_OI).square().sum())
-
+        return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
+    share = {"max": 1.0, "percentile": CLIP_PERCENTILE}[cfg.row_steps]
     pieces = torch.split(size_OI, 512)  # torch.quantile takes 2^24 numbers at most
-    return min(
-        (
-            torch.cat([rows.quantile(q, dim=1) for rows in pieces]) / qmax
-            for q in shares[cfg.row_steps]
-        ),
-        key=error,
-    )
+    return torch.cat([rows.quantile(share, dim=1) for rows in pieces]) / qmax
 
 
 def optimal_scales(found: KroneckerHessian, column_I: Tensor) -> tuple[Tensor, Tensor]:
@@ -3570,7 +3511,7 @@ def group_matrices(
         else:
             row_LO = torch.stack(
                 [
-                    heuristic_row_scales(cfg, weight_OI, roles[name], found.get(name))
+                    heuristic_row_scales(cfg, weight_OI, roles[name])
                     for name, weight_OI in zip(names, weights, strict=True)
                 ]
             )
@@ -3609,27 +3550,6 @@ def quantize_group(cfg: Config, stack: MatrixGroup, multiplier: float) -> dict[s
     }
 
 
-def low_rank_corrections(
-    cfg: Config, stacks: Sequence[MatrixGroup], tensors: Mapping[str, Quantized]
-) -> dict[str, Quantized]:
-    """LQER (arXiv:2402.02446, #1797): the largest errors, as products of NAME@0 and NAME@1."""
-    errors = {
-        name: weight_OI.cpu() - tensors[name].dequantized()
-        for stack in stacks
-        for name, weight_OI in zip(stack.names, stack.weight_LOI, strict=True)
-    }
-    found: dict[str, Quantized] = {}
-    for name in sorted(errors, key=lambda name: -float(errors[name].norm()))[: cfg.lqer_top_k]:
-        u, s, v = torch.linalg.svd(errors[name], full_matrices=False)
-        root_R = s[: cfg.lqer_rank].sqrt()
-        left_OR, right_RI = u[:, : len(root_R)] * root_R, root_R[:, None] * v[: len(root_R)]
-        coarse = (2, left_OR.numel()) if cfg.lqer_group else (4, 0)  # asymmetric (#1797)
-        size = math.gcd(right_RI.size(1), cfg.lqer_group)  # of 0: a row
-        found[f"{name}@0"] = quantize_rows(left_OR, *coarse)
-        found[f"{name}@1"] = quantize_rows(right_RI, 4, size)
-    return found
-
-
 def quantize_model(
     cfg: Config,
     model: nn.Module,
@@ -3643,8 +3563,6 @@ def quantize_model(
         for stack in stacks
         for name, tensor in quantize_group(cfg, stack, multiplier).items()
     }
-    if cfg.lqer_rank:
-        tensors |= low_rank_corrections(cfg, stacks, tensors)
     for name, role in parameter_roles(model).items():
         weight, bits = model.get_parameter(name).detach(), cfg.bits[role.quant_group]
         if bits == PLAIN_BITS or weight.numel() <= 1:
@@ -3989,7 +3907,7 @@ def empty_tensor(name: str, spec: Sequence[int], shape: Sequence[int], coder: st
         or (
             0 < num_scales <= size
             and size % num_scales == 0
-            and bits in {*BITS, 2} - {PLAIN_BITS}
+            and bits in {*BITS} - {PLAIN_BITS}
             and 0 <= flags < (16 if coder == "ans" else 8)
             and (not flags & 3 or (len(shape) == 2 and num_scales == shape[0]))
         )
@@ -4015,10 +3933,10 @@ def model_layout(cfg: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str
 
 
 def group_names(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
-    """The stored names by group, in order; factors of corrections are a group of their own."""
+    """The stored names by group, in order."""
     members: dict[str, list[str]] = {}
     for name in sorted(names):
-        members.setdefault("lqer" if "@" in name else groups[name], []).append(name)
+        members.setdefault(groups[name], []).append(name)
     return dict(sorted(members.items()))
 
 
@@ -4113,11 +4031,6 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
         "tokenizer_sha256": tokenizer_sha256,
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
-        "ranks": {
-            name[:-2]: tensors[name].values.shape[1]
-            for name in sorted(tensors)
-            if name.endswith("@0")
-        },
         "streams": [[kind, len(stream)] for kind, stream in packed.items()],
     }
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -4159,19 +4072,11 @@ def decode_tensors(
 ) -> dict[str, Quantized]:
     """The stored tensors by name; names and shapes must be exactly the model's."""
     specs, coder = {name: spec for name, *spec in header["tensors"]}, header["compressor"]
-    all_shapes = dict(shapes)
-    for name, rank in header["ranks"].items():  # a factor's steps or codes do not tell the rank
-        require(
-            type(rank) is int and 0 < rank <= 64 and len(shapes.get(name, ())) == 2,
-            f"{name} cannot have a correction of rank {rank}",
-        )
-        rows, columns = shapes[name]
-        all_shapes |= {f"{name}@0": (rows, rank), f"{name}@1": (rank, columns)}
     require(
-        specs.keys() == all_shapes.keys(),
-        f"its tensors are not the model's: {sorted(specs.keys() ^ all_shapes.keys())}",
+        specs.keys() == shapes.keys(),
+        f"its tensors are not the model's: {sorted(specs.keys() ^ shapes.keys())}",
     )
-    size = sum(math.prod(shape) for shape in all_shapes.values())
+    size = sum(math.prod(shape) for shape in shapes.values())
     require(size <= MAX_WEIGHTS, f"{size} weights; {MAX_WEIGHTS} are the most")
     packed: dict[str, dict[str, bytes]] = {}
     position = 0
@@ -4184,18 +4089,15 @@ def decode_tensors(
     members, tensors = group_names(list(specs), groups), dict[str, Quantized]()
     require(packed.keys() == members.keys(), f"streams of {[*packed]} for {[*members]}")
     for group, names in members.items():
-        blanks = [empty_tensor(name, specs[name], all_shapes[name], coder) for name in names]
+        blanks = [empty_tensor(name, specs[name], shapes[name], coder) for name in names]
         unpack_group(packed[group], blanks, coder)
         tensors |= zip(names, blanks, strict=True)
     return tensors
 
 
 def dequantize_all(tensors: Mapping[str, Quantized]) -> dict[str, Tensor]:
-    """The weights by name, with their corrections."""
-    weights = {name: tensor.dequantized() for name, tensor in tensors.items()}
-    for name in [name for name in tensors if name.endswith("@0")]:
-        weights[name[:-2]] += weights.pop(name) @ weights.pop(f"{name[:-1]}1")
-    return weights
+    """The weights by name."""
+    return {name: tensor.dequantized() for name, tensor in tensors.items()}
 
 
 def artifact_sizes(payload: bytes) -> dict[str, int]:
@@ -5458,8 +5360,7 @@ def train_and_write(run: Run, artifact: Path, validation: Validation, tokenizer_
     evaluate_and_log(run, model, validation, "prequant")
     found = dict[str, KroneckerHessian]()
     if cfg.quantizer == "gptq":
-        # Text of the model's own is not training data (#1019), and takes long.
-        with run.stage("calibrate", "training" if cfg.calibration == "train" else "other"):
+        with run.stage("calibrate", "training"):
             found = calibrate(run, model, loader, trainer.progress)
 
     def write() -> None:  # the state first: a continuation that finds the artifact needs it

@@ -463,11 +463,8 @@ REFUSED_EDITS: dict[str, Edit] = {
        for flags in (16, -1, 10**30, 1.0, "0", None, True)},
     "coarse steps for zlib": set_flags(MATRIX, 8),
     "a factor for each column of a vector": set_flags(VECTOR, 1),
-    "a correction of nothing": lambda h: h["ranks"].update({MATRIX: 3}) or h["tensors"].extend(
+    "a low-rank correction, which older scripts wrote": lambda h: h["tensors"].extend(
         [[f"{MATRIX}@0", 4, 16, 0], [f"{MATRIX}@1", 4, 3, 0]]),
-    "half a correction": lambda h: h["tensors"].append([f"{MATRIX}@0", 4, 16, 0]),
-    "a correction of an unknown tensor": lambda h: h["tensors"].extend(
-        [["x@0", 4, 16, 0], ["x@1", 4, 3, 0]]),
     "a stream too many": lambda h: h["streams"].append(["more/mlp", 0]),
 }  # fmt: skip
 

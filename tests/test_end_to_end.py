@@ -248,14 +248,13 @@ def test_packed_script_alone_scores_the_artifact_to_the_same_bits(done: Done, sh
 
 DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by plainer ones
     name: getattr(train_gpt.Config(), name)
-    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "control_bits", "compressor")
+    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "compressor")
 }
 OTHER_EXPORTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "corrected, self-calibrated": {"lqer_rank": 2, "lqer_group": 8, "calibration": "self"},
     "seed": {
         "quant_grid": "uniform", "clip_sigmas": "12.85", "attn_bits": 6, "mlp_bits": 6,
-        "compressor": "brotli_shuffled", "control_bits": 16, "gate_bits": 16,
+        "compressor": "brotli_shuffled", "gate_bits": 16,
         "num_layers": 3, "num_loops": 1, "loop_start": 1, "loop_end": 1, "attn_gate": "head",
     },
 }  # fmt: skip

@@ -424,7 +424,6 @@ class Config:
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
-    ttt_lora_shared: bool = knob(False, "passes through a looped block share one LoRA")
     ttt_lora_lr: float = knob(0.003, "learning rate of the LoRA (AdamW)", low=0)
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
@@ -5034,13 +5033,8 @@ class AdapterTrainer:
     def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
         self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
-        # The adapters of each layer call: two calls of a block share one if TTT_LORA_SHARED.
-        keys = [
-            [(module, 0 if cfg.ttt_lora_shared else index) for module in lora_modules(model, index)]
-            for index in range(len(model.schedule))
-        ]
-        unique = [*dict.fromkeys(itertools.chain(*keys))]
-        sizes = [lora_sizes(module) for module, _ in unique]
+        modules = [lora_modules(model, index) for index in range(len(model.schedule))]
+        sizes = [lora_sizes(module) for module in itertools.chain(*modules)]
         # Every document starts with the same A, so that their order does not matter; B is zero.
         self.starts = [*starts] or [
             ((2 * torch.rand(cfg.ttt_lora_rank, width, generator=generator) - 1) * width**-0.5).to(
@@ -5052,8 +5046,9 @@ class AdapterTrainer:
             BatchedLoRA(start_RI, rows, num_outputs, cfg.ttt_lora_alpha)
             for start_RI, (_, num_outputs) in zip(self.starts, sizes, strict=True)
         ]
-        adapter_of = dict(zip(unique, self.adapters, strict=True))
-        self.visits = [[(key[0], adapter_of[key]) for key in visit] for visit in keys]
+        # Two calls of the same block have adapters of their own.
+        adapters = iter(self.adapters)
+        self.visits = [[(module, next(adapters)) for module in row] for row in modules]
         self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
         self.params = [param for adapter in self.adapters for param in adapter.parameters()]
         self.optimizer = torch.optim.AdamW(

@@ -524,12 +524,11 @@ def test_what_is_frozen_stays_and_all_else_is_trained(knobs, frozen):
         assert {"blocks.0.attn_scale", "skip_weights"} <= trained.keys()
 
 
-def test_looped_blocks_have_adapters_by_visit_or_share_them(make_run: MakeRun):
-    for shared, count in ((False, 6), (True, 3)):  # blocks 0 to 2 twice
-        run = make_run(**LORA | {"num_layers": 3}, num_loops=1, loop_start=0, loop_end=2,
-                       ttt_lora_targets="v", ttt_lora_shared=shared)  # fmt: skip
-        trainer = train_gpt.AdapterTrainer(run, random_model(run.cfg))
-        assert (len(trainer.visits), len(trainer.adapters)) == (6, count)
+def test_every_call_of_a_looped_block_has_its_own_adapter(make_run: MakeRun):
+    run = make_run(**LORA | {"num_layers": 3}, num_loops=1, loop_start=0, loop_end=2,
+                   ttt_lora_targets="v")  # fmt: skip
+    trainer = train_gpt.AdapterTrainer(run, random_model(run.cfg))
+    assert (len(trainer.visits), len(trainer.adapters)) == (6, 6)  # blocks 0 to 2 twice
 
 
 def test_documents_end_at_the_next_bos():

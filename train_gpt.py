@@ -386,7 +386,6 @@ class Config:
     ttt_lr: float = knob(0.005, "peak learning rate of weight training, cosine decay", low=0)
     ttt_optimizer: str = knob("sgd", "optimizer of weight training", choices=("sgd", "adamw"))
     ttt_momentum: float = knob(0.9, "its momentum, or AdamW's beta1", low=0, high=0.9999)
-    ttt_wd: float = knob(0.0, "its weight decay", low=0)
     ttt_grad_clip: float = knob(1.0, "its maximum gradient norm; 0 = no clipping", low=0)
     ttt_epochs: int = knob(3, "epochs over each scored chunk", low=1, high=1000)
     ttt_chunk_tokens: int = knob(
@@ -4951,9 +4950,9 @@ class WeightTrainer:
             groups.setdefault(lr, []).append(param.requires_grad_(True))
         rows = [{"params": members, "base_lr": lr, "lr": lr} for lr, members in groups.items()]
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(rows, momentum=cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+            torch.optim.SGD(rows, momentum=cfg.ttt_momentum)
             if cfg.ttt_optimizer == "sgd"
-            else torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=cfg.ttt_wd)
+            else torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=0.0)
         )
         self.params = [*params.values()]
         self.masked = [p for name, p in params.items() if name in ROW_PER_BLOCK]

@@ -61,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **CHUNK, "ttt_optimizer": "adamw", "ttt_lr": 0.01, "ttt_polyak": 0.5, "ttt_ramp": 3.0,
         "ttt_byte_weighted": True, "ttt_freeze_blocks": 1, "ttt_train": "blocks",
     },
-    "chunk_hash": {**CHUNK, "eval_hash_rows": 64, "ttt_asym_caps": True, "ttt_wd": 0.1},
+    "chunk_hash": {**CHUNK, "eval_hash_rows": 64, "ttt_asym_caps": True},
     "lora_window": {**LORA, "ttt_grad_steps": 2},
     "lora_text": {**LORA, "ttt_context": "text"},
     "lora_incremental": {**LORA, **RICH, "ttt_context": "incremental", "ttt_grad_steps": 2},

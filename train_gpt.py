@@ -405,7 +405,6 @@ class Config:
         0.0, "decay of the averaged weights used for scoring; 0 = off", low=0, high=0.99999
     )
     ttt_byte_weighted: bool = knob(False, "weight the training loss by each target's bytes")
-    ttt_asym_caps: bool = knob(False, "train two logit caps, also for a model with a single one")
     eval_hash_rows: int = knob(
         0, "rows of a bigram table created for the pass; 0 = no table", low=0, high=2**20
     )
@@ -4788,20 +4787,18 @@ class EvalRunner:
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     """Let a pass change the model; in the end it is again what it was, to the bit."""
     before = [(param, param.detach().clone()) for param in model.parameters()]
-    caps, hashes, compiled = model.caps, model.hashes, (model.run_block, model.nll)
+    hashes, compiled = model.hashes, (model.run_block, model.nll)
     if cfg.ttt_method == "lora":  # chunks have too many lengths to compile for
         model.run_block, model.nll = run_block, softcapped_cross_entropy
     if cfg.eval_hash_rows:
         model.hashes = nn.ModuleList(
             [*hashes, EvalHashEmbedding(cfg).to(model.skip_weights.device)]
         )
-    if cfg.ttt_asym_caps and caps is None:
-        model.caps = nn.Parameter(model.skip_weights.new_full((2,), cfg.logit_softcap))
     try:
         yield
     finally:
         model.set_adapters([])
-        model.caps, model.hashes, (model.run_block, model.nll) = caps, hashes, compiled
+        model.hashes, (model.run_block, model.nll) = hashes, compiled
         model.requires_grad_(True).zero_grad()
         for param, value in before:
             param.data.copy_(value)

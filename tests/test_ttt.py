@@ -61,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **CHUNK, "ttt_optimizer": "adamw", "ttt_lr": 0.01, "ttt_polyak": 0.5, "ttt_ramp": 3.0,
         "ttt_byte_weighted": True, "ttt_freeze_blocks": 1, "ttt_train": "blocks",
     },
-    "chunk_hash": {**CHUNK, "eval_hash_rows": 64, "ttt_asym_caps": True},
+    "chunk_hash": {**CHUNK, "eval_hash_rows": 64},
     "lora_window": {**LORA, "ttt_grad_steps": 2},
     "lora_text": {**LORA, "ttt_context": "text"},
     "lora_incremental": {**LORA, **RICH, "ttt_context": "incremental", "ttt_grad_steps": 2},
@@ -77,7 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **LORA, "mixer": "backoff", "mixer_orders": "0-2", "ttt_context": "incremental",
         "ttt_chunk_tokens": T, "ngram_table_bits": 12,
     },
-    "lora_phases": {**LORA, "ttt_phases": "2,4", "ttt_asym_caps": True, "tie_embeddings": False},
+    "lora_phases": {**LORA, "ttt_phases": "2,4", "asym_logit_rescale": True, "tie_embeddings": False},
 }  # fmt: skip
 LEARNING = [name for name in METHODS if name != "sliding"]
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -235,7 +235,7 @@ def test_chunks_at_learning_rate_zero_are_the_sliding_windows_to_the_bit(
     make_run: MakeRun, data, name
 ):
     # One row a batch, so that products have the same shapes in both passes.
-    changes = {**METHODS[name], "ttt_lr": 0.0, "ttt_asym_caps": False, "val_batch_size": T}
+    changes = {**METHODS[name], "ttt_lr": 0.0, "val_batch_size": T}
     run, found = make_run(**changes), dict[int, float]()
     model, ids = random_model(run.cfg), text_of(data)
     with recorded(found):

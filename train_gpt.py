@@ -4,7 +4,6 @@
     RECIPE=records/demo/cpu.env python train_gpt.py            # one GPU, or a CPU, to look around
     MODE=describe python train_gpt.py                          # shape, groups, bytes; needs no data
     MODE=eval ARTIFACT=logs/x/artifact.bin python train_gpt.py # score an artifact, fresh process
-    MODE=audit ARTIFACT=logs/x/artifact.bin python train_gpt.py # is its score a legal one
 
 The environment is the only configuration: every knob is a field of Config, spelled in capitals.
 RECIPE=path/to/run.env reads KEY=value lines as defaults below the real environment. A run trains
@@ -13,7 +12,8 @@ fresh model, and scores that model in bits per byte. Everything it writes lies i
 that was killed goes on from its last checkpoint when it is started again with the same RUN_DIR.
 
 Sections: 1. Configuration  2. Run context  3. Data  4. Model  5. Optimization
-          6. Training  7. Quantization  8. Artifact  9. Evaluation
+          6. Training  7. Quantization  8. Artifact  9. Evaluation plans
+          10. Scoring  11. Test-time training  12. N-gram mixers
 Tensor suffixes: B sequences, T positions, D model width, H query heads, K key/value heads,
                  E width of a head, F MLP width, V vocabulary, O x I a weight's out x in,
                  N tokens, L equal matrices in a stack, R adapter rank.
@@ -89,7 +89,7 @@ def knob(default: Any, doc: str, **meta: Any) -> Any:
 
 
 BITS = (4, 5, 6, 7, 8, 16)
-MODES = ("all", "train", "eval", "audit", "describe")
+MODES = ("all", "train", "eval", "describe")
 PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
 LOADER_CHOICES = ("stream", "shuffled", "coprime", "annealed")
@@ -338,7 +338,7 @@ class Config:
     artifact_budget_bytes: int = knob(
         16_000_000, "limit for packed code plus artifact", unit="bytes", low=1
     )
-    artifact: str = knob("", "artifact for MODE=eval and audit; empty = RUN_DIR/artifact.bin")
+    artifact: str = knob("", "artifact for MODE=eval; empty = RUN_DIR/artifact.bin")
     # Evaluation
     eval_seq_len: int = knob(0, "evaluation context; 0 = TRAIN_SEQ_LEN", unit="tokens", low=0)
     eval_stride: int = knob(
@@ -359,7 +359,6 @@ class Config:
     ttt_lr: float = knob(0.005, "peak learning rate of weight training, cosine decay", low=0)
     ttt_optimizer: str = knob("sgd", "optimizer of weight training", choices=("sgd", "adamw"))
     ttt_momentum: float = knob(0.9, "its momentum, or AdamW's beta1", low=0, high=0.9999)
-    ttt_wd: float = knob(0.0, "its weight decay", low=0)
     ttt_grad_clip: float = knob(1.0, "its maximum gradient norm; 0 = no clipping", low=0)
     ttt_epochs: int = knob(3, "epochs over each scored chunk", low=1, high=1000)
     ttt_chunk_tokens: int = knob(
@@ -379,7 +378,6 @@ class Config:
         0.0, "decay of the averaged weights used for scoring; 0 = off", low=0, high=0.99999
     )
     ttt_byte_weighted: bool = knob(False, "weight the training loss by each target's bytes")
-    ttt_asym_caps: bool = knob(False, "train two logit caps, also for a model with a single one")
     eval_hash_rows: int = knob(
         0, "rows of a bigram table created for the pass; 0 = no table", low=0, high=2**20
     )
@@ -397,7 +395,6 @@ class Config:
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
-    ttt_lora_shared: bool = knob(False, "passes through a looped block share one LoRA")
     ttt_lora_lr: float = knob(0.003, "learning rate of the LoRA (AdamW)", low=0)
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
@@ -446,7 +443,7 @@ class Config:
     @property
     def trains(self) -> bool:
         """Whether the model is this run's own, not one that an artifact describes."""
-        return self.mode not in ("eval", "audit")
+        return self.mode != "eval"
 
     @property
     def head_dim(self) -> int:
@@ -776,6 +773,8 @@ OUR_WORDS = {
 def out_of_range(f: dataclasses.Field[Any], value: Any) -> str:
     """What is wrong with `value` for this knob, or an empty string."""
     meta, name = f.metadata, f.name.upper()
+    if name == "MODE" and value == "audit":
+        return "MODE=audit has moved: run python records/audit.py --artifact PATH"
     if meta["choices"] and value not in meta["choices"]:
         return f"{name}={value!r} must be one of {', '.join(map(str, meta['choices']))}"
     low, high = meta["low"], meta["high"]
@@ -4196,10 +4195,10 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     return sizes
 
 
-# --- 9. Evaluation -------------------------------------------------------------------------------
-# The score is bits per byte: nats over all targets / (ln 2 * their bytes). A pass is a plan: steps
-# of each rank, a pure function of integers. One loop runs it; the Scorer keeps the trace, and finds
-# a target that was not scored once and an update that could have told a score what comes.
+# --- 9. Evaluation plans -------------------------------------------------------------------------
+# A pass over the validation text is a list of steps for each rank, computed from integers alone
+# before the pass starts: which windows to score, what to train on, and in which order. Every target
+# is scored once, before anything is trained on it.
 
 Span = tuple[int, int]  # of targets: the first, and one past the last
 
@@ -4397,6 +4396,12 @@ def plan_adaptive(planner: EvalPlanner, ids: np.ndarray) -> list[EvalStep]:
     if planner.cfg.ttt_method == "pretrain":
         return planner.epochs(num_targets) + planner.score(num_targets, planner.stride)
     return planner.chunks(num_targets)
+
+
+# --- 10. Scoring ---------------------------------------------------------------------------------
+# The score is in bits per byte: nats of all targets / (ln 2 * their bytes). EvalRunner runs the
+# steps of a plan. Scorer adds up the losses and keeps the trace of the pass, which must show that
+# every target was scored once and that no update read a target before it was scored.
 
 
 class Score(NamedTuple):
@@ -4663,20 +4668,18 @@ class EvalRunner:
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     """Let a pass change the model; in the end it is again what it was, to the bit."""
     before = [(param, param.detach().clone()) for param in model.parameters()]
-    caps, hashes, compiled = model.caps, model.hashes, (model.run_block, model.nll)
+    hashes, compiled = model.hashes, (model.run_block, model.nll)
     if cfg.ttt_method == "lora":  # chunks have too many lengths to compile for
         model.run_block, model.nll = run_block, softcapped_cross_entropy
     if cfg.eval_hash_rows:
         model.hashes = nn.ModuleList(
             [*hashes, EvalHashEmbedding(cfg).to(model.skip_weights.device)]
         )
-    if cfg.ttt_asym_caps and caps is None:
-        model.caps = nn.Parameter(model.skip_weights.new_full((2,), cfg.logit_softcap))
     try:
         yield
     finally:
         model.set_adapters([])
-        model.caps, model.hashes, (model.run_block, model.nll) = caps, hashes, compiled
+        model.hashes, (model.run_block, model.nll) = hashes, compiled
         model.requires_grad_(True).zero_grad()
         for param, value in before:
             param.data.copy_(value)
@@ -4784,6 +4787,11 @@ def evaluate_and_log(run: Run, model: GPT, validation: Validation, kind: str) ->
     run.log(f"final_{kind}", **values)
 
 
+# --- 11. Test-time training ----------------------------------------------------------------------
+# What learns from scored text: WeightTrainer trains the weights of the model on chunks that all
+# ranks have scored; AdapterTrainer trains one LoRA for each document and layer call, and leaves the
+# weights as they are.
+
 # Parameters with one row per block, which belong to that block.
 ROW_PER_BLOCK = ("block_scalars.x0", "block_scalars.write", "block_scalars.carry")
 
@@ -4825,9 +4833,9 @@ class WeightTrainer:
             groups.setdefault(lr, []).append(param.requires_grad_(True))
         rows = [{"params": members, "base_lr": lr, "lr": lr} for lr, members in groups.items()]
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(rows, momentum=cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+            torch.optim.SGD(rows, momentum=cfg.ttt_momentum)
             if cfg.ttt_optimizer == "sgd"
-            else torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=cfg.ttt_wd)
+            else torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=0.0)
         )
         self.params = [*params.values()]
         self.masked = [p for name, p in params.items() if name in ROW_PER_BLOCK]
@@ -4907,13 +4915,8 @@ class AdapterTrainer:
     def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
         self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
-        # The adapters of each layer call: two calls of a block share one if TTT_LORA_SHARED.
-        keys = [
-            [(module, 0 if cfg.ttt_lora_shared else index) for module in lora_modules(model, index)]
-            for index in range(len(model.schedule))
-        ]
-        unique = [*dict.fromkeys(itertools.chain(*keys))]
-        sizes = [lora_sizes(module) for module, _ in unique]
+        modules = [lora_modules(model, index) for index in range(len(model.schedule))]
+        sizes = [lora_sizes(module) for module in itertools.chain(*modules)]
         # Every document starts with the same A, so that their order does not matter; B is zero.
         self.starts = [*starts] or [
             ((2 * torch.rand(cfg.ttt_lora_rank, width, generator=generator) - 1) * width**-0.5).to(
@@ -4925,8 +4928,9 @@ class AdapterTrainer:
             BatchedLoRA(start_RI, rows, num_outputs, cfg.ttt_lora_alpha)
             for start_RI, (_, num_outputs) in zip(self.starts, sizes, strict=True)
         ]
-        adapter_of = dict(zip(unique, self.adapters, strict=True))
-        self.visits = [[(key[0], adapter_of[key]) for key in visit] for visit in keys]
+        # Two calls of the same block have adapters of their own.
+        adapters = iter(self.adapters)
+        self.visits = [[(module, next(adapters)) for module in row] for row in modules]
         self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
         self.params = [param for adapter in self.adapters for param in adapter.parameters()]
         self.optimizer = torch.optim.AdamW(
@@ -4981,8 +4985,10 @@ class AdapterTrainer:
         return scored[0]
 
 
-# A Mixer changes the model's distribution by the prefix alone, and it still sums to 1 (but for
-# MIXER=hedge_entropy). Tables and weights change in `update` only, and equally on all ranks.
+# --- 12. N-gram mixers ---------------------------------------------------------------------------
+# A Mixer combines the model's next-token distribution with n-gram counts of the scored text. The
+# result depends on the prefix alone and sums to 1 (except with MIXER=hedge_entropy). Counts and
+# mixture weights change in `update` only, in the same way on every rank.
 
 
 def mix_bits(bits: Tensor) -> Tensor:
@@ -5201,121 +5207,6 @@ class Mixer:
             self.counts.update(ids)
 
 
-@torch.no_grad()
-def check_normalization(
-    z_NV: Tensor,
-    target_N: Tensor,
-    scored_N: Tensor,
-    mixed: Any,
-    *,
-    model: GPT,
-    calls: itertools.count[int],
-    problems: list[str],
-) -> None:
-    """Check, at calls 1, 2, 4, 8, ..., that some scores are of a distribution over all tokens."""
-    number = next(calls)
-    rows = (mixed[2].flatten() if mixed else torch.ones_like(target_N)).nonzero().flatten()
-    if number & (number - 1) or not len(rows):
-        return
-    rows = rows[:: -(-len(rows) // 8)]
-    logits_NV = softcap_logits(z_NV[rows], model.cap)[0]
-    logp_NV = (
-        mixed[0].log_probs(logits_NV, mixed[1].flatten(0, 1)[rows])
-        if mixed
-        else logits_NV.double().log_softmax(dim=1)
-    )
-    excess = (logp_NV.exp().sum(dim=1) - 1).abs().max()
-    recorded = (logp_NV.gather(1, target_N[rows, None])[:, 0] + scored_N[rows]).abs().max()
-    if excess > 1e-5:
-        problems.append(f"probabilities sum to 1 +- {float(excess):.3g}")
-    if recorded > 1e-4:
-        problems.append(f"the score is {float(recorded):.3g} nats off the distribution")
-
-
-def audit_scores(
-    run: Run, model: GPT, text: Validation, *, learns: bool = True
-) -> tuple[Score, np.ndarray]:
-    """The score of a text, and the nats of its targets on every rank."""
-    score = evaluate(
-        run,
-        model,
-        text,
-        run.cfg.eval_stride or run.cfg.score_seq_len,
-        adaptive=run.cfg.adapts,
-        learns=learns,
-    )
-    return score, run.all_reduce_sum(torch.from_numpy(score.nll_T).to(run.device)).cpu().numpy()
-
-
-AUDIT_TOLERANCE = 1e-3  # nats: what other batches may change
-
-
-def audit_causality(run: Run, model: GPT, text: Validation, base_T: np.ndarray) -> list[str]:
-    """C1: no other token, and no other continuation, may change a score before it."""
-    # Kernels that add up in any order differ between equal runs; where none does, this is 0.
-    noise = np.abs(audit_scores(run, model, text)[1] - base_T).max()
-    problems, is_bos = [], text.ids == BOS_ID
-    for share in (1 / 3, 2 / 3):
-        place = int(share * text.num_targets)
-        place += int(is_bos[place])  # where documents begin stays
-        token, begun, rest = text.ids.copy(), text.ids.copy(), text.ids.copy()
-        token[place] = 2 + (text.ids[place] == 2)
-        begun[place] = BOS_ID
-        rest[place:][~is_bos[place:]] = text.ids[place:][~is_bos[place:]][::-1]
-        # A new document deals others to other batches, whose sums may round another way.
-        for what, ids, rounding in (
-            ("token", token, 0.0),
-            ("text from", rest, 0.0),
-            ("document from", begun, AUDIT_TOLERANCE),
-        ):
-            nll_T = audit_scores(run, model, text._replace(ids=ids))[1]
-            change = float(np.abs(nll_T - base_T)[: max(0, place - 1)].max(initial=0))
-            if change > max(4 * noise, rounding):
-                problems.append(f"another {what} {place} changes earlier scores by {change:.3g}")
-    return problems
-
-
-def audit(run: Run, model: GPT, validation: Validation) -> None:
-    """Check a pass over the beginning of the text by issue #1017; RunFailed if it is not legal."""
-    # Long enough for a few rounds of learning, and no clock decides what is learned.
-    cfg = run.cfg = dataclasses.replace(run.cfg, eval_max_seconds=0.0)
-    count = min(validation.num_targets, 4 * cfg.ttt_chunk_tokens)
-    text = Validation(validation.ids[: count + 1], validation.target_bytes[:count], partial=True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    unsure, early, order = list[str](), list[str](), list[str]()
-    model.normalization_check = functools.partial(
-        check_normalization, model=model, calls=itertools.count(1), problems=unsure
-    )
-    score, base_T = audit_scores(run, model, text)
-    model.normalization_check, causes = None, audit_causality(run, model, text, base_T)
-    for problem in score.problems:
-        (early if "were scored" in problem else order).append(problem)
-    run.cfg = dataclasses.replace(cfg, ttt_lr=0.0, ttt_lora_lr=0.0)
-    idle_T, none_T = (audit_scores(run, model, text, learns=on)[1] for on in (True, False))
-    if not np.array_equal(idle_T, none_T):
-        early.append("learning rate 0 is not no learning")
-    if (score.tokens, score.num_bytes) != (count, int(text.target_bytes.sum())):
-        order.append(f"{score.tokens} of {count} targets scored")
-    if any(not torch.equal(before[name], x) for name, x in model.state_dict().items()):
-        order.append("the pass left other weights behind")
-    found = {
-        "C1 strict causal dependence": causes,
-        "C2 full normalised distribution": unsure,
-        "C3 score before update": early,
-        "C4 single left-to-right pass": order,
-    }
-    for condition, problems in found.items():
-        run.log(
-            "audit",
-            condition=condition,
-            verdict="fail" if problems else "pass",
-            targets=count,
-            detail=problems[0] if problems else "no problem found",
-        )
-    if failed := [condition for condition, problems in found.items() if problems]:
-        raise RunFailed(f"not legal: {'; '.join(failed)}")
-
-
 # --- main ----------------------------------------------------------------------------------------
 def describe(cfg: Config) -> str:
     """What a run with these knobs would train: shape, plan, groups and sizes; needs no data."""
@@ -5524,9 +5415,6 @@ def execute(run: Run) -> None:
     run.log("bytes", **sizes["groups"])
     if validation is None:  # the artifact, not the environment, says which vocabulary it is
         validation = load_validation(run.cfg, processor)
-    if cfg.mode == "audit":
-        audit(run, model, validation)
-        return
     kinds = {"quantized": True, "sliding": cfg.eval_stride > 0, "ttt": cfg.adapts}
     for kind in (kind for kind, is_on in kinds.items() if is_on):
         evaluate_and_log(run, model, validation, kind)

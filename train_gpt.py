@@ -92,7 +92,7 @@ BITS = (4, 5, 6, 7, 8, 16)
 MODES = ("all", "train", "eval", "describe")
 PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
-LOADER_CHOICES = ("stream", "shuffled", "coprime", "annealed")
+LOADER_CHOICES = ("stream", "shuffled", "coprime")
 EMBED_INITS = ("normal", "overtone")
 MIX_INITS = ("last", "phase")
 MATRIX_INITS = ("default", "orthogonal", "orthogonal_scaled")
@@ -1276,50 +1276,10 @@ class CoprimeSampler(ShuffledSampler):
         return walked
 
 
-class AnnealedSampler(ShuffledSampler):
-    """Every batch mixes the walks of some shards, of 8 at first, of 64 from batch 1,800 on (#726,
-    #1060). A shard whose walk has ended is walked anew: a batch is what elsewhere is an epoch.
-    """
-
-    def __init__(self, stream: TokenStream, seq_len: int, cfg: Config):
-        super().__init__(stream, seq_len, cfg)
-        self.num_windows = cfg.train_batch_tokens // seq_len
-        self.rng = np.random.default_rng(cfg.seed)
-        self.left = {i: np.empty(0, dtype=np.int64) for i, n in enumerate(self.counts) if n}
-
-    def take(self, shard: int, count: int) -> np.ndarray:
-        """The next windows of a shard's walk."""
-        while len(left := self.left[shard]) < count:
-            again = coprime_walk(self.windows(shard, self.rng), self.rng)
-            self.left[shard] = np.concatenate([left, again])
-        self.left[shard] = left[count:]
-        return left[:count]
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Start positions of the windows of a batch; those before it are drawn first."""
-        rng, rows = self.rng, self.num_windows
-        for batch in range(len(self.epochs), epoch + 1):
-            progress, shards_S = min(1.0, batch / 1800), np.array([*self.left])
-            left_S = np.array([len(self.left[i]) or self.counts[i] for i in shards_S])
-            weight_S = left_S ** (0.9 - 0.4 * progress)
-            mixed = min(round(8 + 56 * progress), len(shards_S), rows)
-            chosen = rng.choice(len(shards_S), mixed, replace=False, p=weight_S / weight_S.sum())
-            share = weight_S[chosen] / weight_S[chosen].sum()
-            counts = 1 + rng.multinomial(rows - mixed, share)
-            windows = [
-                rng.permutation(self.take(int(i), n))
-                for i, n in zip(shards_S[chosen], counts, strict=True)
-            ]
-            turns = [np.arange(n) + rng.random(n) for n in counts]  # one of each shard a round
-            self.epochs[batch] = np.concatenate(windows)[np.concatenate(turns).argsort()]
-        return self.epochs[epoch]
-
-
 SAMPLERS: dict[str, Any] = {
     "stream": SequentialSampler,
     "shuffled": ShuffledSampler,
     "coprime": CoprimeSampler,
-    "annealed": AnnealedSampler,
 }
 
 

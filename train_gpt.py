@@ -48,7 +48,7 @@ import time
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -4099,45 +4099,98 @@ def script_source() -> str:
     return globals().get("PACKED_SOURCE") or Path(__file__).read_text(encoding="utf-8")
 
 
-# The unpacked source is put where tracebacks, inspect and so Triton look for a file's lines.
+# The stub puts the unpacked source where tracebacks, inspect and Triton look for a file's lines.
 PACKED_STUB = (
     "import base64,linecache,lzma\n"
     'PACKED_SOURCE=lzma.decompress(base64.b85decode("{payload}"),format=lzma.FORMAT_RAW,'
-    'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9|lzma.PRESET_EXTREME}}]).decode()\n'
+    'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9}}]).decode()\n'
     'linecache.cache["<train_gpt>"]='
     '(len(PACKED_SOURCE),None,PACKED_SOURCE.splitlines(True),"<train_gpt>")\n'
     'exec(compile(PACKED_SOURCE,"<train_gpt>","exec"))\n'
 )
+# Parameters of LZMA for text: the position of a byte modulo 4 says nothing about it.
+PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 
 
-def strip_comments(source: str) -> str:
-    """The source without comments, docstrings and blank lines; ast.unparse is less portable."""
-    lines, dropped = source.splitlines(keepends=True), set[int]()
-    for kind, _, (row, column), *_ in tokenize.generate_tokens(iter(lines.copy()).__next__):
-        if kind == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:column].rstrip() + "\n"
-        if kind == tokenize.NL and not lines[row - 1].strip():
-            dropped.add(row)
+def pack_source(source: str) -> str:
+    """A script that runs as `source` does, minified and compressed; idempotent.
+
+    Only the standard library is used, so that the counted size depends on no installed package.
+    """
+    packed = lzma.compress(
+        minify(source).encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER]
+    )
+    return PACKED_STUB.format(payload=base64.b85encode(packed).decode())
+
+
+# Two such characters next to each other could become one token, or a warning of the compiler.
+NEEDS_SPACE = re.compile(r"[\w.'\"]{2}")
+
+
+def minify(source: str) -> str:
+    """The source without comments, docstrings and optional whitespace: the same syntax tree.
+
+    A statement takes one line, and each level of indentation one space. The text of a token is
+    never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
+    """
+    docstrings, output = docstring_positions(source), list[str]()
+    statement, indent, first, previous_end = "", 0, (0, 0), (0, 0)
+    for kind, text, start, end in source_tokens(source):
+        if kind in ("INDENT", "DEDENT"):
+            indent += 1 if kind == "INDENT" else -1
+        elif kind == "NEWLINE":
+            statement = docstrings.get(first, statement)
+            output += [" " * indent, statement, "\n"] if statement else []
+            statement = ""
+        elif kind not in ("COMMENT", "NL", "ENDMARKER"):
+            if not statement:
+                first = start
+            elif start != previous_end and NEEDS_SPACE.match(statement[-1] + text[0]):
+                statement += " "
+            statement, previous_end = statement + text, end
+    return "".join(output)
+
+
+Position = tuple[int, int]  # row, from 1, and column
+
+
+def source_tokens(source: str) -> Iterator[tuple[str, str, Position, Position]]:
+    """Kind, text, start and end of each token. An f-string is one token, as before Python 3.12."""
+    lines, depth, f_string_start = list(io.StringIO(source)), 0, (0, 0)
+    for token in tokenize.generate_tokens(iter(lines).__next__):
+        kind = tokenize.tok_name[token.type]
+        if kind.endswith("STRING_START"):
+            f_string_start = f_string_start if depth else token.start
+            depth += 1
+        elif kind.endswith("STRING_END"):
+            depth -= 1
+            if depth == 0:
+                text = text_between(lines, f_string_start, token.end)
+                yield "STRING", text, f_string_start, token.end
+        elif depth == 0:
+            yield kind, token.string, token.start, token.end
+
+
+def text_between(lines: Sequence[str], start: Position, end: Position) -> str:
+    """The text of a file's lines from `start` to `end`."""
+    rows = [*lines[start[0] - 1 : end[0]]]
+    rows[-1] = rows[-1][: end[1]]
+    rows[0] = rows[0][start[1] :]
+    return "".join(rows)
+
+
+def docstring_positions(source: str) -> dict[Position, str]:
+    """Where docstrings start that are a line's only statement, and what must take their place."""
+    positions = {}
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, documented) or ast.get_docstring(node, clean=False) is None:
             continue
-        text, place = node.body[0], slice(node.body[0].lineno - 1, node.body[0].end_lineno)
-        before = lines[place][0].encode()[: text.col_offset]
-        after = lines[place][-1].encode()[text.end_col_offset :]
-        if not (before + after).strip():  # alone on its lines
-            alone = len(node.body) == 1 and not isinstance(node, ast.Module)
-            instead = " " * text.col_offset + "pass\n" if alone else ""
-            lines[place] = [instead, *[""] * (len(lines[place]) - 1)]
-    return "".join(line for row, line in enumerate(lines, start=1) if row not in dropped)
-
-
-def pack_source(source: str) -> str:
-    """A script that runs as `source` does, packed without comments and docstrings; idempotent."""
-    # By the standard library alone, so that the counted size depends on no installed minifier.
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    packed = lzma.compress(strip_comments(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
-    return PACKED_STUB.format(payload=base64.b85encode(packed).decode())
+        docstring, *others = node.body
+        if not others or others[0].lineno != docstring.end_lineno:
+            needs_pass = not others and not isinstance(node, ast.Module)
+            positions[docstring.lineno, docstring.col_offset] = "pass" if needs_pass else ""
+    return positions
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@
     RECIPE=records/demo/cpu.env python train_gpt.py            # one GPU, or a CPU, to look around
     MODE=describe python train_gpt.py                          # shape, groups, bytes; needs no data
     MODE=eval ARTIFACT=logs/x/artifact.bin python train_gpt.py # score an artifact, fresh process
-    MODE=audit ARTIFACT=logs/x/artifact.bin python train_gpt.py # is its score a legal one
 
 The environment is the only configuration: every knob is a field of Config, spelled in capitals.
 RECIPE=path/to/run.env reads KEY=value lines as defaults below the real environment. A run trains
@@ -13,7 +12,8 @@ fresh model, and scores that model in bits per byte. Everything it writes lies i
 that was killed goes on from its last checkpoint when it is started again with the same RUN_DIR.
 
 Sections: 1. Configuration  2. Run context  3. Data  4. Model  5. Optimization
-          6. Training  7. Quantization  8. Artifact  9. Evaluation
+          6. Training  7. Quantization  8. Artifact  9. Evaluation plans
+          10. Scoring  11. Test-time training  12. N-gram mixers
 Tensor suffixes: B sequences, T positions, D model width, H query heads, K key/value heads,
                  E width of a head, F MLP width, V vocabulary, O x I a weight's out x in,
                  N tokens, L equal matrices in a stack, R adapter rank.
@@ -89,10 +89,10 @@ def knob(default: Any, doc: str, **meta: Any) -> Any:
 
 
 BITS = (4, 5, 6, 7, 8, 16)
-MODES = ("all", "train", "eval", "audit", "describe")
+MODES = ("all", "train", "eval", "describe")
 PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
-LOADER_CHOICES = ("stream", "shuffled", "coprime", "annealed")
+LOADER_CHOICES = ("stream", "shuffled", "coprime")
 EMBED_INITS = ("normal", "overtone")
 MIX_INITS = ("last", "phase")
 MATRIX_INITS = ("default", "orthogonal", "orthogonal_scaled")
@@ -104,7 +104,7 @@ LANES = ("none", "stream", "merge", "routed", "lanes")
 COEFFICIENTS = ("classic", "polar")
 AVERAGES = ("none", "ema", "swa", "tail")
 GRIDS = ("uniform", "trellis")
-SCALINGS = ("solved", "max", "percentile", "search")
+SCALINGS = ("solved", "max", "percentile")
 COMPRESSOR_CHOICES = ("ans", "zlib", "zstd", "lzma", "brotli", "brotli_shuffled")
 TTT_METHODS = ("none", "pretrain", "chunk", "lora")
 TTT_CONTEXTS = ("window", "text", "incremental")
@@ -313,9 +313,6 @@ class Config:
     gate_bits: int = knob(
         8, "gate weights, one scale per row; 16 = fp16", unit="bits", choices=(8, 16)
     )
-    control_bits: int = knob(
-        16, "vectors and scalars, one scale each; 16 = fp16", unit="bits", choices=(8, 16)
-    )
     prune_frac: float = knob(
         0.0, "fraction of the smallest weights of each large matrix set to 0", low=0, high=0.99
     )
@@ -331,31 +328,17 @@ class Config:
     clip_sigmas: str = knob(
         "", "clipping range in row deviations: one number, or attn:13,mlp:11.5,embed:14,table:12.85"
     )
-    clip_percentile: float = knob(
-        0.9999984, "quantile of a row's magnitudes that becomes the largest code", low=0.5, high=1
-    )
-    hessian_clip_lambda: float = knob(
-        0.0, "how much CLIP_SIGMAS grows with a row's importance", low=0, high=1
-    )
-    calibration: str = knob(
-        "train", "text for GPTQ's Hessians: training shards, or sampled", choices=("train", "self")
-    )
     gptq_calibration_batches: int = knob(
         16, "maximum number of calibration batches of TRAIN_BATCH_TOKENS", low=1
     )
     gptq_reserve_seconds: float = knob(
         12.0, "part of the training budget for calibration, at most a tenth", unit="s", low=0
     )
-    lqer_rank: int = knob(0, "rank of the stored error correction; 0 = none", low=0, high=64)
-    lqer_top_k: int = knob(3, "number of matrices with an error correction", low=1)
-    lqer_group: int = knob(
-        0, "values per scale of the second factor, first in 2 bits; 0 = a scale per row", low=0
-    )
     compressor: str = knob("ans", "entropy coder of the artifact", choices=COMPRESSOR_CHOICES)
     artifact_budget_bytes: int = knob(
         16_000_000, "limit for packed code plus artifact", unit="bytes", low=1
     )
-    artifact: str = knob("", "artifact for MODE=eval and audit; empty = RUN_DIR/artifact.bin")
+    artifact: str = knob("", "artifact for MODE=eval; empty = RUN_DIR/artifact.bin")
     # Evaluation
     eval_seq_len: int = knob(0, "evaluation context; 0 = TRAIN_SEQ_LEN", unit="tokens", low=0)
     eval_stride: int = knob(
@@ -376,7 +359,6 @@ class Config:
     ttt_lr: float = knob(0.005, "peak learning rate of weight training, cosine decay", low=0)
     ttt_optimizer: str = knob("sgd", "optimizer of weight training", choices=("sgd", "adamw"))
     ttt_momentum: float = knob(0.9, "its momentum, or AdamW's beta1", low=0, high=0.9999)
-    ttt_wd: float = knob(0.0, "its weight decay", low=0)
     ttt_grad_clip: float = knob(1.0, "its maximum gradient norm; 0 = no clipping", low=0)
     ttt_epochs: int = knob(3, "epochs over each scored chunk", low=1, high=1000)
     ttt_chunk_tokens: int = knob(
@@ -396,7 +378,6 @@ class Config:
         0.0, "decay of the averaged weights used for scoring; 0 = off", low=0, high=0.99999
     )
     ttt_byte_weighted: bool = knob(False, "weight the training loss by each target's bytes")
-    ttt_asym_caps: bool = knob(False, "train two logit caps, also for a model with a single one")
     eval_hash_rows: int = knob(
         0, "rows of a bigram table created for the pass; 0 = no table", low=0, high=2**20
     )
@@ -414,7 +395,6 @@ class Config:
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
-    ttt_lora_shared: bool = knob(False, "passes through a looped block share one LoRA")
     ttt_lora_lr: float = knob(0.003, "learning rate of the LoRA (AdamW)", low=0)
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
@@ -463,7 +443,7 @@ class Config:
     @property
     def trains(self) -> bool:
         """Whether the model is this run's own, not one that an artifact describes."""
-        return self.mode not in ("eval", "audit")
+        return self.mode != "eval"
 
     @property
     def head_dim(self) -> int:
@@ -516,7 +496,7 @@ class Config:
             "embed": self.embed_bits,
             "table": self.table_bits,
             "gate": self.gate_bits,
-            "control": self.control_bits,
+            "control": PLAIN_BITS,
         }
 
     @property
@@ -709,13 +689,9 @@ def method_rules(cfg: Config) -> list[Rule]:
         ),
         (
             cfg.quantizer == "gptq"
-            or (
-                cfg.quant_grid == "uniform"
-                and cfg.calibration == "train"
-                and (not needs_hessian or bool(cfg.clip_sigmas))
-            ),
-            "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, CALIBRATION=self, or "
-            "ROW_STEPS=solved without CLIP_SIGMAS",
+            or (cfg.quant_grid == "uniform" and (not needs_hessian or bool(cfg.clip_sigmas))),
+            "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, or ROW_STEPS=solved "
+            "without CLIP_SIGMAS",
         ),
         (
             not cfg.clip_sigmas or cfg.row_steps == "solved",
@@ -797,6 +773,8 @@ OUR_WORDS = {
 def out_of_range(f: dataclasses.Field[Any], value: Any) -> str:
     """What is wrong with `value` for this knob, or an empty string."""
     meta, name = f.metadata, f.name.upper()
+    if name == "MODE" and value == "audit":
+        return "MODE=audit has moved: run python records/audit.py --artifact PATH"
     if meta["choices"] and value not in meta["choices"]:
         return f"{name}={value!r} must be one of {', '.join(map(str, meta['choices']))}"
     low, high = meta["low"], meta["high"]
@@ -1298,50 +1276,10 @@ class CoprimeSampler(ShuffledSampler):
         return walked
 
 
-class AnnealedSampler(ShuffledSampler):
-    """Every batch mixes the walks of some shards, of 8 at first, of 64 from batch 1,800 on (#726,
-    #1060). A shard whose walk has ended is walked anew: a batch is what elsewhere is an epoch.
-    """
-
-    def __init__(self, stream: TokenStream, seq_len: int, cfg: Config):
-        super().__init__(stream, seq_len, cfg)
-        self.num_windows = cfg.train_batch_tokens // seq_len
-        self.rng = np.random.default_rng(cfg.seed)
-        self.left = {i: np.empty(0, dtype=np.int64) for i, n in enumerate(self.counts) if n}
-
-    def take(self, shard: int, count: int) -> np.ndarray:
-        """The next windows of a shard's walk."""
-        while len(left := self.left[shard]) < count:
-            again = coprime_walk(self.windows(shard, self.rng), self.rng)
-            self.left[shard] = np.concatenate([left, again])
-        self.left[shard] = left[count:]
-        return left[:count]
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Start positions of the windows of a batch; those before it are drawn first."""
-        rng, rows = self.rng, self.num_windows
-        for batch in range(len(self.epochs), epoch + 1):
-            progress, shards_S = min(1.0, batch / 1800), np.array([*self.left])
-            left_S = np.array([len(self.left[i]) or self.counts[i] for i in shards_S])
-            weight_S = left_S ** (0.9 - 0.4 * progress)
-            mixed = min(round(8 + 56 * progress), len(shards_S), rows)
-            chosen = rng.choice(len(shards_S), mixed, replace=False, p=weight_S / weight_S.sum())
-            share = weight_S[chosen] / weight_S[chosen].sum()
-            counts = 1 + rng.multinomial(rows - mixed, share)
-            windows = [
-                rng.permutation(self.take(int(i), n))
-                for i, n in zip(shards_S[chosen], counts, strict=True)
-            ]
-            turns = [np.arange(n) + rng.random(n) for n in counts]  # one of each shard a round
-            self.epochs[batch] = np.concatenate(windows)[np.concatenate(turns).argsort()]
-        return self.epochs[epoch]
-
-
 SAMPLERS: dict[str, Any] = {
     "stream": SequentialSampler,
     "shuffled": ShuffledSampler,
     "coprime": CoprimeSampler,
-    "annealed": AnnealedSampler,
 }
 
 
@@ -3375,10 +3313,10 @@ def row_scales(weight_OI: Tensor, qmax: int) -> Tensor:
     return (weight_OI.abs().amax(dim=1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
 
 
-def quantize_rows(weight: Tensor, bits: int, size: int = 0) -> Quantized:
-    """Round to nearest, symmetrically, with a scale a row (a vector: one) or `size` numbers."""
+def quantize_rows(weight: Tensor, bits: int) -> Quantized:
+    """Round to nearest, symmetrically, with a scale a row (a vector: one)."""
     qmax, rows = 2 ** (bits - 1) - 1, weight.detach().float().cpu()
-    rows_OI = rows.reshape(-1, size) if size else rows.flatten(1) if rows.dim() > 1 else rows[None]
+    rows_OI = rows.flatten(1) if rows.dim() > 1 else rows[None]
     scale_O = row_scales(rows_OI, qmax)  # in fp16, which is what a reader will multiply by
     codes_OI = (rows_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
     return Quantized(bits, codes_OI.to(torch.int8).numpy().reshape(rows.shape), scale_O.numpy())
@@ -3469,33 +3407,16 @@ class CalibrationStats:
         return found
 
 
-@torch.no_grad()
-def sample_windows(model: GPT, rows: int, seq_len: int, generator: torch.Generator) -> Tensor:
-    """Windows (rows, T + 1) that the model writes after BOS, at temperature 0.8 (#1019)."""
-    window_BT = torch.full((rows, seq_len + 1), BOS_ID, device=model.tok_emb.weight.device)
-    for t in range(seq_len):  # what stands right of t is not seen: one shape for all
-        head_VD, x_BD = model.head_VD.to(model.dtype), model(window_BT[:, :-1])[:, t]
-        odds_BV = (softcap_logits(x_BD @ head_VD.T, model.cap)[0] / 0.8).softmax(dim=-1)
-        window_BT[:, t + 1] = torch.multinomial(odds_BV.cpu(), 1, generator=generator)[:, 0]
-    return window_BT
-
-
 def calibrate(
     run: Run, model: GPT, loader: BatchLoader, trained: Progress
 ) -> dict[str, KroneckerHessian]:
-    """Curvature of every matrix, by text after what was trained on or text of the model's own."""
+    """Curvature of every matrix, by text after what was trained on."""
     cfg, moments, started_s = run.cfg, CalibrationStats(model), time.perf_counter()
-    timed = cfg.max_wallclock_seconds > 0 and cfg.calibration == "train"
-    model.schedule, limit_s = model.schedules[-1], cfg.max_wallclock_seconds if timed else math.inf
+    model.schedule, limit_s = model.schedules[-1], cfg.max_wallclock_seconds or math.inf
     T, batch = cfg.train_seq_len, cfg.train_batch_tokens
-    generator = torch.Generator().manual_seed(cfg.seed + run.rank)
     for i in range(cfg.gptq_calibration_batches):
-        rows, position = batch // T // run.world_size, trained.tokens + i * batch
-        window_BT = (
-            sample_windows(model, rows, T, generator)
-            if cfg.calibration == "self"
-            else loader.read(position - position % T, T, batch).to(run.device)
-        )
+        position = trained.tokens + i * batch
+        window_BT = loader.read(position - position % T, T, batch).to(run.device)
         for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
             run.check_signal()
             moments.accumulate(rows_BT)
@@ -3506,7 +3427,7 @@ def calibrate(
             > limit_s
         ):
             break  # all ranks do: the next batch might end later than the training budget
-    run.log("calibrated", tokens=moments.num_tokens * run.world_size, source=cfg.calibration)
+    run.log("calibrated", tokens=moments.num_tokens * run.world_size)
     return moments.hessians(run)
 
 
@@ -3724,38 +3645,17 @@ def round_scales(cfg: Config, step: Tensor) -> Tensor:
     return torch.from_numpy(SCALES[place.cpu().numpy()]).to(step)
 
 
-def heuristic_row_scales(
-    cfg: Config, weight_OI: Tensor, group: str, found: KroneckerHessian | None
-) -> Tensor:
+CLIP_PERCENTILE = 0.9999984  # of a row's magnitudes, as in the naive baseline
+
+
+def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
     """Step of each row by the row's own weights: CLIP_SIGMAS, or ROW_STEPS but solved."""
     qmax, size_OI = 2 ** (cfg.bits[group] - 1) - 1, weight_OI.abs()
     if cfg.sigmas:  # SDClip (#1394): the same rate for every row
-        step_O = cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
-        if found is None:
-            return step_O
-        diagonal_I = found.inputs_II.diagonal()  # Hessian-aware (#1412): important rows clip later
-        importance_O = (size_OI * diagonal_I / diagonal_I.mean().clamp_min(1e-30)).mean(dim=1)
-        relative_O = importance_O / importance_O.mean().clamp_min(1e-30)
-        return step_O * (1 + cfg.hessian_clip_lambda * (relative_O - 1))
-    shares = {
-        "max": [1.0],
-        "percentile": [cfg.clip_percentile],
-        "search": [0.999, 0.9995, 0.9999, 0.99999, 1.0],
-    }  # GPTQ-lite (#414)
-
-    def error(step_O: Tensor) -> float:
-        step_O1 = step_O[:, None].clamp_min(SMALLEST_SCALE)
-        codes_OI = (weight_OI / step_O1).round().clamp(-qmax, qmax)
-        return float((codes_OI * step_O1 - weight_OI).square().sum())
-
+        return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
+    share = {"max": 1.0, "percentile": CLIP_PERCENTILE}[cfg.row_steps]
     pieces = torch.split(size_OI, 512)  # torch.quantile takes 2^24 numbers at most
-    return min(
-        (
-            torch.cat([rows.quantile(q, dim=1) for rows in pieces]) / qmax
-            for q in shares[cfg.row_steps]
-        ),
-        key=error,
-    )
+    return torch.cat([rows.quantile(share, dim=1) for rows in pieces]) / qmax
 
 
 def optimal_scales(found: KroneckerHessian, column_I: Tensor) -> tuple[Tensor, Tensor]:
@@ -3817,7 +3717,7 @@ def group_matrices(
         else:
             row_LO = torch.stack(
                 [
-                    heuristic_row_scales(cfg, weight_OI, roles[name], found.get(name))
+                    heuristic_row_scales(cfg, weight_OI, roles[name])
                     for name, weight_OI in zip(names, weights, strict=True)
                 ]
             )
@@ -3856,27 +3756,6 @@ def quantize_group(cfg: Config, stack: MatrixGroup, multiplier: float) -> dict[s
     }
 
 
-def low_rank_corrections(
-    cfg: Config, stacks: Sequence[MatrixGroup], tensors: Mapping[str, Quantized]
-) -> dict[str, Quantized]:
-    """LQER (arXiv:2402.02446, #1797): the largest errors, as products of NAME@0 and NAME@1."""
-    errors = {
-        name: weight_OI.cpu() - tensors[name].dequantized()
-        for stack in stacks
-        for name, weight_OI in zip(stack.names, stack.weight_LOI, strict=True)
-    }
-    found: dict[str, Quantized] = {}
-    for name in sorted(errors, key=lambda name: -float(errors[name].norm()))[: cfg.lqer_top_k]:
-        u, s, v = torch.linalg.svd(errors[name], full_matrices=False)
-        root_R = s[: cfg.lqer_rank].sqrt()
-        left_OR, right_RI = u[:, : len(root_R)] * root_R, root_R[:, None] * v[: len(root_R)]
-        coarse = (2, left_OR.numel()) if cfg.lqer_group else (4, 0)  # asymmetric (#1797)
-        size = math.gcd(right_RI.size(1), cfg.lqer_group)  # of 0: a row
-        found[f"{name}@0"] = quantize_rows(left_OR, *coarse)
-        found[f"{name}@1"] = quantize_rows(right_RI, 4, size)
-    return found
-
-
 def quantize_model(
     cfg: Config,
     model: nn.Module,
@@ -3890,8 +3769,6 @@ def quantize_model(
         for stack in stacks
         for name, tensor in quantize_group(cfg, stack, multiplier).items()
     }
-    if cfg.lqer_rank:
-        tensors |= low_rank_corrections(cfg, stacks, tensors)
     for name, role in parameter_roles(model).items():
         weight, bits = model.get_parameter(name).detach(), cfg.bits[role.quant_group]
         if bits == PLAIN_BITS or weight.numel() <= 1:
@@ -4236,7 +4113,7 @@ def empty_tensor(name: str, spec: Sequence[int], shape: Sequence[int], coder: st
         or (
             0 < num_scales <= size
             and size % num_scales == 0
-            and bits in {*BITS, 2} - {PLAIN_BITS}
+            and bits in {*BITS} - {PLAIN_BITS}
             and 0 <= flags < (16 if coder == "ans" else 8)
             and (not flags & 3 or (len(shape) == 2 and num_scales == shape[0]))
         )
@@ -4262,10 +4139,10 @@ def model_layout(cfg: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str
 
 
 def group_names(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
-    """The stored names by group, in order; factors of corrections are a group of their own."""
+    """The stored names by group, in order."""
     members: dict[str, list[str]] = {}
     for name in sorted(names):
-        members.setdefault("lqer" if "@" in name else groups[name], []).append(name)
+        members.setdefault(groups[name], []).append(name)
     return dict(sorted(members.items()))
 
 
@@ -4360,11 +4237,6 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
         "tokenizer_sha256": tokenizer_sha256,
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
-        "ranks": {
-            name[:-2]: tensors[name].values.shape[1]
-            for name in sorted(tensors)
-            if name.endswith("@0")
-        },
         "streams": [[kind, len(stream)] for kind, stream in packed.items()],
     }
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -4406,19 +4278,11 @@ def decode_tensors(
 ) -> dict[str, Quantized]:
     """The stored tensors by name; names and shapes must be exactly the model's."""
     specs, coder = {name: spec for name, *spec in header["tensors"]}, header["compressor"]
-    all_shapes = dict(shapes)
-    for name, rank in header["ranks"].items():  # a factor's steps or codes do not tell the rank
-        require(
-            type(rank) is int and 0 < rank <= 64 and len(shapes.get(name, ())) == 2,
-            f"{name} cannot have a correction of rank {rank}",
-        )
-        rows, columns = shapes[name]
-        all_shapes |= {f"{name}@0": (rows, rank), f"{name}@1": (rank, columns)}
     require(
-        specs.keys() == all_shapes.keys(),
-        f"its tensors are not the model's: {sorted(specs.keys() ^ all_shapes.keys())}",
+        specs.keys() == shapes.keys(),
+        f"its tensors are not the model's: {sorted(specs.keys() ^ shapes.keys())}",
     )
-    size = sum(math.prod(shape) for shape in all_shapes.values())
+    size = sum(math.prod(shape) for shape in shapes.values())
     require(size <= MAX_WEIGHTS, f"{size} weights; {MAX_WEIGHTS} are the most")
     packed: dict[str, dict[str, bytes]] = {}
     position = 0
@@ -4431,18 +4295,15 @@ def decode_tensors(
     members, tensors = group_names(list(specs), groups), dict[str, Quantized]()
     require(packed.keys() == members.keys(), f"streams of {[*packed]} for {[*members]}")
     for group, names in members.items():
-        blanks = [empty_tensor(name, specs[name], all_shapes[name], coder) for name in names]
+        blanks = [empty_tensor(name, specs[name], shapes[name], coder) for name in names]
         unpack_group(packed[group], blanks, coder)
         tensors |= zip(names, blanks, strict=True)
     return tensors
 
 
 def dequantize_all(tensors: Mapping[str, Quantized]) -> dict[str, Tensor]:
-    """The weights by name, with their corrections."""
-    weights = {name: tensor.dequantized() for name, tensor in tensors.items()}
-    for name in [name for name in tensors if name.endswith("@0")]:
-        weights[name[:-2]] += weights.pop(name) @ weights.pop(f"{name[:-1]}1")
-    return weights
+    """The weights by name."""
+    return {name: tensor.dequantized() for name, tensor in tensors.items()}
 
 
 def artifact_sizes(payload: bytes) -> dict[str, int]:
@@ -4485,45 +4346,98 @@ def script_source() -> str:
     return globals().get("PACKED_SOURCE") or Path(__file__).read_text(encoding="utf-8")
 
 
-# The unpacked source is put where tracebacks, inspect and so Triton look for a file's lines.
+# The stub puts the unpacked source where tracebacks, inspect and Triton look for a file's lines.
 PACKED_STUB = (
     "import base64,linecache,lzma\n"
     'PACKED_SOURCE=lzma.decompress(base64.b85decode("{payload}"),format=lzma.FORMAT_RAW,'
-    'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9|lzma.PRESET_EXTREME}}]).decode()\n'
+    'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9}}]).decode()\n'
     'linecache.cache["<train_gpt>"]='
     '(len(PACKED_SOURCE),None,PACKED_SOURCE.splitlines(True),"<train_gpt>")\n'
     'exec(compile(PACKED_SOURCE,"<train_gpt>","exec"))\n'
 )
+# Parameters of LZMA for text: the position of a byte modulo 4 says nothing about it.
+PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 
 
-def strip_comments(source: str) -> str:
-    """The source without comments, docstrings and blank lines; ast.unparse is less portable."""
-    lines, dropped = source.splitlines(keepends=True), set[int]()
-    for kind, _, (row, column), *_ in tokenize.generate_tokens(iter(lines.copy()).__next__):
-        if kind == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:column].rstrip() + "\n"
-        if kind == tokenize.NL and not lines[row - 1].strip():
-            dropped.add(row)
+def pack_source(source: str) -> str:
+    """A script that runs as `source` does, minified and compressed; idempotent.
+
+    Only the standard library is used, so that the counted size depends on no installed package.
+    """
+    packed = lzma.compress(
+        minify(source).encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER]
+    )
+    return PACKED_STUB.format(payload=base64.b85encode(packed).decode())
+
+
+# Two such characters next to each other could become one token, or a warning of the compiler.
+NEEDS_SPACE = re.compile(r"[\w.'\"]{2}")
+
+
+def minify(source: str) -> str:
+    """The source without comments, docstrings and optional whitespace: the same syntax tree.
+
+    A statement takes one line, and each level of indentation one space. The text of a token is
+    never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
+    """
+    docstrings, output = docstring_positions(source), list[str]()
+    statement, indent, first, previous_end = "", 0, (0, 0), (0, 0)
+    for kind, text, start, end in source_tokens(source):
+        if kind in ("INDENT", "DEDENT"):
+            indent += 1 if kind == "INDENT" else -1
+        elif kind == "NEWLINE":
+            statement = docstrings.get(first, statement)
+            output += [" " * indent, statement, "\n"] if statement else []
+            statement = ""
+        elif kind not in ("COMMENT", "NL", "ENDMARKER"):
+            if not statement:
+                first = start
+            elif start != previous_end and NEEDS_SPACE.match(statement[-1] + text[0]):
+                statement += " "
+            statement, previous_end = statement + text, end
+    return "".join(output)
+
+
+Position = tuple[int, int]  # row, from 1, and column
+
+
+def source_tokens(source: str) -> Iterator[tuple[str, str, Position, Position]]:
+    """Kind, text, start and end of each token. An f-string is one token, as before Python 3.12."""
+    lines, depth, f_string_start = list(io.StringIO(source)), 0, (0, 0)
+    for token in tokenize.generate_tokens(iter(lines).__next__):
+        kind = tokenize.tok_name[token.type]
+        if kind.endswith("STRING_START"):
+            f_string_start = f_string_start if depth else token.start
+            depth += 1
+        elif kind.endswith("STRING_END"):
+            depth -= 1
+            if depth == 0:
+                text = text_between(lines, f_string_start, token.end)
+                yield "STRING", text, f_string_start, token.end
+        elif depth == 0:
+            yield kind, token.string, token.start, token.end
+
+
+def text_between(lines: Sequence[str], start: Position, end: Position) -> str:
+    """The text of a file's lines from `start` to `end`."""
+    rows = [*lines[start[0] - 1 : end[0]]]
+    rows[-1] = rows[-1][: end[1]]
+    rows[0] = rows[0][start[1] :]
+    return "".join(rows)
+
+
+def docstring_positions(source: str) -> dict[Position, str]:
+    """Where docstrings start that are a line's only statement, and what must take their place."""
+    positions = {}
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, documented) or ast.get_docstring(node, clean=False) is None:
             continue
-        text, place = node.body[0], slice(node.body[0].lineno - 1, node.body[0].end_lineno)
-        before = lines[place][0].encode()[: text.col_offset]
-        after = lines[place][-1].encode()[text.end_col_offset :]
-        if not (before + after).strip():  # alone on its lines
-            alone = len(node.body) == 1 and not isinstance(node, ast.Module)
-            instead = " " * text.col_offset + "pass\n" if alone else ""
-            lines[place] = [instead, *[""] * (len(lines[place]) - 1)]
-    return "".join(line for row, line in enumerate(lines, start=1) if row not in dropped)
-
-
-def pack_source(source: str) -> str:
-    """A script that runs as `source` does, packed without comments and docstrings; idempotent."""
-    # By the standard library alone, so that the counted size depends on no installed minifier.
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    packed = lzma.compress(strip_comments(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
-    return PACKED_STUB.format(payload=base64.b85encode(packed).decode())
+        docstring, *others = node.body
+        if not others or others[0].lineno != docstring.end_lineno:
+            needs_pass = not others and not isinstance(node, ast.Module)
+            positions[docstring.lineno, docstring.col_offset] = "pass" if needs_pass else ""
+    return positions
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
@@ -4541,10 +4455,10 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     return sizes
 
 
-# --- 9. Evaluation -------------------------------------------------------------------------------
-# The score is bits per byte: nats over all targets / (ln 2 * their bytes). A pass is a plan: steps
-# of each rank, a pure function of integers. One loop runs it; the Scorer keeps the trace, and finds
-# a target that was not scored once and an update that could have told a score what comes.
+# --- 9. Evaluation plans -------------------------------------------------------------------------
+# A pass over the validation text is a list of steps for each rank, computed from integers alone
+# before the pass starts: which windows to score, what to train on, and in which order. Every target
+# is scored once, before anything is trained on it.
 
 Span = tuple[int, int]  # of targets: the first, and one past the last
 
@@ -4742,6 +4656,12 @@ def plan_adaptive(planner: EvalPlanner, ids: np.ndarray) -> list[EvalStep]:
     if planner.cfg.ttt_method == "pretrain":
         return planner.epochs(num_targets) + planner.score(num_targets, planner.stride)
     return planner.chunks(num_targets)
+
+
+# --- 10. Scoring ---------------------------------------------------------------------------------
+# The score is in bits per byte: nats of all targets / (ln 2 * their bytes). EvalRunner runs the
+# steps of a plan. Scorer adds up the losses and keeps the trace of the pass, which must show that
+# every target was scored once and that no update read a target before it was scored.
 
 
 class Score(NamedTuple):
@@ -5008,20 +4928,18 @@ class EvalRunner:
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     """Let a pass change the model; in the end it is again what it was, to the bit."""
     before = [(param, param.detach().clone()) for param in model.parameters()]
-    caps, hashes, compiled = model.caps, model.hashes, (model.run_block, model.nll)
+    hashes, compiled = model.hashes, (model.run_block, model.nll)
     if cfg.ttt_method == "lora":  # chunks have too many lengths to compile for
         model.run_block, model.nll = run_block, softcapped_cross_entropy
     if cfg.eval_hash_rows:
         model.hashes = nn.ModuleList(
             [*hashes, EvalHashEmbedding(cfg).to(model.skip_weights.device)]
         )
-    if cfg.ttt_asym_caps and caps is None:
-        model.caps = nn.Parameter(model.skip_weights.new_full((2,), cfg.logit_softcap))
     try:
         yield
     finally:
         model.set_adapters([])
-        model.caps, model.hashes, (model.run_block, model.nll) = caps, hashes, compiled
+        model.hashes, (model.run_block, model.nll) = hashes, compiled
         model.requires_grad_(True).zero_grad()
         for param, value in before:
             param.data.copy_(value)
@@ -5129,6 +5047,11 @@ def evaluate_and_log(run: Run, model: GPT, validation: Validation, kind: str) ->
     run.log(f"final_{kind}", **values)
 
 
+# --- 11. Test-time training ----------------------------------------------------------------------
+# What learns from scored text: WeightTrainer trains the weights of the model on chunks that all
+# ranks have scored; AdapterTrainer trains one LoRA for each document and layer call, and leaves the
+# weights as they are.
+
 # Parameters with one row per block, which belong to that block.
 ROW_PER_BLOCK = ("block_scalars.x0", "block_scalars.write", "block_scalars.carry")
 
@@ -5170,9 +5093,9 @@ class WeightTrainer:
             groups.setdefault(lr, []).append(param.requires_grad_(True))
         rows = [{"params": members, "base_lr": lr, "lr": lr} for lr, members in groups.items()]
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(rows, momentum=cfg.ttt_momentum, weight_decay=cfg.ttt_wd)
+            torch.optim.SGD(rows, momentum=cfg.ttt_momentum)
             if cfg.ttt_optimizer == "sgd"
-            else torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=cfg.ttt_wd)
+            else torch.optim.AdamW(rows, betas=(cfg.ttt_momentum, 0.999), weight_decay=0.0)
         )
         self.params = [*params.values()]
         self.masked = [p for name, p in params.items() if name in ROW_PER_BLOCK]
@@ -5252,13 +5175,8 @@ class AdapterTrainer:
     def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
         self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
-        # The adapters of each layer call: two calls of a block share one if TTT_LORA_SHARED.
-        keys = [
-            [(module, 0 if cfg.ttt_lora_shared else index) for module in lora_modules(model, index)]
-            for index in range(len(model.schedule))
-        ]
-        unique = [*dict.fromkeys(itertools.chain(*keys))]
-        sizes = [lora_sizes(module) for module, _ in unique]
+        modules = [lora_modules(model, index) for index in range(len(model.schedule))]
+        sizes = [lora_sizes(module) for module in itertools.chain(*modules)]
         # Every document starts with the same A, so that their order does not matter; B is zero.
         self.starts = [*starts] or [
             ((2 * torch.rand(cfg.ttt_lora_rank, width, generator=generator) - 1) * width**-0.5).to(
@@ -5270,8 +5188,9 @@ class AdapterTrainer:
             BatchedLoRA(start_RI, rows, num_outputs, cfg.ttt_lora_alpha)
             for start_RI, (_, num_outputs) in zip(self.starts, sizes, strict=True)
         ]
-        adapter_of = dict(zip(unique, self.adapters, strict=True))
-        self.visits = [[(key[0], adapter_of[key]) for key in visit] for visit in keys]
+        # Two calls of the same block have adapters of their own.
+        adapters = iter(self.adapters)
+        self.visits = [[(module, next(adapters)) for module in row] for row in modules]
         self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
         self.params = [param for adapter in self.adapters for param in adapter.parameters()]
         self.optimizer = torch.optim.AdamW(
@@ -5326,8 +5245,10 @@ class AdapterTrainer:
         return scored[0]
 
 
-# A Mixer changes the model's distribution by the prefix alone, and it still sums to 1 (but for
-# MIXER=hedge_entropy). Tables and weights change in `update` only, and equally on all ranks.
+# --- 12. N-gram mixers ---------------------------------------------------------------------------
+# A Mixer combines the model's next-token distribution with n-gram counts of the scored text. The
+# result depends on the prefix alone and sums to 1 (except with MIXER=hedge_entropy). Counts and
+# mixture weights change in `update` only, in the same way on every rank.
 
 
 def mix_bits(bits: Tensor) -> Tensor:
@@ -5546,121 +5467,6 @@ class Mixer:
             self.counts.update(ids)
 
 
-@torch.no_grad()
-def check_normalization(
-    z_NV: Tensor,
-    target_N: Tensor,
-    scored_N: Tensor,
-    mixed: Any,
-    *,
-    model: GPT,
-    calls: itertools.count[int],
-    problems: list[str],
-) -> None:
-    """Check, at calls 1, 2, 4, 8, ..., that some scores are of a distribution over all tokens."""
-    number = next(calls)
-    rows = (mixed[2].flatten() if mixed else torch.ones_like(target_N)).nonzero().flatten()
-    if number & (number - 1) or not len(rows):
-        return
-    rows = rows[:: -(-len(rows) // 8)]
-    logits_NV = softcap_logits(z_NV[rows], model.cap)[0]
-    logp_NV = (
-        mixed[0].log_probs(logits_NV, mixed[1].flatten(0, 1)[rows])
-        if mixed
-        else logits_NV.double().log_softmax(dim=1)
-    )
-    excess = (logp_NV.exp().sum(dim=1) - 1).abs().max()
-    recorded = (logp_NV.gather(1, target_N[rows, None])[:, 0] + scored_N[rows]).abs().max()
-    if excess > 1e-5:
-        problems.append(f"probabilities sum to 1 +- {float(excess):.3g}")
-    if recorded > 1e-4:
-        problems.append(f"the score is {float(recorded):.3g} nats off the distribution")
-
-
-def audit_scores(
-    run: Run, model: GPT, text: Validation, *, learns: bool = True
-) -> tuple[Score, np.ndarray]:
-    """The score of a text, and the nats of its targets on every rank."""
-    score = evaluate(
-        run,
-        model,
-        text,
-        run.cfg.eval_stride or run.cfg.score_seq_len,
-        adaptive=run.cfg.adapts,
-        learns=learns,
-    )
-    return score, run.all_reduce_sum(torch.from_numpy(score.nll_T).to(run.device)).cpu().numpy()
-
-
-AUDIT_TOLERANCE = 1e-3  # nats: what other batches may change
-
-
-def audit_causality(run: Run, model: GPT, text: Validation, base_T: np.ndarray) -> list[str]:
-    """C1: no other token, and no other continuation, may change a score before it."""
-    # Kernels that add up in any order differ between equal runs; where none does, this is 0.
-    noise = np.abs(audit_scores(run, model, text)[1] - base_T).max()
-    problems, is_bos = [], text.ids == BOS_ID
-    for share in (1 / 3, 2 / 3):
-        place = int(share * text.num_targets)
-        place += int(is_bos[place])  # where documents begin stays
-        token, begun, rest = text.ids.copy(), text.ids.copy(), text.ids.copy()
-        token[place] = 2 + (text.ids[place] == 2)
-        begun[place] = BOS_ID
-        rest[place:][~is_bos[place:]] = text.ids[place:][~is_bos[place:]][::-1]
-        # A new document deals others to other batches, whose sums may round another way.
-        for what, ids, rounding in (
-            ("token", token, 0.0),
-            ("text from", rest, 0.0),
-            ("document from", begun, AUDIT_TOLERANCE),
-        ):
-            nll_T = audit_scores(run, model, text._replace(ids=ids))[1]
-            change = float(np.abs(nll_T - base_T)[: max(0, place - 1)].max(initial=0))
-            if change > max(4 * noise, rounding):
-                problems.append(f"another {what} {place} changes earlier scores by {change:.3g}")
-    return problems
-
-
-def audit(run: Run, model: GPT, validation: Validation) -> None:
-    """Check a pass over the beginning of the text by issue #1017; RunFailed if it is not legal."""
-    # Long enough for a few rounds of learning, and no clock decides what is learned.
-    cfg = run.cfg = dataclasses.replace(run.cfg, eval_max_seconds=0.0)
-    count = min(validation.num_targets, 4 * cfg.ttt_chunk_tokens)
-    text = Validation(validation.ids[: count + 1], validation.target_bytes[:count], partial=True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    unsure, early, order = list[str](), list[str](), list[str]()
-    model.normalization_check = functools.partial(
-        check_normalization, model=model, calls=itertools.count(1), problems=unsure
-    )
-    score, base_T = audit_scores(run, model, text)
-    model.normalization_check, causes = None, audit_causality(run, model, text, base_T)
-    for problem in score.problems:
-        (early if "were scored" in problem else order).append(problem)
-    run.cfg = dataclasses.replace(cfg, ttt_lr=0.0, ttt_lora_lr=0.0)
-    idle_T, none_T = (audit_scores(run, model, text, learns=on)[1] for on in (True, False))
-    if not np.array_equal(idle_T, none_T):
-        early.append("learning rate 0 is not no learning")
-    if (score.tokens, score.num_bytes) != (count, int(text.target_bytes.sum())):
-        order.append(f"{score.tokens} of {count} targets scored")
-    if any(not torch.equal(before[name], x) for name, x in model.state_dict().items()):
-        order.append("the pass left other weights behind")
-    found = {
-        "C1 strict causal dependence": causes,
-        "C2 full normalised distribution": unsure,
-        "C3 score before update": early,
-        "C4 single left-to-right pass": order,
-    }
-    for condition, problems in found.items():
-        run.log(
-            "audit",
-            condition=condition,
-            verdict="fail" if problems else "pass",
-            targets=count,
-            detail=problems[0] if problems else "no problem found",
-        )
-    if failed := [condition for condition, problems in found.items() if problems]:
-        raise RunFailed(f"not legal: {'; '.join(failed)}")
-
-
 # --- main ----------------------------------------------------------------------------------------
 def describe(cfg: Config) -> str:
     """What a run with these knobs would train: shape, plan, groups and sizes; needs no data."""
@@ -5705,8 +5511,7 @@ def train_and_write(run: Run, artifact: Path, validation: Validation, tokenizer_
     evaluate_and_log(run, model, validation, "prequant")
     found = dict[str, KroneckerHessian]()
     if cfg.quantizer == "gptq":
-        # Text of the model's own is not training data (#1019), and takes long.
-        with run.stage("calibrate", "training" if cfg.calibration == "train" else "other"):
+        with run.stage("calibrate", "training"):
             found = calibrate(run, model, loader, trainer.progress)
 
     def write() -> None:  # the state first: a continuation that finds the artifact needs it
@@ -5870,9 +5675,6 @@ def execute(run: Run) -> None:
     run.log("bytes", **sizes["groups"])
     if validation is None:  # the artifact, not the environment, says which vocabulary it is
         validation = load_validation(run.cfg, processor)
-    if cfg.mode == "audit":
-        audit(run, model, validation)
-        return
     kinds = {"quantized": True, "sliding": cfg.eval_stride > 0, "ttt": cfg.adapts}
     for kind in (kind for kind, is_on in kinds.items() if is_on):
         evaluate_and_log(run, model, validation, kind)

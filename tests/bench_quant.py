@@ -70,7 +70,6 @@ MODELS = {
 SIGMAS = "attn:13,mlp:11.5,embed:20,table:12.85"
 SIX_BITS = {"attn_bits": 6, "mlp_bits": 6, "table_bits": 6, "embed_bits": 8}
 SDCLIP = {**SIX_BITS, "clip_sigmas": SIGMAS}
-LQER = {"lqer_rank": 4, "lqer_group": 32}  # of the three matrices of the largest errors, as #2135
 ROUNDED = {"quantizer": "rtn", "quant_grid": "uniform"}
 
 
@@ -92,10 +91,6 @@ METHODS = {
         {**ROUNDED, "row_steps": "max", "mlp_bits": 5, "attn_bits": 6, "table_bits": 6}
         | {"embed_bits": 16, "prune_frac": 0.03, "compressor": "zstd"},
     ),
-    "gptq_lite": Method(
-        "GPTQ-lite: best of five percentiles, 6 bits, embedding 8, zstd",
-        {**ROUNDED, **SIX_BITS, "row_steps": "search", "compressor": "zstd"},
-    ),
     "reference": Method(
         "GPTQ, SDClip, uniform, brotli (reference)",
         {**SDCLIP, "quant_grid": "uniform", "compressor": "brotli_shuffled"},
@@ -104,10 +99,12 @@ METHODS = {
     "sdclip_uniform": Method("SDClip, uniform, ans", {**SDCLIP, "quant_grid": "uniform"}, 1.0),
     "solved_uniform": Method("solved steps, uniform, ans", {"quant_grid": "uniform"}, 1.0),
     "sdclip_trellis": Method("SDClip, trellis, ans", SDCLIP, 1.0),
-    "sdclip_uniform_lqer": Method(
-        "SDClip, uniform, LQER, ans", {**SDCLIP, **LQER, "quant_grid": "uniform"}, 1.0
-    ),
-    "solved_trellis_lqer": Method("solved steps, trellis, LQER, ans", LQER, 1.0),
+}
+# Methods that were measured and then removed from the script; their rows stay in the table.
+REMOVED = {
+    "gptq_lite": "GPTQ-lite: best of five percentiles, 6 bits, embedding 8, zstd",
+    "sdclip_uniform_lqer": "SDClip, uniform, LQER, ans",
+    "solved_trellis_lqer": "solved steps, trellis, LQER, ans",
 }
 # The same at fewer bytes, where the tax stands clear of the noise.
 for share in (85, 70):
@@ -552,6 +549,11 @@ def measure_model(subject: Subject, results: Results, methods: Sequence[str], mo
 # --- Table ---------------------------------------------------------------------------------------
 
 
+def title_of(name: str) -> str:
+    """The title of a method, of one that was removed as well."""
+    return REMOVED[name] if name in REMOVED else METHODS[name].title
+
+
 def decibels(row: Json, reference: Json) -> float:
     """Error of a row over the reference's."""
     return 10 * math.log10(row["error"] / reference["error"])
@@ -569,7 +571,7 @@ def method_lines(results: Results, model: str) -> Iterator[str]:
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, row in rows.items():
         yield (
-            f"| {METHODS[name].title} | {row['bytes']:,} | {bits_per_weight(row, about):.3f} | "
+            f"| {title_of(name)} | {row['bytes']:,} | {bits_per_weight(row, about):.3f} | "
             f"{decibels(row, reference):+.2f} | {row['bpb']:.5f} | "
             f"{row['bpb'] - about['bpb']:+.5f} | {row['quantize_s']:.1f} | "
             f"{row['encode_s']:.1f} | {row['decode_s']:.1f} |"
@@ -648,7 +650,7 @@ def error_goals(results: Results) -> Iterator[Goal]:
     ]
     for ours, theirs, least in wanted:
         values = [-decibels(a, b) for _, a, b in pairs_of(results, ours, theirs)]
-        yield Goal(f"error of {METHODS[ours].title}, below {METHODS[theirs].title}", values, least)
+        yield Goal(f"error of {title_of(ours)}, below {title_of(theirs)}", values, least)
 
 
 def tax_goals(results: Results) -> Iterator[Goal]:

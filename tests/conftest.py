@@ -104,7 +104,6 @@ TINY: dict[str, Any] = {
     "quant_grid": "uniform",
     "row_steps": "max",
     "gate_bits": 16,
-    "control_bits": 16,
     "compressor": "zlib",
     "ttt_method": "none",
     "ttt_context": "window",

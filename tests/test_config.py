@@ -230,7 +230,7 @@ def test_the_config_cannot_be_changed():
             {"COMPRESSOR": "gzip"},
             "COMPRESSOR='gzip' must be one of ans, zlib, zstd, lzma, brotli, brotli_shuffled",
         ),
-        ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, audit, describe"),
+        ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, describe"),
         (
             {"NUM_LAYERS": "257"},
             "NUM_LAYERS=257 must be in [1, 256] (number of distinct blocks)",
@@ -412,12 +412,11 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         *(
             (
                 {"quantizer": "rtn", "row_steps": "max", "quant_grid": "uniform", **changes},
-                "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, CALIBRATION=self, "
-                "or ROW_STEPS=solved without CLIP_SIGMAS",
+                "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, or ROW_STEPS=solved "
+                "without CLIP_SIGMAS",
             )
             for changes in (
                 {"quant_grid": "trellis"},
-                {"calibration": "self"},
                 {"row_steps": "solved"},
             )
         ),
@@ -426,7 +425,7 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
                 {"clip_sigmas": "12", "row_steps": steps},
                 f"CLIP_SIGMAS and ROW_STEPS={steps} both set the quantization scales",
             )
-            for steps in ("max", "percentile", "search")
+            for steps in ("max", "percentile")
         ),
         *(
             (
@@ -510,7 +509,7 @@ def test_clip_sigmas_are_one_number_for_all_or_one_for_each_group():
     each = Config(clip_sigmas="table:12,attn:13,mlp:11.5,embed:14")
     assert each.sigmas == {"attn": 13.0, "mlp": 11.5, "embed": 14.0, "table": 12.0}
     assert not one.solves_scales and not each.solves_scales
-    assert not Config(row_steps="search").solves_scales
+    assert not Config(row_steps="percentile").solves_scales
 
 
 @pytest.mark.parametrize(

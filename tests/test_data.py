@@ -265,7 +265,7 @@ def test_too_little_data_for_a_plan_is_refused_with_the_numbers(tmp_path: Path):
     text = "10 training tokens are fewer than TRAIN_SEQ_LEN=10 + 1"
     assert refusal_of(lambda: SequentialSampler(stream, 10, cfg)) == text
     assert ShuffledSampler(stream, 3, cfg).num_windows == 1
-    for name in ("shuffled", "coprime", "annealed"):
+    for name in ("shuffled", "coprime"):
         plan = functools.partial(train_gpt.SAMPLERS[name], stream, 4, tiny_config(loader=name))
         assert refusal_of(plan) == (
             "no training shard holds two windows of TRAIN_SEQ_LEN=4 tokens, "

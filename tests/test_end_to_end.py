@@ -248,14 +248,13 @@ def test_packed_script_alone_scores_the_artifact_to_the_same_bits(done: Done, sh
 
 DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by plainer ones
     name: getattr(train_gpt.Config(), name)
-    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "control_bits", "compressor")
+    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "compressor")
 }
 OTHER_EXPORTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "corrected, self-calibrated": {"lqer_rank": 2, "lqer_group": 8, "calibration": "self"},
     "seed": {
         "quant_grid": "uniform", "clip_sigmas": "12.85", "attn_bits": 6, "mlp_bits": 6,
-        "compressor": "brotli_shuffled", "control_bits": 16, "gate_bits": 16,
+        "compressor": "brotli_shuffled", "gate_bits": 16,
         "num_layers": 3, "num_loops": 1, "loop_start": 1, "loop_end": 1, "attn_gate": "head",
     },
 }  # fmt: skip
@@ -388,7 +387,7 @@ def test_bad_environment_ends_with_all_problems_in_one_message(work: Path):
     problems = sorted(line.strip() for line in result.err.splitlines()[1:])
     assert problems[0].startswith("MATRIX_LR='fast' is not a valid float")
     assert problems[1].startswith("MAX_WALLCLOCK_SECONDS=-1.0 must be at least 0")
-    assert problems[2].startswith("MODE='dance' must be one of all, train, eval, audit, describe")
+    assert problems[2].startswith("MODE='dance' must be one of all, train, eval, describe")
     assert problems[3] == "MUON_LRS is not a knob of this script"
     assert problems[4] == "NUM_LAYER is not a knob; did you mean NUM_LAYERS?"
     assert problems[5].startswith("SEED='1e3' is not a valid int")

@@ -19,7 +19,6 @@ import train_gpt
 from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
 from tests.processes import SCRIPT, run_ranks, run_script
 from train_gpt import (
-    BOS_ID,
     GPT,
     MAX_BITS_PER_WEIGHT,
     CalibrationStats,
@@ -40,14 +39,12 @@ from train_gpt import (
     fill_budget,
     group_matrices,
     heuristic_row_scales,
-    low_rank_corrections,
     model_layout,
     parameter_roles,
     prune_smallest,
     quantize_and_encode,
     quantize_model,
     read_artifact,
-    sample_windows,
 )
 
 GPTQ: dict[str, Any] = {"quantizer": "gptq", "vocab_size": 48, "model_dim": 16, "num_layers": 2}
@@ -260,13 +257,6 @@ class Text:
         return windows_of(self.cfg, batch_tokens // seq_len, seed=position)
 
 
-class NoText:
-    """A loader that must not be asked."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError("training data was read")
-
-
 def test_calibration_reads_the_text_after_what_was_trained_on(make_run: MakeRun):
     run = make_run(**GPTQ, gptq_calibration_batches=3)
     text = Text(run.cfg)
@@ -286,32 +276,6 @@ def test_calibration_ends_where_the_training_budget_would(
     text = Text(run.cfg)
     calibrate(run, random_model(run.cfg), text, Progress(1, train_s, 0))  # type: ignore[arg-type]
     assert len(text.reads) == batches
-
-
-def test_self_calibration_needs_no_data_and_is_deterministic(make_run: MakeRun):
-    run = make_run(**GPTQ, gptq_calibration_batches=2, calibration="self", train_batch_tokens=64)
-    first, second = (
-        calibrate(run, random_model(run.cfg), NoText(), Progress(1, 1.0, 256))  # type: ignore[arg-type]
-        for _ in range(2)
-    )
-    roles = parameter_roles(random_model(run.cfg))
-    assert first.keys() == {name for name, role in roles.items() if role.quant_group in CODED}
-    for name, curvature in first.items():
-        assert all(map(torch.equal, curvature, second[name]))
-
-
-def test_sampled_windows_begin_with_bos_and_follow_the_model():
-    cfg = tiny_config(**GPTQ)
-    model = random_model(cfg)
-    generator = torch.Generator().manual_seed(0)
-    window_BT = sample_windows(model, 600, 2, generator)
-    assert window_BT.shape == (600, 3) and (window_BT[:, 0] == BOS_ID).all()
-    # The second token is drawn at temperature 0.8: 600 draws against the exact odds.
-    z_V = model.logits(window_BT[:1, :1])[0, 0].double() / 0.8
-    shares_V = torch.bincount(window_BT[:, 1], minlength=cfg.vocab_size) / 600
-    deviation_V = (z_V.softmax(dim=0) * (1 - z_V.softmax(dim=0)) / 600).sqrt()
-    assert ((shares_V - z_V.softmax(dim=0)).abs() < 5 * deviation_V + 1e-3).all()
-    assert window_BT[:, 2].unique().numel() > 5
 
 
 # --- GPTQ and steps ------------------------------------------------------------------------------
@@ -336,7 +300,7 @@ def calibrated(make_run: MakeRun) -> tuple[GPT, dict[str, KroneckerHessian]]:
     return model, curvatures_of(make_run(), model, windows_of(cfg, 8))
 
 
-@pytest.mark.parametrize("steps", ["max", "percentile", "search"])
+@pytest.mark.parametrize("steps", ["max", "percentile"])
 def test_gptq_s_error_in_the_hessian_s_norm_is_below_rounding_s(
     steps: str, calibrated: tuple[GPT, dict[str, KroneckerHessian]]
 ):
@@ -383,57 +347,28 @@ def test_rows_of_zero_deviation_do_not_divide_by_zero():
     assert (stored.dequantized()[1] == 0).all()
 
 
-def test_percentiles_are_the_quantiles_of_each_row():
-    weight_OI = torch.randn(5, 400)
-    for share in (0.9, 0.999, 1.0):
-        cfg = tiny_config(row_steps="percentile", clip_percentile=share, attn_bits=6)
-        expected_O = np.quantile(np.abs(weight_OI.numpy()), share, axis=1) / 31
-        step_O = heuristic_row_scales(cfg, weight_OI, "attn", None)
-        np.testing.assert_allclose(step_O.numpy(), expected_O, rtol=1e-5)
-    cfg = tiny_config(row_steps="max", attn_bits=6)
-    torch.testing.assert_close(
-        heuristic_row_scales(cfg, weight_OI, "attn", None), weight_OI.abs().amax(1) / 31
-    )
+@pytest.mark.parametrize("share", [0.9, 0.999, 0.9999984])
+def test_percentile_scales_are_a_quantile_of_each_row(share: float, monkeypatch: Any):
+    assert train_gpt.CLIP_PERCENTILE == 0.9999984
+    monkeypatch.setattr(train_gpt, "CLIP_PERCENTILE", share)
+    weight_OI, cfg = torch.randn(5, 400), tiny_config(row_steps="percentile", attn_bits=6)
+    expected_O = np.quantile(np.abs(weight_OI.numpy()), share, axis=1) / 31
+    scale_O = heuristic_row_scales(cfg, weight_OI, "attn")
+    np.testing.assert_allclose(scale_O.numpy(), expected_O, rtol=1e-5)
 
 
-def test_percentiles_of_a_table_of_more_than_2_to_the_24_numbers():
+def test_max_scales_map_the_largest_weight_of_a_row_to_the_largest_code():
+    weight_OI, cfg = torch.randn(5, 400), tiny_config(row_steps="max", attn_bits=6)
+    scale_O = heuristic_row_scales(cfg, weight_OI, "attn")
+    torch.testing.assert_close(scale_O, weight_OI.abs().amax(1) / 31)
+
+
+def test_percentile_scales_of_a_table_of_more_than_2_to_the_24_numbers():
     weight_OI = torch.randn(65_537, 8).repeat(1, 32)
-    cfg = tiny_config(row_steps="percentile", clip_percentile=0.5)
-    step_O = heuristic_row_scales(cfg, weight_OI, "embed", None)
-    last_O = heuristic_row_scales(cfg, weight_OI[-600:], "embed", None)
-    assert step_O.shape == (65_537,) and torch.equal(step_O[-600:], last_O)
-
-
-def test_the_search_takes_the_percentile_of_the_least_squared_error_of_the_matrix():
-    # One row has an outlier, for which 4 bits would give up all others.
-    weight_OI = torch.randn(6, 3000)
-    weight_OI[2, 7] = 30.0
-    cfg = tiny_config(row_steps="search", attn_bits=4)
-    errors = {}
-    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):  # GPTQ-lite's, techniques.md 6.3
-        step_O1 = torch.quantile(weight_OI.abs(), share, dim=1)[:, None] / 7
-        back = (weight_OI / step_O1).round().clamp(-7, 7) * step_O1
-        errors[share] = (float((back - weight_OI).square().sum()), step_O1[:, 0])
-    best = min(errors.values(), key=lambda pair: pair[0])[1]
-    assert not torch.equal(best, errors[1.0][1])
-    torch.testing.assert_close(heuristic_row_scales(cfg, weight_OI, "attn", None), best)
-
-
-def test_hessian_clip_lambda_widens_the_steps_of_important_rows():
-    weight_OI, inputs_II = torch.randn(8, 30), torch.diag(torch.rand(30) * 5)
-    found = KroneckerHessian(inputs_II, torch.ones(8))
-    plain, aware = (
-        tiny_config(clip_sigmas="10", row_steps="solved", hessian_clip_lambda=value, attn_bits=6)
-        for value in (0.0, 0.175)
-    )
-    column_I = inputs_II.diagonal() / inputs_II.diagonal().mean()  # techniques.md 6.5
-    row_O = (weight_OI.abs() * column_I).mean(dim=1)
-    factor_O = 1 + 0.175 * (row_O / row_O.mean() - 1)
-    expected_O = 10 * weight_OI.std(dim=1) / 31
-    torch.testing.assert_close(heuristic_row_scales(plain, weight_OI, "attn", found), expected_O)
-    torch.testing.assert_close(
-        heuristic_row_scales(aware, weight_OI, "attn", found), expected_O * factor_O
-    )
+    cfg = tiny_config(row_steps="percentile")
+    scale_O = heuristic_row_scales(cfg, weight_OI, "embed")
+    last_O = heuristic_row_scales(cfg, weight_OI[-600:], "embed")
+    assert scale_O.shape == (65_537,) and torch.equal(scale_O[-600:], last_O)
 
 
 @pytest.mark.parametrize("share", [0.03, 0.5])
@@ -451,56 +386,6 @@ def test_pruning_zeroes_the_smallest_share_of_large_matrices_alone(share: float)
             assert name == "tok_emb.weight" or not zeros.any()
     small = torch.randn(256, 256)  # of exactly 65,536 numbers
     assert torch.equal(prune_smallest(small, 0.5), small)
-
-
-# --- Corrections of low rank ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("group", [0, 4, 5])
-@pytest.mark.parametrize("compressor", ["ans", "zlib"])
-def test_corrections_lower_the_error_of_the_worst_matrices_and_survive_the_file(
-    group: int, compressor: str, make_run: MakeRun, tmp_path: Path
-):
-    knobs = dict(lqer_rank=4, lqer_top_k=2, lqer_group=group, compressor=compressor)
-    cfg = tiny_config(model_dim=32, vocab_size=48, attn_bits=4, mlp_bits=4, **knobs)
-    model = random_model(cfg)
-    with torch.no_grad():  # so that there is something of low rank to be corrected
-        for p in model.parameters():
-            if p.dim() == 2:
-                p[:, 0] *= 30
-    stacks = group_matrices(cfg, model, {})
-    tensors = quantize_model(cfg, model, stacks)
-    corrected = {name[:-2] for name in tensors if "@" in name}
-    assert len(corrected) == 2 and {f"{n}@{i}" for n in corrected for i in (0, 1)} <= tensors.keys()
-    plain = {name: t for name, t in tensors.items() if "@" not in name}
-    errors = {
-        name: [float((w[name] - model.get_parameter(name)).detach().norm()) for w in (rough, fine)]
-        for rough, fine in [(dequantize_all(plain), dequantize_all(tensors))]
-        for stack in stacks
-        for name in stack.names
-    }
-    worst = sorted(errors, key=lambda name: -errors[name][0])[:2]
-    assert corrected == set(worst)
-    for name, (before, after) in errors.items():
-        assert after < before if name in corrected else after == before, name
-    path = tmp_path / "a.bin"
-    path.write_bytes(encode_artifact(cfg, tensors, SHA))
-    assert_is_assembled(read_artifact(path, make_run(), SHA), tensors)
-
-
-def test_a_correction_of_full_rank_in_many_bits_would_be_the_error_itself():
-    # The factors are those of the singular value decomposition: 4 bits leave a tenth of an error
-    # that has rank 1.
-    cfg = tiny_config(lqer_rank=1, lqer_top_k=1)
-    exact_OI = torch.outer(torch.randn(20), torch.randn(30))
-    codes = np.zeros((20, 30), dtype=np.int8)
-    tensors = {"x": Quantized(8, codes, np.ones(20, dtype=np.float16))}
-    stack = MatrixGroup(
-        ["x"], exact_OI[None], None, torch.ones(1, 20), torch.ones(1, 30), 8, torch.ones(1, 30)
-    )
-    found = low_rank_corrections(cfg, [stack], tensors)
-    back = found["x@0"].dequantized() @ found["x@1"].dequantized()
-    assert float((back - exact_OI).norm() / exact_OI.norm()) < 0.15
 
 
 # --- The byte budget -----------------------------------------------------------------------------
@@ -587,7 +472,7 @@ def test_a_budget_beyond_the_finest_steps_is_not_filled():
 @pytest.fixture(scope="module")
 def larger() -> tuple[GPT, dict[str, KroneckerHessian]]:
     """A random model of 40,000 weights and its curvature on random text."""
-    cfg = tiny_config(quantizer="gptq", gate_bits=8, control_bits=8, vocab_size=256)
+    cfg = tiny_config(quantizer="gptq", gate_bits=8, vocab_size=256)
     model = random_model(cfg)
     moments = CalibrationStats(model)
     moments.accumulate(windows_of(cfg, 16))
@@ -608,7 +493,6 @@ EXPORT = {
     "quantizer": "gptq",
     "row_steps": "solved",
     "gate_bits": 8,
-    "control_bits": 8,
 }
 CODE_BYTES = 777
 
@@ -715,7 +599,7 @@ COMBINATIONS = [
     for quantizer, grid, (steps, sigmas), compressor in itertools.product(
         ("rtn", "gptq"),
         ("uniform", "trellis"),
-        [("solved", ""), ("max", ""), ("percentile", ""), ("search", ""), ("solved", "9")],
+        [("solved", ""), ("max", ""), ("percentile", ""), ("solved", "9")],
         COMPRESSORS,
     )
     if allowed(
@@ -732,8 +616,8 @@ COMBINATIONS = [
 ]
 
 
-def test_config_allows_rounding_in_4_ways_and_gptq_in_10_for_each_compressor():
-    assert len(COMBINATIONS) == 6 * (4 + 10)
+def test_config_allows_rounding_in_3_ways_and_gptq_in_8_for_each_compressor():
+    assert len(COMBINATIONS) == 6 * (3 + 8)
 
 
 @pytest.fixture(scope="module")
@@ -761,9 +645,8 @@ def test_a_model_read_back_is_what_was_stored_and_is_stored_to_the_same_bytes(
     knobs: dict[str, Any], small: Any, make_run: MakeRun, tmp_path: Path
 ):
     model, found = small
-    plain = len(str(knobs)) % 2 * 8 + 8  # both ways to store vectors and gates, some of each
-    lqer = {"lqer_rank": 2, "lqer_group": 4 * (plain == 8)}
-    cfg = dataclasses.replace(model.cfg, **knobs, **lqer, gate_bits=plain, control_bits=plain)
+    gate_bits = len(str(knobs)) % 2 * 8 + 8  # both ways to store gates, some of each
+    cfg = dataclasses.replace(model.cfg, **knobs, gate_bits=gate_bits)
 
     def stored() -> dict[str, Quantized]:
         stacks = group_matrices(cfg, model, found if cfg.quantizer == "gptq" else {})
@@ -802,14 +685,13 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("compressor", ["ans", "zlib"])
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_every_shape_of_model_is_written_and_read_with_vectors_in_8_bits(
+def test_every_shape_of_model_is_written_and_read_with_gates_in_8_bits(
     shape: str, compressor: str, make_run: MakeRun, tmp_path: Path
 ):
     cfg = tiny_config(
         **{**GPTQ, "quantizer": "rtn", **ODD_SHAPES[shape]},
         compressor=compressor,
         gate_bits=8,
-        control_bits=8,
     )
     model = random_model(cfg)
     tensors = quantize_model(cfg, model)
@@ -852,7 +734,7 @@ sys.exit(train_gpt.main())
 STILL = dict.fromkeys(["embed_lr", "head_lr", "tied_embed_lr", "scalar_lr", "matrix_lr"], 0.0)
 DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by plainer ones
     name: getattr(Config(), name)
-    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "control_bits", "compressor")
+    for name in ("quantizer", "quant_grid", "row_steps", "gate_bits", "compressor")
 }
 
 

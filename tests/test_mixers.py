@@ -142,7 +142,7 @@ def test_the_entropy_expert_is_no_distribution(make_run: MakeRun):
 
 
 def test_the_entropy_expert_is_refused_unless_asked_for():
-    with pytest.raises(ValueError, match="ALLOW_NONCOMPLIANT=1 lets it run"):
+    with pytest.raises(ValueError, match="it needs ALLOW_NONCOMPLIANT=1"):
         Config(mixer="hedge_entropy")
     assert Config(mixer="hedge_entropy", allow_noncompliant=True).needs_mixer
 
@@ -150,7 +150,7 @@ def test_the_entropy_expert_is_refused_unless_asked_for():
 @pytest.mark.parametrize("orders", ["2,1", "1,1", "64", "x", "-1"])
 @pytest.mark.parametrize("knob", ["mixer_orders", "ngram_tilt_orders"])
 def test_orders_must_be_a_rising_list(knob, orders):
-    with pytest.raises(ValueError, match=f"{knob.upper()}='{orders}' must list rising lengths"):
+    with pytest.raises(ValueError, match=f"{knob.upper()}='{orders}' must list increasing lengths"):
         Config(**{knob: orders})
 
 

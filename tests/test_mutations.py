@@ -1,7 +1,7 @@
 """Artifacts that strangers made: every mutation is refused, or a model of the right shapes.
 
 Every kind of damage is done to a small model that uses all parts of the format: the entropy coder,
-the trellis, factors for columns, corrections of low rank, gates and vectors in 8 bits. Most are
+the trellis, factors for columns, gates in 8 bits. Most are
 sealed with a right checksum, so that what lies behind it is reached.
 """
 
@@ -42,7 +42,7 @@ SHA = hashlib.sha256(b"the tokenizer").hexdigest()
 SHAPE: dict[str, Any] = {
     "vocab_size": 24, "num_layers": 2, "model_dim": 8, "num_heads": 2, "num_kv_heads": 1,
     "attn_gate": "head", "quantizer": "gptq", "quant_grid": "trellis", "row_steps": "solved",
-    "gate_bits": 8, "control_bits": 8, "lqer_rank": 2, "lqer_top_k": 2, "compressor": "ans",
+    "gate_bits": 8, "compressor": "ans",
 }  # fmt: skip
 LIMIT_S = 20.0  # a whole one is read in a small fraction of a second; the machine may be busy
 LIMIT_MIB = 64
@@ -252,7 +252,7 @@ def test_the_artifact_that_is_mutated_is_sound_and_uses_every_part(
     flags = {entry[3] for entry in whole.header["tensors"]}
     assert any(f & 1 for f in flags) and any(f & 2 for f in flags) and any(f & 8 for f in flags)
     kinds = {kind.partition("/")[0] for kind, _ in whole.header["streams"]}
-    assert kinds == {"codes", "half", "steps"} and len(whole.header["ranks"]) == 2
+    assert kinds == {"codes", "half", "steps"}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -277,11 +277,11 @@ def test_ten_thousand_mutated_artifacts_are_refused_or_models(
 
 def huge_header(whole: Whole, width: int, layers: int) -> bytes:
     """A header that says a huge model whose every tensor it lists, over the same streams."""
-    shape = {**SHAPE, "model_dim": width, "num_layers": layers, "lqer_rank": 0}
+    shape = {**SHAPE, "model_dim": width, "num_layers": layers}
     header = whole.header
     header["model"] |= {k: v for k, v in shape.items() if k in header["model"]}
     like = {entry[0]: entry for entry in header["tensors"]}
-    header["ranks"], header["tensors"] = {}, []
+    header["tensors"] = []
     for name, sizes in sorted(model_layout(tiny_config(**shape))[0].items()):
         _, bits, num_scales, flags = like[re.sub(r"blocks\.\d+\.", "blocks.1.", name)]
         rows = sizes[0] if len(sizes) == 2 else 1

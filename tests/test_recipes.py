@@ -128,7 +128,12 @@ def test_what_was_logged_has_the_logged_number(name: str, logged: int, changes: 
 def test_the_defaults_are_the_frontier_s_model_and_training() -> None:
     """Its recipe says how it is scored, and nothing else (design: the best stack by default)."""
     changed = set(train_gpt.changed_knobs(recipe(FRONTIER))) - {"MODE", "RECIPE"}
-    assert {name.partition("_")[0] for name in changed} == {"EVAL", "TTT", "NGRAM"}
+    assert {name.partition("_")[0] for name in changed} == {
+        "EVAL",
+        "TTT",
+        "NGRAM",
+        "ROPE",
+    }  # ROPE_SCALING of the longer window
     assert num_parameters(Config()) == STATED[FRONTIER]
 
 

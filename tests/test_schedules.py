@@ -34,7 +34,6 @@ from tests.conftest import (
 )
 from train_gpt import (
     GPT,
-    AnnealedSampler,
     BatchLoader,
     Config,
     CoprimeSampler,
@@ -625,84 +624,6 @@ def test_shards_take_turns_in_proportion_to_what_remains_of_them(tmp_path: Path)
             assert 10 <= Counter(part.tolist())[1] <= 40
         changes = sum(a != b for a, b in itertools.pairwise(shards))
         assert 110 < changes < 190  # 2 * 400 * 3/16 = 150 in random order; 1 if one by one
-
-
-def annealed(folder: Path, sizes: tuple[int, ...], rows: int, seed: int = 3) -> AnnealedSampler:
-    """The plan of batches of `rows` windows from shards of these sizes."""
-    cfg = tiny_config(seed=seed, train_batch_tokens=rows * T, train_seq_len=T, eval_stride=1)
-    return AnnealedSampler(make_stream(folder, *sizes), T, cfg)
-
-
-def shards_of(plan: AnnealedSampler, batch: int, size: int) -> list[int]:
-    """Shard of each window of a batch; all shards are of this size."""
-    return [start // size for start in plan.order(batch).tolist()]
-
-
-def test_an_annealed_batch_mixes_more_shards_the_later_it_is(tmp_path: Path):
-    size = 4 * 40
-    plan = annealed(tmp_path, (size,) * 80, rows=96)
-    for batch, mixed in ((0, 8), (450, 22), (900, 36), (1800, 64), (2500, 64)):
-        shards = shards_of(plan, batch, size)
-        assert len(shards) == 96 and len(set(shards)) == mixed
-        assert len(set(shards[:mixed])) == mixed  # one of each, before any comes again
-        if batch == 0:
-            assert shards[:8] != shards[8:16]  # every round has an order of its own
-    few = annealed(tmp_path, (size,) * 80, rows=5)  # a window a shard, if rows are fewer
-    assert all(len(set(shards_of(few, batch, size))) == 5 for batch in range(9))
-
-
-def test_an_annealed_shard_is_walked_again_and_again_each_time_by_one_stride(tmp_path: Path):
-    sizes = (4 * 14 + 2, 4 * 31, 3, 4 * 9)
-    plan = annealed(tmp_path, sizes, rows=7)
-    for shard, n in ((0, 13), (1, 30), (3, 8)):
-        taken = np.concatenate([plan.take(shard, count) for count in (1, 5, 0, 2 * n, 3 * n - 6)])
-        first, walks = sum(sizes[:shard]), taken.reshape(5, n)
-        assert (
-            len({(int(coprime_walk.min()), *np.diff(coprime_walk[:2])) for coprime_walk in walks})
-            > 1
-        )
-        for coprime_walk in walks:
-            phase = int(coprime_walk.min()) - first
-            assert (
-                sorted(coprime_walk) == [first + phase + i * T for i in range(n)] and 0 <= phase < T
-            )
-            order = (coprime_walk - coprime_walk.min()) // T
-            strides = set((np.diff(order) % n).tolist())
-            assert len(strides) == 1 and math.gcd(*strides, n) == 1
-
-
-def test_annealed_batches_read_every_window_as_often_as_any_other_of_its_shard(tmp_path: Path):
-    size, rows = 4 * 21, 30
-    plan = annealed(tmp_path, (size,) * 12, rows=rows)
-    for batch in range(200):
-        plan.order(batch)
-    starts = np.concatenate([plan.order(batch) for batch in range(200)])
-    for shard in range(12):
-        own = starts[starts // size == shard] % size // T
-        counts = np.bincount(own, minlength=20)
-        # A phase may move a window by one place in each of about 25 walks.
-        assert abs(len(own) - 500) < 60 and counts[1:20].std() < 4
-
-
-def test_fuller_shards_are_in_more_annealed_batches_and_less_so_later(tmp_path: Path):
-    sizes = (4 * 3601,) * 20 + (4 * 101,) * 20
-    shares = []
-    for first in (0, 1800):
-        plan = annealed(tmp_path, sizes, rows=8)
-        if first:
-            plan.epochs = dict.fromkeys(range(first), plan.order(0))  # as if they had been
-        starts = np.concatenate([plan.order(first + batch) for batch in range(1, 120)])
-        shares.append(np.mean(starts >= 20 * sizes[0]))
-    assert 0.02 < shares[0] < 0.1 < shares[1] < 0.3
-
-
-def test_annealed_batches_go_on_as_if_nothing_had_been_cut(tmp_path: Path):
-    sizes = (4 * 31, 4 * 7, 4 * 50)
-    one, other = (annealed(tmp_path, sizes, rows=6) for _ in range(2))
-    for batch in range(30):
-        one.order(batch)
-    assert np.array_equal(one.order(29), other.order(29))
-    assert not np.array_equal(one.order(29), annealed(tmp_path, sizes, 6, seed=4).order(29))
 
 
 def test_ranks_share_the_coprime_windows_without_overlap(data: TinyData):

@@ -33,7 +33,7 @@ MAX_FUNCTION_LINES, MAX_COMPLEXITY, MAX_NESTING, MAX_POSITIONAL = 60, 10, 3, 5
 MAX_NESTED_LINES = 5  # of a function inside a function
 MAX_UNDOCUMENTED_LINES = 8
 BANNER_COLUMNS = 99  # it ends just before the last column
-BANNER = re.compile(r"# --- (?:(\d+)\. )?([A-Za-z][\w ]*?) (-+)")
+BANNER = re.compile(r"# --- (?:(\d+)\. )?([A-Za-z][\w -]*?) (-+)")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
@@ -255,7 +255,7 @@ def banners_of(path: Path) -> list[tuple[str, str]]:
 def test_the_map_in_the_docstring_is_that_of_the_banners(path: Path) -> None:
     docstring = ast.get_docstring(parse(path)) or ""
     _, _, after = docstring.partition("Sections:")
-    promised = re.findall(r"(\d+)\. ([A-Za-z][\w ]*?)(?=  |\n|$)", after.partition("\n\n")[0])
+    promised = re.findall(r"(\d+)\. ([A-Za-z][\w -]*?)(?=  |\n|$)", after.partition("\n\n")[0])
     numbered = [(number, name) for number, name in banners_of(path) if number]
     assert numbered == promised
     assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))

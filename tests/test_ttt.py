@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,17 @@ import pytest
 import torch
 
 import train_gpt
+from records import audit
 from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
-from tests.processes import SCRIPT, log_events, run_ranks, run_script, submission
+from tests.processes import (
+    SCRIPT,
+    Result,
+    log_events,
+    python_process,
+    run_ranks,
+    run_script,
+    submission,
+)
 from train_gpt import (
     BOS_ID,
     GPT,
@@ -39,6 +49,7 @@ from train_gpt import (
     rule_violations,
 )
 
+AUDIT = SCRIPT.parent / "records/audit.py"
 T, C = 32, 8  # context, and targets between two updates of a document's adapter
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}  # float32 sums of other shapes
 SMALL: dict[str, Any] = {"num_layers": 2, "val_batch_size": 4 * T}
@@ -61,7 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **CHUNK, "ttt_optimizer": "adamw", "ttt_lr": 0.01, "ttt_polyak": 0.5, "ttt_ramp": 3.0,
         "ttt_byte_weighted": True, "ttt_freeze_blocks": 1, "ttt_train": "blocks",
     },
-    "chunk_hash": {**CHUNK, "eval_hash_rows": 64, "ttt_asym_caps": True, "ttt_wd": 0.1},
+    "chunk_hash": {**CHUNK, "eval_hash_rows": 64},
     "lora_window": {**LORA, "ttt_grad_steps": 2},
     "lora_text": {**LORA, "ttt_context": "text"},
     "lora_incremental": {**LORA, **RICH, "ttt_context": "incremental", "ttt_grad_steps": 2},
@@ -77,7 +88,8 @@ METHODS: dict[str, dict[str, Any]] = {
         **LORA, "mixer": "backoff", "mixer_orders": "0-2", "ttt_context": "incremental",
         "ttt_chunk_tokens": T, "ngram_table_bits": 12,
     },
-    "lora_phases": {**LORA, "ttt_phases": "2,4", "ttt_asym_caps": True, "tie_embeddings": False},
+    "lora_phases": {**LORA, "ttt_phases": "2,4", "asym_logit_rescale": True,
+                    "tie_embeddings": False},
 }  # fmt: skip
 LEARNING = [name for name in METHODS if name != "sliding"]
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -235,7 +247,7 @@ def test_chunks_at_learning_rate_zero_are_the_sliding_windows_to_the_bit(
     make_run: MakeRun, data, name
 ):
     # One row a batch, so that products have the same shapes in both passes.
-    changes = {**METHODS[name], "ttt_lr": 0.0, "ttt_asym_caps": False, "val_batch_size": T}
+    changes = {**METHODS[name], "ttt_lr": 0.0, "val_batch_size": T}
     run, found = make_run(**changes), dict[int, float]()
     model, ids = random_model(run.cfg), text_of(data)
     with recorded(found):
@@ -433,7 +445,7 @@ def test_adapters_learn_as_a_plain_loop_over_single_documents(make_run: MakeRun,
     expected = np.full(len(ids) - 1, np.nan)
     for first, stop in zip(document_bounds(ids)[:-1], document_bounds(ids)[1:], strict=True):
         downs = [start.clone().requires_grad_() for start in trainer.starts]
-        ups = [torch.zeros(len(m.weight), 4, requires_grad=True) for m in matrices]
+        ups = [torch.zeros(train_gpt.lora_sizes(m)[1], 4, requires_grad=True) for m in matrices]
         adam = torch.optim.AdamW([*downs, *ups], lr=0.02, betas=(0.0, 0.99), eps=1e-10,
                                  weight_decay=0.0)  # fmt: skip
         for chunk in range(first, stop, C):
@@ -524,12 +536,11 @@ def test_what_is_frozen_stays_and_all_else_is_trained(knobs, frozen):
         assert {"blocks.0.attn_scale", "skip_weights"} <= trained.keys()
 
 
-def test_looped_blocks_have_adapters_by_visit_or_share_them(make_run: MakeRun):
-    for shared, count in ((False, 6), (True, 3)):  # blocks 0 to 2 twice
-        run = make_run(**LORA | {"num_layers": 3}, num_loops=1, loop_start=0, loop_end=2,
-                       ttt_lora_targets="v", ttt_lora_shared=shared)  # fmt: skip
-        trainer = train_gpt.AdapterTrainer(run, random_model(run.cfg))
-        assert (len(trainer.visits), len(trainer.adapters)) == (6, count)
+def test_every_call_of_a_looped_block_has_its_own_adapter(make_run: MakeRun):
+    run = make_run(**LORA | {"num_layers": 3}, num_loops=1, loop_start=0, loop_end=2,
+                   ttt_lora_targets="v")  # fmt: skip
+    trainer = train_gpt.AdapterTrainer(run, random_model(run.cfg))
+    assert (len(trainer.visits), len(trainer.adapters)) == (6, 6)  # blocks 0 to 2 twice
 
 
 def test_documents_end_at_the_next_bos():
@@ -698,7 +709,7 @@ def verdicts_of(run: Run) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["sliding", "chunk_hedge", "lora_incremental"])
 def test_an_audit_passes_what_is_legal(make_run: MakeRun, data, name):
     run = make_run(**METHODS[name])
-    train_gpt.audit(run, random_model(run.cfg), validation_of(text_of(data)))
+    audit.audit(run, random_model(run.cfg), validation_of(text_of(data)))
     assert verdicts_of(run) == dict.fromkeys(["C1", "C2", "C3", "C4"], "pass")
 
 
@@ -715,7 +726,7 @@ def test_an_audit_passes_what_is_legal(make_run: MakeRun, data, name):
 def test_an_audit_fails_what_is_not(make_run: MakeRun, data, knobs, broken):
     run = make_run(**knobs, allow_noncompliant=True)
     with pytest.raises(train_gpt.RunFailed, match="not legal"):
-        train_gpt.audit(run, random_model(run.cfg), validation_of(text_of(data)))
+        audit.audit(run, random_model(run.cfg), validation_of(text_of(data)))
     assert {c for c, verdict in verdicts_of(run).items() if verdict == "fail"} <= broken
     assert min(broken) in {c for c, verdict in verdicts_of(run).items() if verdict == "fail"}
 
@@ -732,12 +743,34 @@ def test_the_script_scores_an_artifact_as_it_learns_and_audits_it(data: TinyData
     again = {**knobs, "artifact": "run/artifact.bin"}
     scored = run_script(environment(tiny_config(**again, mode="eval", run_dir="again")), work)
     assert dict(log_events(scored.out))["final_ttt"]["val_loss"] == ttt["val_loss"]
-    audited = run_script(environment(tiny_config(**again, mode="audit", run_dir="audit")), work)
+    packed = ["--script", "run/train_gpt.py"]
+    audited = run_audit(work, environment(tiny_config(**knobs, run_dir="audit")), *packed)
     verdicts = [v["verdict"] for event, v in log_events(audited.out) if event == "audit"]
     assert (audited.status, verdicts) == (0, ["pass"] * 4), audited.err
-    illegal = {**again, "ttt_method": "pretrain", "allow_noncompliant": True}
-    caught = run_script(environment(tiny_config(**illegal, mode="audit", run_dir="caught")), work)
+    illegal = {**knobs, "ttt_method": "pretrain", "allow_noncompliant": True}
+    caught = run_audit(work, environment(tiny_config(**illegal, run_dir="caught")))
     assert caught.status == 1 and "not legal" in caught.err
+
+
+def run_audit(work: Path, env: dict[str, str], *options: str) -> Result:
+    """Run records/audit.py on the artifact of the run in work/run."""
+    arguments = [str(AUDIT), "--artifact", "run/artifact.bin", *options]
+    return python_process(arguments, env, work)
+
+
+def test_an_audit_refuses_what_it_cannot_audit(tmp_path, capsys):
+    assert audit.main(["--artifact", "x", "--script", str(tmp_path / "none.py")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "other.py").write_text("def evaluate(): ...\n")
+    assert audit.main(["--artifact", "x", "--script", str(tmp_path / "other.py")]) == 2
+    assert "has no read_artifact, softcap_logits" in capsys.readouterr().err
+    assert audit.main(["--artifact", str(tmp_path / "none.bin")]) == 2
+    assert "none.bin does not exist" in capsys.readouterr().err
+
+
+def test_mode_audit_names_the_tool_that_replaced_it():
+    with pytest.raises(ValueError, match="run python records/audit.py --artifact PATH"):
+        tiny_config(mode="audit")
 
 
 # --- Ranks ---------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ import time
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -154,7 +154,7 @@ class Config:
         2048, "training sequence length", unit="tokens", low=1, high=2**20, shape=True
     )
     train_batch_tokens: int = knob(
-        786_432, "tokens per optimizer step, over all ranks", unit="tokens", low=1
+        786_432, "tokens per optimizer step, over all ranks", unit="tokens", low=1, high=2**30
     )
     train_seq_schedule: str = knob(
         "", "shorter sequences first: LEN@PROGRESS,... (until that progress), then TRAIN_SEQ_LEN"
@@ -163,7 +163,7 @@ class Config:
         "", "smaller batches first, in the same form; then TRAIN_BATCH_TOKENS"
     )
     micro_batch_tokens: int = knob(
-        98_304, "maximum tokens in one forward pass of a rank", unit="tokens", low=1
+        98_304, "maximum tokens in one forward pass of a rank", unit="tokens", low=1, high=2**30
     )
     # Model
     vocab_size: int = knob(8192, "number of tokenizer pieces", low=4, high=65_536, shape=True)
@@ -275,7 +275,9 @@ class Config:
     muon_wd: float = knob(0.095, "weight decay of Muon's matrices (decoupled)", low=0)
     grad_clip_norm: float = knob(0.3, "maximum global gradient norm; 0 = no clipping", low=0)
     # Schedule
-    iterations: int = knob(20_000, "maximum number of optimizer steps", unit="steps", low=1)
+    iterations: int = knob(
+        20_000, "maximum number of optimizer steps", unit="steps", low=1, high=2**31
+    )
     max_wallclock_seconds: float = knob(600.0, "training budget; 0 = none", unit="s", low=0)
     warmup_steps: int = knob(
         20, "steps that only trigger compilation; their effect is undone", unit="steps", low=0
@@ -329,7 +331,7 @@ class Config:
         "", "clipping range in row deviations: one number, or attn:13,mlp:11.5,embed:14,table:12.85"
     )
     gptq_calibration_batches: int = knob(
-        16, "maximum number of calibration batches of TRAIN_BATCH_TOKENS", low=1
+        16, "maximum number of calibration batches of TRAIN_BATCH_TOKENS", low=1, high=2**20
     )
     gptq_reserve_seconds: float = knob(
         12.0, "part of the training budget for calibration, at most a tenth", unit="s", low=0
@@ -345,7 +347,7 @@ class Config:
         64, "targets scored per sliding window; 0 = no sliding pass", unit="tokens", low=0
     )
     val_batch_size: int = knob(
-        524_288, "tokens per evaluation step, over all ranks", unit="tokens", low=1
+        524_288, "tokens per evaluation step, over all ranks", unit="tokens", low=1, high=2**30
     )
     val_tokens_limit: int = knob(
         0, "score only the first tokens (marked partial); 0 = all", unit="tokens", low=0
@@ -362,10 +364,14 @@ class Config:
     ttt_grad_clip: float = knob(1.0, "its maximum gradient norm; 0 = no clipping", low=0)
     ttt_epochs: int = knob(3, "epochs over each scored chunk", low=1, high=1000)
     ttt_chunk_tokens: int = knob(
-        32_768, "tokens scored before the weights are trained on them", unit="tokens", low=1
+        32_768,
+        "tokens scored before the weights are trained on them",
+        unit="tokens",
+        low=1,
+        high=2**40,
     )
     ttt_batch_seqs: int = knob(
-        32, "maximum sequences per training step of a rank", unit="rows", low=1
+        32, "maximum sequences per training step of a rank", unit="rows", low=1, high=2**16
     )
     ttt_freeze_blocks: int = knob(0, "number of first blocks that stay frozen", low=0)
     ttt_train: str = knob(
@@ -391,7 +397,7 @@ class Config:
     ttt_short_chunks: str = knob(
         "", "smaller chunks at the start of a document: SIZE@UNTIL,..., then TTT_CHUNK_SIZE"
     )
-    ttt_batch_size: int = knob(64, "documents adapted side by side", low=1)
+    ttt_batch_size: int = knob(64, "documents adapted side by side", low=1, high=2**16)
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
@@ -426,18 +432,24 @@ class Config:
     ngram_tilt_orders: str = knob(
         "15", "context lengths of the n-gram bias; the longest match wins"
     )
-    ngram_tilt_share: float = knob(
+    ngram_tilt_min_frac: float = knob(
         0.8, "minimum relative frequency of that continuation", low=0, high=1
     )
     ngram_tilt_min_count: int = knob(1, "minimum count of that continuation", low=1)
     ngram_table_bits: int = knob(
-        22, "log2 of the rows of the n-gram table (24 bytes each)", unit="bits", low=10, high=32
+        22, "log2 of the rows of the n-gram table (24 bytes each)", unit="bits", low=10, high=30
     )
 
     def __post_init__(self) -> None:
-        problems = [p for f in fields(self) if (p := out_of_range(f, getattr(self, f.name)))]
-        with contextlib.suppress(ZeroDivisionError):  # of a 0 that is among the problems already
-            problems += check_combinations(self) + (check_eval_context(self) if self.trains else [])
+        ranges = {f.name: out_of_range(f, getattr(self, f.name)) for f in fields(self)}
+        # Rules between knobs may count or expand what they read: they see values that are in range.
+        checked = object.__new__(Config)
+        for f in fields(self):
+            value = f.default if ranges[f.name] else getattr(self, f.name)
+            object.__setattr__(checked, f.name, value)
+        problems = [problem for problem in ranges.values() if problem]
+        problems += check_combinations(checked)
+        problems += check_eval_context(checked) if checked.trains else []
         require(not problems, "\n  ".join(["invalid configuration:", *problems]))
 
     @property
@@ -631,11 +643,28 @@ def check_combinations(cfg: Config) -> list[str]:
 Rule = tuple[bool, str]  # a condition that must hold, and the message if it does not
 
 
+MAX_WEIGHTS = 2**28  # parameters of a model; 16 MB hold no more at half a bit each
+MAX_ROTARY_VALUES = 2**28  # numbers in a rotary table: 1 GiB
+
+
 def shape_rules(cfg: Config) -> list[Rule]:
     """Rules about the shape of the model."""
     D, H, K, L = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.num_layers
+    weights = L * D * (2 * D + 2 * K * (D // H) + 2 * cfg.mlp_dim) + cfg.vocab_size * D
+    context = max(cfg.train_seq_len, cfg.eval_seq_len)
     uses_window = bool({cfg.attn_gate, cfg.smear_gate} & {"window", "sparse", "lambda"})
     return [
+        (
+            weights <= MAX_WEIGHTS,
+            f"NUM_LAYERS={L}, MODEL_DIM={D}, MLP_MULT={cfg.mlp_mult} and VOCAB_SIZE="
+            f"{cfg.vocab_size} are about {weights:,} weights; at most {MAX_WEIGHTS:,} are allowed",
+        ),
+        (
+            context * cfg.rotary_dims <= MAX_ROTARY_VALUES,
+            f"a context of {context} tokens needs a rotary table of {context * cfg.rotary_dims:,} "
+            f"values; at most {MAX_ROTARY_VALUES:,} are allowed: lower TRAIN_SEQ_LEN, EVAL_SEQ_LEN "
+            "or ROPE_DIMS",
+        ),
         (D % H == 0, f"NUM_HEADS={H} must divide MODEL_DIM={D}"),
         (H % K == 0, f"NUM_KV_HEADS={K} must divide NUM_HEADS={H}"),
         (
@@ -746,32 +775,77 @@ def check_eval_context(cfg: Config) -> list[str]:
 
 
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
-# Parts of a name that no foreign variable has: a name with one of them is a misspelt knob.
-OUR_WORDS = {
-    "TTT",
-    "MUON",
-    "GPTQ",
-    "EMA",
-    "SWA",
-    "LORA",
-    "WARMDOWN",
-    "QAT",
-    "XSA",
-    "SOFTCAP",
-    "ROPE",
-    "BIGRAM",
-    "TRIGRAM",
-    "LQER",
-    "STRIDE",
-    "BPB",
-    "MIXER",
-    "HEDGE",
-    "NGRAM",
-}
+
+# Names in other scripts and in earlier versions of this one, with the knobs to use instead; `-`
+# means that there is none.
+PUBLISHED_NAMES = """
+LR=MATRIX_LR,TIED_EMBED_LR,SCALAR_LR LEARNING_RATE=MATRIX_LR,TIED_EMBED_LR,SCALAR_LR
+MAX_LR=MATRIX_LR,TIED_EMBED_LR,SCALAR_LR MUON_LR=MATRIX_LR EMBEDDING_LR=TIED_EMBED_LR
+BATCH_SIZE=TRAIN_BATCH_TOKENS TOTAL_BATCH_SIZE=TRAIN_BATCH_TOKENS
+DEVICE_BATCH_SIZE=MICRO_BATCH_TOKENS GRAD_ACCUM_STEPS=MICRO_BATCH_TOKENS
+GRADIENT_ACCUMULATION_STEPS=MICRO_BATCH_TOKENS NUM_ITERATIONS=ITERATIONS MAX_STEPS=ITERATIONS
+MAX_ITERS=ITERATIONS NUM_STEPS=ITERATIONS NUM_EPOCHS=ITERATIONS,MAX_WALLCLOCK_SECONDS
+MAX_SECONDS=MAX_WALLCLOCK_SECONDS SEQ_LEN=TRAIN_SEQ_LEN BLOCK_SIZE=TRAIN_SEQ_LEN
+CONTEXT_LENGTH=TRAIN_SEQ_LEN ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN ROPE_YARN=ROPE_SCALING
+N_LAYER=NUM_LAYERS N_HEAD=NUM_HEADS N_EMBD=MODEL_DIM WEIGHT_DECAY=MUON_WD,ADAM_WD,EMBED_WD
+GRAD_CLIP=GRAD_CLIP_NORM MIN_LR_FRAC=MIN_LR DROPOUT=- MUON_BETA2=- CROWN_Q_LAMBDA=-
+CASEOPS_ENABLED=DATA_PATH VAL_BATCH_TOKENS=VAL_BATCH_SIZE MATRIX_BITS=ATTN_BITS,MLP_BITS
+MATRIX_CLIP_SIGMAS=CLIP_SIGMAS ATTN_CLIP_SIGMAS=CLIP_SIGMAS MLP_CLIP_SIGMAS=CLIP_SIGMAS
+EMBED_CLIP_SIGMAS=CLIP_SIGMAS ROW_SCALES=ROW_STEPS GATED_ATTN_ENABLED=ATTN_GATE
+SPARSE_ATTN_GATE_ENABLED=ATTN_GATE ATTN_OUT_GATE_ENABLED=ATTN_GATE EMA_ENABLED=AVERAGING
+SWA_ENABLED=AVERAGING VE_ENABLED=VE_LAYERS TTT_ENABLED=TTT_METHOD TTT_LORA_ENABLED=TTT_METHOD
+PHASED_TTT_ENABLED=TTT_PHASES PHASED_TTT_PREFIX_DOCS=TTT_PHASES GLOBAL_TTT_LR=TTT_LR
+GLOBAL_TTT_EPOCHS=TTT_EPOCHS SLIDING_WINDOW_ENABLED=EVAL_STRIDE WD_TAPER_START_FRAC=-
+WD_TAPER_FINAL_MULT=- SWA_START_FRAC=SWA_START_LR QAT_GROUPS=LATE_QAT_THRESHOLD LQER_RANK=-
+LQER_TOP_K=- LQER_GROUP=- HESSIAN_CLIP_LAMBDA=- CONTROL_BITS=- CLIP_PERCENTILE=ROW_STEPS
+CALIBRATION=- TTT_LORA_SHARED=- TTT_ASYM_CAPS=ASYM_LOGIT_RESCALE TTT_WD=-
+NGRAM_TILT_SHARE=NGRAM_TILT_MIN_FRAC
+"""
+# Parts of a name that no other program's variables have.
+OUR_WORDS = set(
+    "TTT MUON GPTQ EMA SWA LORA WARMDOWN QAT XSA SOFTCAP ROPE BIGRAM TRIGRAM LQER STRIDE BPB "
+    "MIXER HEDGE NGRAM".split()
+)
+# Variables of other programs that would look like ours.
+FOREIGN_NAMES = set("ARTIFACTS MODEL MODEL_DIR MODELS COMPILER LORA_PATH LORA_DIR TRACKER".split())
+FOREIGN_PREFIXES = tuple(
+    "GITHUB_ CI_ NCCL_ CUDA_ HF_ SLURM_ KUBERNETES_ TORCH_ TORCHINDUCTOR_ TORCHELASTIC_ PYTORCH_ "
+    "TRITON_ WANDB_ MLFLOW_ AWS_ AZURE_ GOOGLE_ OMP_ MKL_ OPENBLAS_ PIP_ XDG_ LC_ SSH_ CONDA_ "
+    "PYTHON PYTEST_ VSCODE_ JUPYTER_".split()
+)
+
+
+def misspelt_knob(name: str, knobs: Collection[str]) -> str:
+    """What to say about a variable that is no knob but was probably meant as one, or nothing.
+
+    A variable is refused if it is a knob in lower case, a name in PUBLISHED_NAMES, the beginning,
+    the end or a longer form of a knob (by at least two whole words), similar to a knob (ratio of
+    0.85), or contains a word of OUR_WORDS. Variables of other programs (FOREIGN_NAMES and
+    FOREIGN_PREFIXES) always pass.
+    """
+    if name in FOREIGN_NAMES or name.startswith(FOREIGN_PREFIXES):
+        return ""
+    if name.upper() in knobs:
+        return f"{name} must be spelled in capitals: {name.upper()}"
+    published = dict(pair.split("=") for pair in PUBLISHED_NAMES.split())
+    if (instead := published.get(name)) is not None:
+        use = f"use {instead.replace(',', ', ')}" if instead != "-" else "there is no such setting"
+        return f"{name} is not a knob; {use}"
+    words = name.split("_")
+    parts = [
+        knob
+        for knob in knobs
+        if len(words) > 1 and (knob.startswith(name + "_") or knob.endswith("_" + name))
+    ]
+    longer = [knob for knob in knobs if "_" in knob and name.startswith(knob + "_")]
+    near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
+    if candidates := near or sorted(parts) or longer:
+        return f"{name} is not a knob; did you mean {' or '.join(candidates[:3])}?"
+    return f"{name} is not a knob of this script" if OUR_WORDS & set(words) else ""
 
 
 def out_of_range(f: dataclasses.Field[Any], value: Any) -> str:
-    """What is wrong with `value` for this knob, or an empty string."""
+    """Why `value` is not allowed for this knob, or an empty string."""
     meta, name = f.metadata, f.name.upper()
     if name == "MODE" and value == "audit":
         return "MODE=audit has moved: run python records/audit.py --artifact PATH"
@@ -792,26 +866,60 @@ def parse_value(text: str, kind: type) -> Any:
     return value
 
 
+MAX_RECIPE_BYTES = 2**20
+
+
+def parse_setting(line: str) -> tuple[str, str] | None:
+    """(name, value) of a line of a recipe, None for an empty line or a comment; or ValueError.
+
+    As in an env file: `export` is ignored, quotes around the value are removed, and a comment may
+    follow the value after a space.
+    """
+    line = line.strip()
+    if not line or line.startswith("#"):
+        return None
+    name, equals, text = line.removeprefix("export ").partition("=")
+    value = text.strip()
+    if value[:1] in ("'", '"'):
+        value, closed, comment = value[1:].partition(value[0])
+        if not closed or (comment.strip() and not comment.lstrip().startswith("#")):
+            raise ValueError("a quote that is not closed, or text after it")
+    else:
+        value = re.split(r"(?:^|\s)#", value)[0].strip()
+    if not equals:
+        raise ValueError("not KNOB=value")
+    return name.strip(), value
+
+
 def read_recipe(path: Path) -> dict[str, str]:
-    """The KEY=value lines of a recipe; empty lines and # comments are skipped."""
+    """The settings of a recipe: KEY=value lines of an env file; InputError if it is not one."""
     try:
+        size = path.stat().st_size
+        require(
+            path.is_file() and size <= MAX_RECIPE_BYTES,
+            f"RECIPE={path} must be a regular file of at most {MAX_RECIPE_BYTES} bytes",
+        )
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"RECIPE={path} cannot be read: {error}") from error
     known, settings = {f.name.upper() for f in fields(Config)}, dict[str, str]()
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if line and not line.startswith("#"):
-            name, equals, value = map(str.strip, line.partition("="))
+    for number, line in enumerate(lines, start=1):
+        try:
+            setting = parse_setting(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: {line.strip()!r}: {error}") from error
+        if setting is not None:
             require(
-                equals and name in known,
-                f"{path}:{number}: {line!r} is not KNOB=value of a known knob",
+                setting[0] in known and setting[0] != "RECIPE",
+                f"{path}:{number}: {line.strip()!r} is not KNOB=value of a knob (RECIPE is not "
+                "allowed in a recipe)",
             )
-            settings[name] = value
+            settings[setting[0]] = setting[1]
     return settings
 
 
 def config_from_env(env: Mapping[str, str]) -> Config:
-    """Build the Config from `env` over its RECIPE; one ValueError lists every bad variable."""
+    """The Config of the environment `env` over its RECIPE; one InputError lists all problems."""
     settings = {**read_recipe(Path(env["RECIPE"])), **env} if env.get("RECIPE") else env
     kinds = {name.upper(): kind for name, kind in get_type_hints(Config).items()}
     values, problems = dict[str, Any](), list[str]()
@@ -821,10 +929,8 @@ def config_from_env(env: Mapping[str, str]) -> Config:
                 values[name.lower()] = parse_value(text, kinds[name])
             except ValueError:
                 problems.append(f"{name}={text!r} is not a valid {kinds[name].__name__}")
-        elif near := difflib.get_close_matches(name, kinds, n=1, cutoff=0.85):
-            problems.append(f"{name} is not a knob; did you mean {near[0]}?")
-        elif OUR_WORDS & set(name.split("_")):
-            problems.append(f"{name} is not a knob of this script")
+        elif problem := misspelt_knob(name, kinds):
+            problems.append(problem)
     try:
         cfg = Config(**values)
     except ValueError as error:  # ranges and contradictions join the same message
@@ -3849,7 +3955,6 @@ def fill_budget(
 ARTIFACT_MAGIC, ARTIFACT_VERSION, CHECKSUM_BYTES = b"PGOLFART", 2, 32
 ARTIFACT_PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of the compressed header
 MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
-MAX_WEIGHTS = 2**28  # 16 MB hold no more codes than that at half a bit each
 
 
 def decompress_brotli(module: Any, packed: bytes, limit: int) -> bytes:
@@ -5427,7 +5532,7 @@ class Mixer:
         logp_NC = (logits_NV.gather(1, token_NC) - norm_N1).double()
         if self.tilting:
             _, total_NO, top_NO, token_NO = seen_4NO[..., self.tilting]
-            fires_NO = top_NO >= cfg.ngram_tilt_share * total_NO.double() - 1e-9  # 0.8 * 5 is 4
+            fires_NO = top_NO >= cfg.ngram_tilt_min_frac * total_NO.double() - 1e-9  # 0.8 * 5 is 4
             fires_NO &= total_NO >= cfg.ngram_tilt_min_count
             longest_N1 = fires_NO.cumsum(1).argmax(1, keepdim=True)  # of those that fire
             hint_N1 = token_NO.gather(1, longest_N1)

@@ -471,6 +471,12 @@ class Config:
         return self.rope_dims or self.head_dim
 
     @property
+    def rotary_bytes(self) -> int:
+        """Memory of the two float32 rotary tables, for training and for the longest context."""
+        longest = max(self.train_seq_len, self.score_seq_len)
+        return 4 * self.rotary_dims * (self.train_seq_len + longest)
+
+    @property
     def score_seq_len(self) -> int:
         return self.eval_seq_len or self.train_seq_len
 
@@ -529,6 +535,7 @@ class Config:
         return max(self.max_wallclock_seconds - reserve_s, 0.9 * self.max_wallclock_seconds)
 
 
+MAX_ROTARY_BYTES = 2**30
 MAX_LIST_LEN = 4096  # entries of a list knob; checked before a range is expanded
 
 
@@ -644,14 +651,12 @@ Rule = tuple[bool, str]  # a condition that must hold, and the message if it doe
 
 
 MAX_WEIGHTS = 2**28  # parameters of a model; 16 MB hold no more at half a bit each
-MAX_ROTARY_VALUES = 2**28  # numbers in a rotary table: 1 GiB
 
 
 def shape_rules(cfg: Config) -> list[Rule]:
     """Rules about the shape of the model."""
     D, H, K, L = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.num_layers
     weights = L * D * (2 * D + 2 * K * (D // H) + 2 * cfg.mlp_dim) + cfg.vocab_size * D
-    context = max(cfg.train_seq_len, cfg.eval_seq_len)
     uses_window = bool({cfg.attn_gate, cfg.smear_gate} & {"window", "sparse", "lambda"})
     return [
         (
@@ -659,18 +664,18 @@ def shape_rules(cfg: Config) -> list[Rule]:
             f"NUM_LAYERS={L}, MODEL_DIM={D}, MLP_MULT={cfg.mlp_mult} and VOCAB_SIZE="
             f"{cfg.vocab_size} are about {weights:,} weights; at most {MAX_WEIGHTS:,} are allowed",
         ),
-        (
-            context * cfg.rotary_dims <= MAX_ROTARY_VALUES,
-            f"a context of {context} tokens needs a rotary table of {context * cfg.rotary_dims:,} "
-            f"values; at most {MAX_ROTARY_VALUES:,} are allowed: lower TRAIN_SEQ_LEN, EVAL_SEQ_LEN "
-            "or ROPE_DIMS",
-        ),
         (D % H == 0, f"NUM_HEADS={H} must divide MODEL_DIM={D}"),
         (H % K == 0, f"NUM_KV_HEADS={K} must divide NUM_HEADS={H}"),
         (
             cfg.rotary_dims % 2 == 0 and cfg.rotary_dims <= cfg.head_dim,
             f"ROPE_DIMS={cfg.rope_dims} (0 = the head's width) must be even and at most "
             f"MODEL_DIM/NUM_HEADS={cfg.head_dim}",
+        ),
+        (
+            cfg.rotary_bytes <= MAX_ROTARY_BYTES,
+            f"the rotary tables of ROPE_DIMS={cfg.rotary_dims} channels for contexts of "
+            f"TRAIN_SEQ_LEN={cfg.train_seq_len} and {cfg.score_seq_len} (evaluation) take "
+            f"{cfg.rotary_bytes} bytes; at most {MAX_ROTARY_BYTES} are allowed",
         ),
         (cfg.xsa_last_n <= L, f"XSA_LAST_N={cfg.xsa_last_n} must be at most NUM_LAYERS={L}"),
         (
@@ -1473,8 +1478,10 @@ def rotary_table(cfg: Config, num_positions: int) -> Tensor:
     if cfg.rope_scaling == "ntk" and num_positions > cfg.train_seq_len and dims > 2:
         # The slowest frequency covers the longer context as it covered TRAIN_SEQ_LEN.
         base *= (num_positions / cfg.train_seq_len) ** (dims / (dims - 2))
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-    angle_TE = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequency)
+    # On the CPU also for a model whose weights are on the meta device; see build_model.
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims)
+    position_T = torch.arange(num_positions, dtype=torch.float32, device="cpu")
+    angle_TE = torch.outer(position_T, frequency)
     return torch.stack([angle_TE.cos(), angle_TE.sin()])
 
 
@@ -2017,7 +2024,7 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[keep], [1 - keep]]).repeat(1, D))
         self.is_parallel = self.parallel == "stream" and layer >= cfg.parallel_start_layer
         # A tensor, not a number: one compiled graph then serves the blocks of every depth.
-        scale = torch.tensor((layer + 1) ** -0.5)
+        scale = torch.tensor((layer + 1) ** -0.5, device="cpu")
         self.norm_scale = nn.Buffer(scale, persistent=False) if cfg.ln_scale else None
 
     def norm(self, x_BTD: Tensor) -> Tensor:
@@ -2516,13 +2523,19 @@ def parameter_roles(model: nn.Module) -> dict[str, ParamRole]:
     }
 
 
-def build_model(run: Run) -> GPT:
-    """A freshly initialised model on the run's device, compiled if COMPILE."""
+def build_model(run: Run, weights: Mapping[str, Tensor] | None = None) -> GPT:
+    """The model on the run's device, compiled if COMPILE: with these weights, or new ones."""
     cfg, attention = run.cfg, choose_attention_backend(run.cfg, run.device, run.dtype)
     if run.device.type == "cuda" and attention.name not in ("fa2", "fa3", cfg.attention):
         run.log("warning", text=f"no FlashAttention for this: {attention.name}, exact but slower")
-    torch.manual_seed(cfg.seed)  # on the CPU first: the same weights on every device
-    model = GPT(cfg, attention, run.dtype).to(run.device)
+    if weights is None:
+        torch.manual_seed(cfg.seed)  # on the CPU first: the same weights on every device
+        model = GPT(cfg, attention, run.dtype)
+    else:
+        with torch.device("meta"):  # no memory and no random numbers for initial weights
+            model = GPT(cfg, attention, run.dtype)
+        model.load_state_dict(weights, assign=True)
+    model = model.to(run.device)
     if cfg.compile and (reason := compile_unavailable_reason(run.device)):
         run.log("warning", text=f"compilation is off: {reason}; results stay, speed suffers")
     elif cfg.compile:
@@ -3955,6 +3968,9 @@ def fill_budget(
 ARTIFACT_MAGIC, ARTIFACT_VERSION, CHECKSUM_BYTES = b"PGOLFART", 2, 32
 ARTIFACT_PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of the compressed header
 MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
+# Bound of the memory that reading takes, about 12 bytes per weight at its peak: a model that is not
+# small has at least an eighth of a bit per weight.
+SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 2**24, 64
 
 
 def decompress_brotli(module: Any, packed: bytes, limit: int) -> bytes:
@@ -4388,7 +4404,8 @@ def decode_tensors(
         f"its tensors are not the model's: {sorted(specs.keys() ^ shapes.keys())}",
     )
     size = sum(math.prod(shape) for shape in shapes.values())
-    require(size <= MAX_WEIGHTS, f"{size} weights; {MAX_WEIGHTS} are the most")
+    limit = min(MAX_WEIGHTS, max(SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE * len(body)))
+    require(size <= limit, f"{size} weights; {len(body)} bytes may hold at most {limit}")
     packed: dict[str, dict[str, bytes]] = {}
     position = 0
     for key, num_bytes in header["streams"]:
@@ -4440,9 +4457,7 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
         weights = dequantize_all(decode_tensors(header, body, *model_layout(run.cfg)))
     except Exception as error:  # of the coders, of JSON, of numpy: whatever strange bytes lead to
         raise InputError(f"cannot use the artifact {path}: {error}") from error
-    model = build_model(run)
-    model.load_state_dict(weights)
-    return model
+    return build_model(run, weights)
 
 
 @functools.cache  # an edit during the run must not change what ran

@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import lzma
+import resource
 import struct
 import sys
 import tokenize
@@ -469,6 +470,57 @@ REFUSED_EDITS: dict[str, Edit] = {
         [[f"{MATRIX}@0", 4, 16, 0], [f"{MATRIX}@1", 4, 3, 0]]),
     "a stream too many": lambda h: h["streams"].append(["more/mlp", 0]),
 }  # fmt: skip
+
+
+HUGE_SHAPES: dict[str, tuple[dict[str, Any], str]] = {
+    "a list of 10^11 blocks": ({"xsa_layers": "0-99999999999"}, "XSA_LAYERS='0-99999999999'"),
+    "another list": ({"ve_layers": "0,1-2000000000"}, "VE_LAYERS="),
+    "10^9 loops": ({"num_loops": 1_500_000_000}, "NUM_LOOPS=1500000000 must be in [0, 16]"),
+    "rotary tables of 8 GiB": (
+        {"train_seq_len": 2**20, "model_dim": 2048, "num_heads": 2, "num_kv_heads": 2,
+         "rope_dims": 1024},
+        "take 8589934592 bytes; at most 1073741824 are allowed",
+    ),
+    "a context of 10^12": ({"train_seq_len": 10**12}, "TRAIN_SEQ_LEN=1000000000000 must be in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HUGE_SHAPES)
+def test_a_shape_that_takes_too_much_memory_is_refused_before_anything_is_allocated(
+    what: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    changes, message = HUGE_SHAPES[what]
+    parts = Parts(artifacts["zlib"])
+    parts.header["model"] |= changes
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert message in refusal_of(read, parts.seal())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib < 64 * 1024
+
+
+def test_a_few_bytes_may_not_hold_very_many_weights(
+    artifacts: dict[str, bytes], read: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
+):
+    weights = sum(p.numel() for p in random_model(tiny_config(**SHAPE)).parameters())
+    monkeypatch.setattr(train_gpt, "SMALL_MODEL_WEIGHTS", weights - 1)
+    monkeypatch.setattr(train_gpt, "MAX_WEIGHTS_PER_BYTE", 1)
+    body = Parts(artifacts["zlib"]).body
+    assert len(body) < weights
+    assert refusal_of(read, artifacts["zlib"]) == (
+        f"{weights} weights; {len(body)} bytes may hold at most {weights - 1}"
+    )
+    monkeypatch.setattr(train_gpt, "MAX_WEIGHTS_PER_BYTE", weights)
+    read(artifacts["zlib"])
+
+
+def test_reading_an_artifact_draws_no_random_numbers(
+    artifacts: dict[str, bytes], read: Callable[..., GPT]
+):
+    before = torch.get_rng_state()
+    model = read(artifacts["zlib"])
+    assert torch.equal(torch.get_rng_state(), before)
+    built = random_model(model.cfg)
+    for name, buffer in built.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
 
 
 @pytest.mark.parametrize("what", REFUSED_EDITS)

@@ -25,9 +25,12 @@ import ast
 import base64
 import bisect
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -950,74 +953,13 @@ def changed_knobs(cfg: Config) -> list[str]:
 
 
 # --- 2. Run context ------------------------------------------------------------------------------
-# Who computes where, what is written down, and where the seconds went. All files are written to a
-# temporary name, synced and renamed, so that a kill at any moment leaves old or new, never half.
-
-
-def require(holds: object, message: str) -> None:
-    """Refuse what a user gave, unless the condition holds."""
-    if not holds:
-        raise InputError(message)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Generator[io.BufferedWriter]:
-    """Open a temporary file beside `path` for writing; sync and rename it on a clean exit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk comes without a name
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, *pieces: bytes) -> None:
-    with atomic_file(path) as file:
-        file.writelines(pieces)
-
-
-def format_event(event: str, **values: Any) -> str:
-    """`event key:value ...`, greppable; a key with a unit ends in it (_s, _ms, _bytes)."""
-    texts = {k: f"{v:.8g}" if isinstance(v, float) else str(v) for k, v in values.items()}
-    shown = (f"{k}:{json.dumps(v) if ' ' in v or not v else v}" for k, v in texts.items())
-    return " ".join([event, *shown])
-
-
-def cpuinfo_field(key: str) -> str:
-    """What Linux says of the first processor under `key`; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held so far: on the GPU its allocator's peak, else the process's peak RSS."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # it is in bytes there, elsewhere in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+# Ranks and device, log, time ledger, files and signals of a run. Every file is written to a
+# temporary name, synced and renamed, so that a kill at any moment leaves the old file or the new.
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Ranks, device, precision, log and time ledger of one process of a run."""
+    """Ranks, device, dtype, log and time ledger of one process of a run."""
 
     cfg: Config
     directory: Path
@@ -1028,7 +970,7 @@ class Run:
     ledger: dict[str, float] = field(  # seconds by the budget that they count against
         default_factory=lambda: {"training": 0.0, "evaluation": 0.0, "other": 0.0}
     )
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # by log event
     signal_received: bool = False
 
     @property
@@ -1036,25 +978,28 @@ class Run:
         return self.rank == 0
 
     def log(self, event: str, **values: Any) -> None:
-        """Rank 0: one line to the console, to train.log and to metrics.jsonl."""
+        """Rank 0: write one line to stdout, to train.log and to metrics.jsonl."""
         if self.is_main:
-            print(line := format_event(event, **values), flush=True)
+            line = format_event(event, **values)
+            print(line, flush=True)
             self.append("train.log", line)
             self.append("metrics.jsonl", json.dumps({"event": event, **values}))
 
     def append(self, name: str, line: str) -> None:
+        """Rank 0: add a line to a file in RUN_DIR."""
         if self.is_main:
-            with open(self.directory / name, "a", encoding="utf-8") as file:
+            path = self.directory / name
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
     @contextlib.contextmanager
     def stage(self, name: str, budget: str = "other") -> Generator[None]:
-        """Time a stage of the run and book its seconds under `budget` in the ledger."""
-        started_s = time.perf_counter()
+        """Time a stage of the run and add its seconds to `budget` in the ledger."""
+        start_s = time.perf_counter()
         try:
             yield
         finally:
-            elapsed_s = time.perf_counter() - started_s
+            elapsed_s = time.perf_counter() - start_s
             self.ledger[budget] += elapsed_s
             self.log("stage", name=name, elapsed_s=round(elapsed_s, 3), budget=budget)
 
@@ -1069,78 +1014,260 @@ class Run:
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank (objects of this program's own making only)."""
+        """Rank 0's `value` on every rank, sent as a pickle from one process of the run to others.
+
+        No pickle is ever read from a file.
+        """
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def run_on_rank0(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives on rank 0, on every rank; what it raises there is raised everywhere."""
-        value = problem = None
+    def run_on_rank0(self, function: Callable[[], Any]) -> Any:
+        """The result of `function` on rank 0, on every rank; its exceptions are raised on all."""
+        result = problem = None
         if self.is_main:
             try:
-                value = work()
+                result = function()
             except Exception as error:
                 problem = error
-        value, problem = self.broadcast_object((value, problem))
+        result, problem = self.broadcast_object((result, problem))
         if problem is not None:
             raise problem
-        return value
+        return result
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signal_received = True
 
     def check_signal(self) -> None:
+        """Raise Interrupted if SIGTERM or SIGINT has been received."""
         if self.signal_received:
-            raise Interrupted("stopped by a signal; start again with the same RUN_DIR to go on")
+            raise Interrupted("stopped by a signal; start again with the same RUN_DIR to continue")
 
     def synchronize(self) -> None:
-        """Wait until the device has done its work, so that clocks mean something."""
+        """Wait for the device, so that timings include its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def open_device(cfg: Config, env: Mapping[str, str]) -> tuple[torch.device, torch.dtype]:
-    """The device of this rank, and the precision: bf16 where it is not emulated."""
+@contextlib.contextmanager
+def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
+    """Join the process group that torchrun's variables describe, and lock RUN_DIR.
+
+    Inside, a signal only sets a flag: the run stops where its state can be saved.
+    """
+    rank, world_size, local_rank = parse_ranks(env)
+    device, dtype = open_device(cfg, local_rank)
+    run = Run(
+        cfg=cfg, directory=Path(), rank=rank, world_size=world_size, device=device, dtype=dtype
+    )
+    if world_size > 1:
+        join_process_group("nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as undo:
+        now = f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}"
+        run_id = cfg.run_id or run.broadcast_object(now)
+        run.directory = Path(cfg.run_dir or Path("logs") / run_id)
+        run.run_on_rank0(lambda: undo.enter_context(lock_directory(run.directory)))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            undo.callback(signal.signal, number, signal.signal(number, run.on_signal))
+        yield run
+        run.check_signal()
+    if world_size > 1:  # not after an exception: it would wait for the other ranks
+        dist.destroy_process_group()
+
+
+def parse_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK; InputError unless they describe a process group."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    texts = {name: env[name] for name in names if env.get(name)}
+    given = ", ".join(f"{name}={text}" for name, text in texts.items())
+    remedy = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
+    is_valid = all(re.fullmatch("[0-9]{1,6}", text) for text in texts.values())
+    require(is_valid, f"{given}: these variables must be integers from 0; {remedy}")
+    rank, world_size = int(texts.get("RANK", 0)), int(texts.get("WORLD_SIZE", 1))
+    require(rank < world_size, f"{given}: RANK must be below WORLD_SIZE ({world_size}); {remedy}")
+    if world_size > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+        require(not missing, f"{given}, but without {' and '.join(missing)}; {remedy}")
+    return rank, world_size, int(texts.get("LOCAL_RANK", 0))
+
+
+def open_device(cfg: Config, local_rank: int) -> tuple[torch.device, torch.dtype]:
+    """The device of this rank, and the dtype: bf16 where the hardware computes with it."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
+        count = torch.cuda.device_count()
+        require(local_rank < count, f"LOCAL_RANK={local_rank}, but there are {count} GPUs")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        has_units = torch.cuda.get_device_capability(device) >= (8, 0)
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         device, flags = torch.device("cpu"), cpuinfo_field("flags").split()
-        has_units = "amx_bf16" in flags or "avx512_bf16" in flags
-    bf16 = has_units if cfg.precision == "auto" else cfg.precision == "bf16"
-    return device, torch.bfloat16 if bf16 else torch.float32
+        has_bf16 = "amx_bf16" in flags or "avx512_bf16" in flags
+    if cfg.precision != "auto":
+        has_bf16 = cfg.precision == "bf16"
+    return device, torch.bfloat16 if has_bf16 else torch.float32
+
+
+def join_process_group(backend: str) -> None:
+    """Wait for all ranks; in a thread, because signals would not be handled during the wait."""
+    if sys.platform == "linux" and dist.is_torchelastic_launched():
+        pr_set_pdeathsig = 1  # SIGTERM when torchrun, the parent process, is killed
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+    timeout = datetime.timedelta(hours=1)  # covers what rank 0 does alone, such as export
+    joining = ThreadPoolExecutor(1).submit(dist.init_process_group, backend, timeout=timeout)
+    try:
+        joining.result()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RunFailed(f"cannot join the process group: {error!s:.300}") from error
 
 
 @contextlib.contextmanager
-def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
-    """Join the process group that torchrun's variables describe; make the folder; hear signals."""
-    device, dtype = open_device(cfg, env)
-    run = Run(
-        cfg=cfg,
-        directory=Path(),
-        rank=int(env.get("RANK", 0)),
-        world_size=int(env.get("WORLD_SIZE", 1)),
-        device=device,
-        dtype=dtype,
-    )
-    with contextlib.ExitStack() as undo:
-        if run.world_size > 1:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1)
-            )  # of rank 0's own work
-            undo.callback(dist.destroy_process_group)
-        run_id = cfg.run_id or run.broadcast_object(
-            f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}"
-        )
-        run.directory = Path(cfg.run_dir or Path("logs") / run_id)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            undo.callback(signal.signal, number, signal.signal(number, run.on_signal))
-        if run.is_main:
-            run.directory.mkdir(parents=True, exist_ok=True)
-        yield run
+def lock_directory(directory: Path) -> Generator[None]:
+    """Create and lock RUN_DIR; InputError that names the process if another one has locked it.
+
+    Folders that were created here and are still empty at the end are removed.
+    """
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "run.lock"
+    try:
+        with open_lock(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError):  # a folder is not empty, and so its parents are not
+            for folder in created:
+                folder.rmdir()
+
+
+def open_lock(path: Path) -> io.FileIO:
+    """Open and lock a file that says which process has locked it, and since when."""
+    while True:
+        require_regular_file(path, "process ")
+        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = file.read(200).decode(errors="replace").strip()
+            raise InputError(
+                f"RUN_DIR={path.parent} is in use by {holder or 'another run'}; "
+                "wait until it ends, or set another RUN_ID or RUN_DIR"
+            ) from None
+        except OSError as error:
+            warn(f"{path.parent} cannot be locked ({error}); do not start a second run in it")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # removed by a run that has just ended
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {now}\n".encode())
+    return file
+
+
+def require_regular_file(path: Path, *starts: str) -> None:
+    """Raise InputError if a run must not write `path`: it is a link, a folder or a foreign file.
+
+    A run's own file is empty or begins with one of `starts`.
+    """
+    if not os.path.lexists(path):
+        return
+    remedy = "a run would overwrite it; move it away, or set another RUN_DIR"
+    is_regular = path.is_file() and not path.is_symlink()
+    require(is_regular, f"{path} is not a regular file; {remedy}")
+    with open(path, "rb") as file:
+        start = file.read(100)
+    is_own = not start or start.startswith(tuple(text.encode() for text in starts))
+    require(is_own, f"{path} was not written by a run; {remedy}")
+
+
+def require(condition: object, message: str) -> None:
+    """Raise InputError with this message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr, for what is noticed outside of a run's log."""
+    print(format_event("warning", text=text), file=sys.stderr, flush=True)
+
+
+def sync(descriptor: int) -> None:
+    """fsync; a warning where the file system does not support it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        warn(f"fsync is not supported here ({error}); a power cut can lose files")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Generator[io.BufferedWriter]:
+    """Open a temporary file beside `path` for writing; sync and rename it on a clean exit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            sync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # the error of a full disk has no name
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, *pieces: bytes) -> None:
+    """Write a file of these pieces so that it is never half-written."""
+    with atomic_file(path) as file:
+        file.writelines(pieces)
+
+
+def format_event(event: str, **values: Any) -> str:
+    """One log line `event key:value ...`; a key with a unit ends in it (_s, _ms, _bytes)."""
+    return " ".join([event, *(f"{key}:{format_value(value)}" for key, value in values.items())])
+
+
+def format_value(value: Any) -> str:
+    """`value` as one word of a log line; JSON where spaces, quotes or line breaks need it."""
+    text = f"{value:.8g}" if isinstance(value, float) else str(value)
+    is_word = text and text.isprintable() and not {" ", '"'} & {*text}
+    return text if is_word else json.dumps(text)
+
+
+def format_line(text: str) -> str:
+    """`text`, or its JSON if it would not be one line."""
+    return text if text.isprintable() else json.dumps(text)
+
+
+def cpuinfo_field(key: str) -> str:
+    """The value of `key` for the first processor in Linux's /proc/cpuinfo; else empty."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory: of the CUDA allocator on a GPU, else the process's peak RSS."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS reports bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 VERSIONS = {
@@ -1149,23 +1276,25 @@ VERSIONS = {
     "cuda": torch.version.cuda or "none",
     "numpy": np.__version__,
     "sentencepiece": str(sentencepiece.__version__),
-}  # what the numbers depend on
+}  # the libraries that the results depend on
 
 
 def describe_hardware(run: Run) -> str:
-    """One phrase: how many of which device."""
+    """Number and name of the devices."""
     if run.device.type == "cuda":
         return f"{run.world_size} x {torch.cuda.get_device_name(run.device)}"
     return f"{os.cpu_count()} CPU cores, {cpuinfo_field('model name') or platform.machine()}"
 
 
 def log_setup(run: Run) -> None:
-    """Head of the log: configuration (* = not the default), versions, hardware, the source."""
+    """Log the configuration (* = not the default), versions, hardware and the source."""
     cfg, changed, source = run.cfg, changed_knobs(run.cfg), script_source()
     values = {name.upper(): value for name, value in dataclasses.asdict(cfg).items()}
     for name, value in sorted(values.items()):
-        run.append("train.log", f"config {' *'[name in changed]} {name}:{value}")
-    run.append("metrics.jsonl", json.dumps(dict(event="config", values=values, changed=changed)))
+        mark = "*" if name in changed else " "
+        run.append("train.log", f"config {mark} {name}:{format_line(str(value))}")
+    config = {"event": "config", "values": values, "changed": changed}
+    run.append("metrics.jsonl", json.dumps(config))
     run.log(
         "run",
         run_id=cfg.run_id or run.directory.name,

@@ -224,7 +224,7 @@ def load_subject(directory: Path, scratch: Path) -> Subject:
         data_path=str(ROOT / meta["config"]["data_path"]), compile=False,
         max_wallclock_seconds=0.0, eval_stride=1, val_tokens_limit=VAL_TOKENS,
     )  # fmt: skip
-    device, dtype = tg.open_device(cfg, {})
+    device, dtype = tg.open_device(cfg, 0)
     run = tg.Run(cfg=cfg, directory=scratch, rank=0, world_size=1, device=device, dtype=dtype)
     model = tg.build_model(run)
     state = safetensors.torch.load_file(folder / "state.safetensors")

@@ -28,7 +28,7 @@ TOOLS = sorted([*ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")])
 TESTS = sorted(ROOT.glob("tests/*.py"))
 README = ROOT / "README.md"
 
-MAX_PACKED_BYTES, MAX_COLUMNS = 70_000, 100
+MAX_PACKED_BYTES, MAX_COLUMNS = 64_000, 100
 MAX_FUNCTION_LINES, MAX_COMPLEXITY, MAX_NESTING, MAX_POSITIONAL = 60, 10, 3, 5
 MAX_NESTED_LINES = 5  # of a function inside a function
 MAX_UNDOCUMENTED_LINES = 8
@@ -141,7 +141,7 @@ def test_the_measures_count_what_they_say() -> None:
 
 def test_the_packed_script_is_no_larger_than_agreed() -> None:
     packed = train_gpt.pack_source(SCRIPT.read_text(encoding="utf-8"))
-    assert len(packed.encode()) <= MAX_PACKED_BYTES
+    assert len(packed) <= MAX_PACKED_BYTES
 
 
 @each_file

@@ -24,8 +24,15 @@ import pytest
 import sentencepiece
 
 import train_gpt
-from records import records
-from records.records import RunLog, main
+from records import ROOT, check, demo, pages, plots, tables
+from records.check import check_record
+from records.compressors import measure_yardsticks, validation_text
+from records.logs import RunLog
+from records.markdown import replace_marked
+from records.records import main
+from records.results import read_results
+from records.significance import paired_p, welch_p
+from records.submission import DESCRIBED, compute_submission
 from tests.conftest import plain_config
 
 SOURCE = '"""The source that ran."""\n'
@@ -88,7 +95,7 @@ def write_run(folder: Path, events: list[dict[str, Any]]) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "train_gpt_source.py").write_text(SOURCE)
     described = {"author": "A. Author", "date": "2026-01-02", "name": folder.name, "previous": ""}
-    own = records.compute_submission([RunLog.read(folder / "metrics.jsonl")], described)
+    own = compute_submission([RunLog.read(folder / "metrics.jsonl")], described)
     (folder / "submission.json").write_text(json.dumps(own))
     return folder
 
@@ -123,7 +130,7 @@ def record(tmp_path: Path, built: Path) -> Path:
 
 def problems_of(record: Path) -> str:
     """What `check` says about a record."""
-    return "\n".join(records.check_record(record, record.parent.parent))
+    return "\n".join(check_record(record, record.parent.parent))
 
 
 # --- Reading logs --------------------------------------------------------------------------------
@@ -182,8 +189,8 @@ def test_a_plot_is_drawn_of_whatever_part_of_a_run_there_is(tmp_path: Path, cut:
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value() -> None:
-    assert np.allclose(records.smooth([3.0] * 50), 3.0)
-    assert math.isclose(records.smooth([5.0, *[1.0] * 60])[0], 5.0)
+    assert np.allclose(plots.smooth([3.0] * 50), 3.0)
+    assert math.isclose(plots.smooth([5.0, *[1.0] * 60])[0], 5.0)
 
 
 # --- Yardstick -----------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ def test_smoothing_keeps_a_constant_and_starts_at_the_first_value() -> None:
 
 def test_yardsticks_are_the_sizes_of_the_compressed_text() -> None:
     text = b"All work and no play makes Jack a dull boy. " * 300
-    mark = records.measure_yardsticks(text)
+    mark = measure_yardsticks(text)
     xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     assert mark["xz_bpb"] == round(8 * len(xz) / len(text), 6)
     assert 0 < mark["zstd_bpb"] < 1 and mark["text_bytes"] == len(text)
@@ -218,11 +225,11 @@ def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_text_spelled_from_shards_is_the_text_whose_bytes_are_scored(data_path: Path) -> None:
     data = dataclasses.replace(train_gpt.Config(), data_path=str(data_path), vocab_size=300)
-    text = records.validation_text(data)
+    text = validation_text(data)
     assert text == (data_path / "expected.txt").read_bytes()
     processor, _ = train_gpt.load_tokenizer(data)
     assert len(text) == train_gpt.load_validation(data, processor).target_bytes.sum()
-    some = records.validation_text(dataclasses.replace(data, val_tokens_limit=20))
+    some = validation_text(dataclasses.replace(data, val_tokens_limit=20))
     assert text.startswith(some) and 0 < len(some) < len(text)
 
 
@@ -232,7 +239,7 @@ def test_yardstick_of_a_run_joins_its_log_and_metrics(tmp_path: Path, data_path:
     (folder / "train.log").write_text("cut sho")
     assert main(["yardstick", str(folder)]) == 0
     mark = RunLog.read(folder / "metrics.jsonl").last("yardstick")
-    expected = records.measure_yardsticks((data_path / "expected.txt").read_bytes())
+    expected = measure_yardsticks((data_path / "expected.txt").read_bytes())
     assert mark == {"event": "yardstick", **expected}
     assert train_gpt.format_event(**mark) in (folder / "train.log").read_text().splitlines()
 
@@ -261,7 +268,7 @@ def test_budgets_are_compared_with_the_largest_run(record: Path) -> None:
 def test_a_record_of_a_run_that_did_not_log_its_groups_of_bytes_is_as_good(tmp_path: Path) -> None:
     events = [event for event in run_events(1, 1.25) if event["event"] != "bytes"]
     log = RunLog.read(write_run(tmp_path / "old", events) / "metrics.jsonl")
-    submission = records.compute_submission([log], dict.fromkeys(records.DESCRIBED, ""))
+    submission = compute_submission([log], dict.fromkeys(DESCRIBED, ""))
     assert submission["budget"]["bytes"].keys() == {"total_bytes_max", "budget_bytes"}
 
 
@@ -274,41 +281,43 @@ def test_name_and_date_come_from_the_folder_author_from_the_runs(record: Path) -
 def test_one_run_has_no_deviation_and_one_partial_score_makes_a_record_noncompliant(
     tmp_path: Path,
 ) -> None:
-    described = dict.fromkeys(records.DESCRIBED, "")
+    described = dict.fromkeys(DESCRIBED, "")
     log = RunLog(tmp_path, run_events(1, 1.3))
-    assert records.compute_submission([log], described)["val_bpb_std"] == 0.0
+    assert compute_submission([log], described)["val_bpb_std"] == 0.0
     partial = [e if e["event"] != "final_sliding" else {**e, "compliant": False}
                for e in run_events(2, 1.3)]  # fmt: skip
     both = [log, RunLog(tmp_path, partial)]
-    assert records.compute_submission(both, described)["compliant"] is False
+    assert compute_submission(both, described)["compliant"] is False
 
 
 @pytest.mark.parametrize(
     ("scores", "previous", "p"),
     [
-        ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], 0.14394),  # t = 1.224745, 4 degrees of freedom
+        # t = sqrt(1.5), 4 degrees of freedom: closed form with s = 1 + t^2 / 4
+        ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], 0.5 - 3 / 8 * (1.5 / 1.375) ** 0.5 * (1 - 1.5 / 16.5)),
         ([1.0, 2.0], [1.0, 2.0], 0.5),
-        ([0.0, 2.0], [2.0, 4.0], 0.146447),  # t = sqrt(2), 2 degrees: (1 - t / sqrt(2 + t^2)) / 2
+        # t = sqrt(2), 2 degrees of freedom: (1 - t / sqrt(2 + t^2)) / 2
+        ([0.0, 2.0], [2.0, 4.0], (1 - 0.5**0.5) / 2),
     ],
 )
 def test_welch_agrees_with_closed_forms(
     scores: list[float], previous: list[float], p: float
 ) -> None:
-    assert records.welch_p(scores, previous) == pytest.approx(p, abs=2e-5)
+    assert welch_p(scores, previous) == pytest.approx(p, abs=1e-12)
 
 
 def test_welch_is_undefined_for_single_runs_and_without_spread() -> None:
-    assert records.welch_p([1.0], [2.0, 2.1]) is None
-    assert records.welch_p([1.0, 1.0], [2.0, 2.0]) is None
+    assert welch_p([1.0], [2.0, 2.1]) is None
+    assert welch_p([1.0, 1.0], [2.0, 2.0]) is None
 
 
 def test_the_p_of_three_paired_gains_is_students():
     # t = mean / (std / sqrt(3)) = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom: for these
     # p = (1 - t / sqrt(t^2 + 2)) / 2.
     t = 2 * 3**0.5
-    p = records.paired_p([1.0, 2.0, 3.0])
-    assert p == pytest.approx((1 - t / (t * t + 2) ** 0.5) / 2, abs=1e-4)
-    assert records.paired_p([1.0]) is None and records.paired_p([1.0, 1.0]) is None
+    p = paired_p([1.0, 2.0, 3.0])
+    assert p == pytest.approx((1 - t / (t * t + 2) ** 0.5) / 2, abs=1e-12)
+    assert paired_p([1.0]) is None and paired_p([1.0, 1.0]) is None
 
 
 def test_damaged_results_are_refused_with_their_line(tmp_path: Path) -> None:
@@ -316,7 +325,7 @@ def test_damaged_results_are_refused_with_their_line(tmp_path: Path) -> None:
     for line in ("{}", "[1]", '{"key": "a"', ""):
         path.write_text(f'{{"key": "b"}}\n{line}\n')
         with pytest.raises(train_gpt.InputError, match="grid.jsonl:2 is no result"):
-            records.read_results(path)
+            read_results(path)
 
 
 # --- Build and check -----------------------------------------------------------------------------
@@ -326,7 +335,7 @@ def test_a_record_holds_what_is_needed_to_check_and_to_repeat_it(record: Path) -
     names = {path.name for path in record.iterdir()}
     logs = {f"{kind}_seed{seed}.{end}" for seed in BPB
             for kind, end in (("train", "log"), ("metrics", "jsonl"))}  # fmt: skip
-    assert names == logs | set(records.RECORD_FILES)
+    assert names == logs | set(check.RECORD_FILES)
     assert (record / "train_gpt.py").read_text() == SOURCE
     readme = (record / "README.md").read_text()
     assert "| 2 | 400 | 250.0 | 1.31000 | 1.31500 | 1.29000 | - | 700,002 |" in readme
@@ -340,8 +349,8 @@ def test_run_env_holds_the_changed_knobs_with_their_meaning_and_gives_the_config
     text = (record / "run.env").read_text()
     assert "# distinct transformer blocks\nNUM_LAYERS=6\n" in text
     assert "SEED" not in text
-    cfg = train_gpt.config_from_env(records.parse_setting(text))
-    assert cfg == plain_config(num_layers=6, model_dim=256)
+    cfg = train_gpt.config_from_env({"RECIPE": f"{record}/run.env"})
+    assert dataclasses.replace(cfg, recipe="") == plain_config(num_layers=6, model_dim=256)
 
 
 def test_the_yardstick_is_part_of_the_result(tmp_path: Path) -> None:
@@ -499,17 +508,17 @@ def test_the_table_lists_every_track_with_the_best_first(record: Path, tmp_path:
 
 
 def test_the_knob_table_has_one_row_a_knob_and_stands_between_its_marks() -> None:
-    table = records.knob_table()
+    table = tables.knob_table()
     for f in dataclasses.fields(train_gpt.Config):
         assert table.count(f"| `{f.name.upper()}` |") == 1
-    text = records.replace_marked("a\n<!-- knobs -->old<!-- /knobs -->\nb", "knobs", table)
+    text = replace_marked("a\n<!-- knobs -->old<!-- /knobs -->\nb", "knobs", table)
     assert text == f"a\n<!-- knobs -->\n{table}\n<!-- /knobs -->\nb"
     with pytest.raises(train_gpt.InputError, match="marks"):
-        records.replace_marked("no marks", "knobs", table)
+        replace_marked("no marks", "knobs", table)
 
 
 def test_the_rules_of_a_record_name_things_that_exist() -> None:
-    for name in re.findall(r"`(\w+)`", records.RULES):
+    for name in re.findall(r"`(\w+)`", pages.RULES):
         assert hasattr(train_gpt, name), name
 
 
@@ -528,22 +537,22 @@ time.sleep(60)
 
 def test_a_stage_that_fails_ends_the_demo_with_its_exit_status() -> None:
     command = [sys.executable, "-c", "import sys; sys.exit(7)"]
-    with pytest.raises(records.StageFailed, match="the stage ended with exit status 7") as caught:
-        records.run_command(command, "the stage", os.environ)
+    with pytest.raises(demo.StageFailed, match="the stage ended with exit status 7") as caught:
+        demo.run_command(command, "the stage", os.environ)
     assert caught.value.status == 7
 
 
 def test_ctrl_c_ends_the_stage_in_order_and_leaves_nothing_running(tmp_path: Path) -> None:
     (tmp_path / "stage.py").write_text(FAKE_STAGE)
     code = (
-        "import os, pathlib, sys; from records import records\n"
-        f"records.ROOT = pathlib.Path({str(tmp_path)!r})\n"
+        "import os, pathlib, sys; from records import demo, records\n"
+        f"demo.ROOT = pathlib.Path({str(tmp_path)!r})\n"
         "stage = [sys.executable, 'stage.py']\n"
-        "records.run_options = lambda _: records.run_command(stage, 'x', os.environ)\n"
+        "records.run_options = lambda _: demo.run_command(stage, 'x', os.environ)\n"
         "sys.exit(records.main(['demo']))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=records.ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     waited_until_s = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < waited_until_s:
@@ -570,13 +579,14 @@ def test_the_demo_goes_through_its_stages_and_prints_what_came_out(
 
     (tmp_path / "demo.env").write_text("DATA_PATH=data/demo\nMAX_WALLCLOCK_SECONDS=9\n")
     (tmp_path / "requirements.txt").write_text("torch\n")
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    monkeypatch.setattr(records, "run_command", run_command)
+    for module in (demo, pages):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "run_command", run_command)
     monkeypatch.setenv("RECIPE", str(tmp_path / "demo.env"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert main(["demo"]) == 0
-    assert commands == [records.DEMO_COMMAND.removeprefix("python "), "train_gpt.py"]
+    assert commands == [demo.DEMO_COMMAND.removeprefix("python "), "train_gpt.py"]
     (folder,) = (tmp_path / "logs").iterdir()
     printed = capsys.readouterr().out
     for text in ("[1/5]", "[5/5]", "4,123,456", "1.3000", "720,001 of 16,000,000", "plot.png"):
@@ -586,5 +596,5 @@ def test_the_demo_goes_through_its_stages_and_prints_what_came_out(
 
 def test_recipes_of_the_demo_are_valid_and_use_its_corpus() -> None:
     for name in ("cpu", "gpu"):
-        cfg = train_gpt.config_from_env({"RECIPE": f"{records.ROOT}/records/demo/{name}.env"})
-        assert cfg.data_path == records.DEMO_DATA, name
+        cfg = train_gpt.config_from_env({"RECIPE": f"{ROOT}/records/demo/{name}.env"})
+        assert cfg.data_path == demo.DEMO_DATA, name

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import lzma
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import zstandard
 
 import train_gpt
 from data.prepare import spell_pieces
+from records.knobs import format_knob_value
 from records.logs import METRICS, Json, RunLog, append_event
 from train_gpt import Config, InputError
 
@@ -57,10 +58,10 @@ def measure_yardsticks(text: bytes) -> Json:
 def yardstick_run(folder: Path) -> Json:
     """Measure the yardsticks on the text that a run was scored on and append them to its log."""
     log = RunLog.read(folder / METRICS)
-    values = log.config["values"]
-    known = {f.name: values[f.name.upper()] for f in fields(Config) if f.name.upper() in values}
-    names = ("data_path", "tokenizer_path", "vocab_size", "val_tokens_limit")
-    event = measure_yardsticks(validation_text(replace(Config(), **{n: known[n] for n in names})))
+    names = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "VAL_TOKENS_LIMIT")
+    knobs = {name: format_knob_value(log.knob(name)) for name in names}
+    data = train_gpt.config_from_env({**knobs, "MODE": "describe"})
+    event = measure_yardsticks(validation_text(data))
     scored = log.last("final_quantized").get("bytes", event["text_bytes"])
     if scored != event["text_bytes"]:
         print(f"note: the text has {event['text_bytes']:,} bytes, the scorer counted {scored:,}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -13,18 +10,19 @@ from typing import Any
 
 import train_gpt
 from records.check import is_recipe, stated_parameters
-from records.logs import format_knob_value
+from records.knobs import format_knob_value, knob_groups
 from records.markdown import replace_marked, table_lines
+from records.submission import read_submission
 from train_gpt import Config
 
 
 def record_row(folder: Path, records: Path) -> list[str]:
     """The row of one record in the table of its track."""
-    record = json.loads((folder / "submission.json").read_bytes())
+    record = read_submission(folder / "submission.json")
     used = record["budget"]["time"]
     return [
         f"{record['val_bpb']:.5f}",
-        f"{record['val_bpb_std']:.5f}",
+        f"{record['val_bpb_std']:.5f}" if len(record["seeds"]) > 1 else "-",
         str(len(record["seeds"])),
         f"[{record['name']}]({folder.relative_to(records).as_posix()}/README.md)",
         record["author"] or "-",
@@ -104,17 +102,6 @@ def format_records(records: Path) -> str:
     if not folders:
         lines += ["", "There is no record yet."]
     return "\n".join([*lines, "", RECORDS_TAIL, ""])
-
-
-def knob_groups() -> dict[str, str]:
-    """The group of every knob: the one-line comment above it in the source of Config."""
-    groups, group = {}, ""
-    for line in inspect.getsource(Config).splitlines():
-        if found := re.fullmatch(r"    # (\w[\w ]*)", line):
-            group = found[1]
-        elif found := re.match(r"    (\w+): \w+ = knob\(", line):
-            groups[found[1].upper()] = group
-    return groups
 
 
 def knob_range(metadata: Mapping[str, Any], kind: str) -> str:

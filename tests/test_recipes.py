@@ -22,7 +22,8 @@ import train_gpt
 from data.download import VARIANTS
 from records import records
 from records.check import RECIPE_HEADINGS, check_recipe
-from records.logs import RunLog, format_knob_value, run_settings
+from records.knobs import format_knob_value
+from records.logs import RunLog, run_settings
 from records.tables import find_recipes, format_records
 from tests.conftest import VOCAB_SIZE, TinyData, environment, plain_config
 from tests.processes import metrics, run_script, submission

@@ -42,15 +42,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 import train_gpt as tg
-from records.records import (
-    DEMO_COMMAND,
-    DEMO_DATA,
-    FAINT,
-    SEED_COLORS,
-    STYLE,
-    Json,
-    append_result,
-)
+from records.demo import DEMO_COMMAND, DEMO_DATA
+from records.logs import Json
+from records.plots import FAINT, SEED_COLORS, STYLE
+from records.results import append_result
 
 ROOT = Path(__file__).parent.parent
 

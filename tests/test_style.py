@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 import train_gpt
-from records import records
+from records.check import check_record
+from records.tables import find_records, format_records, knob_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
@@ -421,7 +422,7 @@ def test_the_readme_lists_exactly_the_knobs() -> None:
     table = marked(README.read_text(encoding="utf-8"), "knobs")
     listed = re.findall(r"^\| `([A-Z][A-Z0-9_]*)` \|", table, flags=re.MULTILINE)
     assert listed == [f.name.upper() for f in fields(train_gpt.Config)]
-    assert table == records.knob_table(), "write it again: python records/records.py knobs"
+    assert table == knob_table(), "write it again: python records/records.py knobs"
 
 
 def untested_commands(text: str, tests: str) -> list[str]:
@@ -467,12 +468,12 @@ def test_every_command_of_the_readme_was_run(path: Path) -> None:
 
 
 def test_every_record_is_what_its_logs_say() -> None:
-    folders = records.find_records(ROOT / "records")
-    problems = {folder.name: records.check_record(folder, ROOT / "records") for folder in folders}
+    folders = find_records(ROOT / "records")
+    problems = {folder.name: check_record(folder, ROOT / "records") for folder in folders}
     assert {name: found for name, found in problems.items() if found} == {}
 
 
 def test_the_list_of_records_is_up_to_date() -> None:
     written = (ROOT / "records/README.md").read_text(encoding="utf-8")
-    expected = records.format_records(ROOT / "records")
+    expected = format_records(ROOT / "records")
     assert written == expected, "write it again: python records/records.py table"

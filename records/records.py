@@ -7,7 +7,7 @@
     python records/records.py check --rescore DIR...       # and score their artifacts again
     python records/records.py refresh DIR...               # rewrite Result and plot.png of records
     python records/records.py table                        # write records/README.md
-    python records/records.py knobs                        # write the table of knobs in README.md
+    python records/records.py knobs                        # write KNOBS.md
     python records/records.py demo                         # the whole job: what `make run` does
 
 A record is a folder records/track_<name>/<date>_<Name>/. Every number in its submission.json and in
@@ -44,7 +44,7 @@ from records.logs import METRICS, RunLog  # noqa: E402
 from records.plots import draw_plot  # noqa: E402
 from records.rescore import DEFAULT_TOLERANCE_BPB, rescore_record  # noqa: E402
 from records.submission import DESCRIBED, OPTIONAL  # noqa: E402
-from records.tables import format_records, write_knobs  # noqa: E402
+from records.tables import format_records, knobs_page  # noqa: E402
 from train_gpt import InputError  # noqa: E402
 
 
@@ -99,7 +99,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--records", type=Path, default=ROOT / "records", help="the folder of all tracks"
         )
-    commands.add_parser("knobs", help="write the table of knobs in README.md")
+    commands.add_parser("knobs", help="write KNOBS.md")
     commands.add_parser("demo", help="the whole job on a corpus that needs no download")
     return parser.parse_args(argv)
 
@@ -147,7 +147,7 @@ def run_options(options: argparse.Namespace) -> int:
             content = format_records(options.records).encode()
             train_gpt.write_atomic(options.records / "README.md", content)
         case "knobs":
-            write_knobs(ROOT / "README.md")
+            train_gpt.write_atomic(ROOT / "KNOBS.md", knobs_page().encode())
         case "demo":
             run_demo()
     return 0

@@ -1,4 +1,4 @@
-"""Generated tables: records/README.md, and all knobs in the project's README."""
+"""Generated pages: records/README.md and KNOBS.md."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import train_gpt
 from records.check import is_recipe, stated_parameters
 from records.knobs import format_knob_value, knob_groups
-from records.markdown import replace_marked, table_lines
+from records.markdown import table_lines
 from records.submission import read_submission
 from train_gpt import Config
 
@@ -127,7 +126,21 @@ def knob_table() -> str:
     return "\n".join(table_lines(["knob", "default", "values", "meaning"], rows))
 
 
-def write_knobs(readme: Path) -> None:
-    """Write the table of knobs into the project's README."""
-    text = readme.read_text(encoding="utf-8")
-    train_gpt.write_atomic(readme, replace_marked(text, "knobs", knob_table()).encode())
+KNOBS_HEAD = """# Knobs
+
+Made by `python records/records.py knobs`: do not edit. Every knob is an environment variable, or a
+line of the file that `RECIPE` names; `MODE=describe python train_gpt.py` prints the values in use.
+Knobs that public scripts have are spelled as there.
+
+A variable that is not a knob stops the run if it looks like one: a knob in lower case, a name of
+another script that maps to a knob, the beginning, the end or a longer form of a knob (by at least
+two whole words), a close spelling, or a name with a word such as `TTT`, `MUON` or `GPTQ`. Known
+variables of other programs always pass.
+
+A recipe is an env file: `KEY=value` lines, with `#` comments, quotes and `export` as usual.
+"""
+
+
+def knobs_page() -> str:
+    """The content of KNOBS.md."""
+    return f"{KNOBS_HEAD}\n{knob_table()}\n"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.prepare import check_tokenizer  # noqa: E402  (the path above makes the import possible)
+from data.prepare import load_processor  # noqa: E402  (the path above makes the import possible)
 from train_gpt import InputError, read_shard, sync_folder  # noqa: E402
 
 HUB = "https://huggingface.co/datasets/{repo}/resolve/main/datasets"
@@ -62,7 +62,7 @@ def list_files(variant: Variant, num_shards: int) -> Iterator[str]:
 
 def fetch(url: str, path: Path) -> None:
     """Download `url` to `path` unless it is there and whole, going on with what arrived before."""
-    check: Callable[[Path], object] = read_shard if path.suffix == ".bin" else check_tokenizer
+    check: Callable[[Path], object] = read_shard if path.suffix == ".bin" else load_processor
     with contextlib.suppress(InputError, FileNotFoundError):
         check(path)
         return

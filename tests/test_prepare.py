@@ -82,7 +82,7 @@ def run(out: Path, *words: object) -> dict[str, Any]:
 def fail(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """Call the command, which must fail with one line on stderr and leave no shard; that line."""
     out = Path(str(words[words.index("--out") + 1]))
-    assert prepare.main([str(word) for word in words]) == 1
+    assert prepare.main([str(word) for word in words]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1, message
     assert not list(out.glob("*.bin")) and not (out / "manifest.json").exists()

@@ -113,7 +113,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(f"warning: {folder}: no locks there ({error.strerror}); run one process at a time")
+        print(f"warning: {folder} cannot be locked ({error.strerror}); run one process at a time")
         yield
         return
     try:

@@ -287,11 +287,10 @@ class Split:
         chosen = np.frombuffer(self.roles, dtype=np.uint8) == role
         return int(chosen.sum()), int(np.frombuffer(self.sizes, dtype=np.uint64)[chosen].sum())
 
-    def longest(self) -> int | None:
-        """Index of the longest training document, the first of equals; None if there is none."""
-        is_train = np.frombuffer(self.roles, dtype=np.uint8) == Role.TRAIN
-        sizes = np.where(is_train, np.frombuffer(self.sizes, dtype=np.uint64), 0)
-        return int(sizes.argmax()) if is_train.any() else None
+    def longest(self) -> int:
+        """Index of the longest document that is not empty, the first of equals."""
+        is_empty = np.frombuffer(self.roles, dtype=np.uint8) == Role.EMPTY
+        return int(np.where(is_empty, 0, np.frombuffer(self.sizes, dtype=np.uint64)).argmax())
 
 
 def find_repeats(keys: bytearray, indices: np.ndarray) -> np.ndarray:
@@ -315,8 +314,8 @@ class Cut(NamedTuple):
     def rule(self) -> str:
         """The split rule in words, for the manifest."""
         return (
-            "validation: no document was drawn, so it is the last part of the longest one "
-            f"({self.place}), from character {self.position} on, which is {self.boundary}; "
+            "validation: too few documents to draw some, so it is the last part of the longest "
+            f"one ({self.place}), from character {self.position} on, which is {self.boundary}; "
             "copies of that document are left out"
         )
 
@@ -750,14 +749,14 @@ def describe_input(path: Path, bar: tqdm) -> InputFile:
 def scan_documents(plan: Plan) -> tuple[Plan, Split, Sample]:
     """First pass: read, check and hash every document; the split, and the tokenizer's sample.
 
-    If no document is drawn as validation, the plan that is returned cuts the longest one.
+    If all documents or none are drawn as validation, the plan that is returned cuts the longest.
     """
     split, sample = scan_once(plan)
     num_train, num_val, num_empty = (split.total(r)[0] for r in (Role.TRAIN, Role.VAL, Role.EMPTY))
     seen = f"{len(split.roles)} documents, {num_empty} of them empty"
     if num_train + num_val == 0:
         raise InputError(f"no text: {seen}; give files with text")
-    if num_val == 0 and not plan.val_files and plan.options.val_frac > 0:
+    if 0 in (num_train, num_val) and not plan.val_files and 0 < plan.options.val_frac < 1:
         plan = plan._replace(cut=choose_cut(plan, split))
         split, sample = scan_once(plan)
         num_val = split.total(Role.VAL)[0]
@@ -787,17 +786,16 @@ def scan_once(plan: Plan) -> tuple[Split, Sample]:
 
 
 def choose_cut(plan: Plan, split: Split) -> Cut:
-    """Where the longest training document is cut, so that its last part is validation."""
+    """Where the longest document is cut, so that its last part is validation."""
     index = split.longest()
-    assert index is not None, "there is a training document, or there would be no text"
     _, document = next(itertools.islice(plan.documents(), index, None), (False, None))
     if document is None or hash_text(document.text) != split.key(index):
         raise InputError(INPUT_CHANGED)
     position, boundary = cut_position(document.text, plan.options.val_frac)
     cut = Cut(split.key(index), printable(document.place), position, boundary)
     print(
-        f"no document was drawn as validation: it is the last {plan.options.val_frac:.3g} of "
-        f"{document.place}, from character {position:,} on ({boundary})"
+        f"too few documents to draw some as validation: it is the last part of {document.place}, "
+        f"from character {position:,} of {len(document.text):,} on ({boundary})"
     )
     return cut
 
@@ -1018,8 +1016,8 @@ def read_owned(plan: Plan, manifest: dict[str, Any] | None) -> set[str]:
     return owned
 
 
-def make_data_set(plan: Plan, owned: set[str]) -> dict[str, Any]:
-    """Both passes, then the files, then the manifest, which is returned.
+def make_data_set(plan: Plan, owned: set[str]) -> None:
+    """Both passes, then the files, then the manifest.
 
     `owned`: names of files in OUT that are replaced or removed.
     """
@@ -1049,7 +1047,6 @@ def make_data_set(plan: Plan, owned: set[str]) -> dict[str, Any]:
         },
     }
     publish(plan, manifest, owned)
-    return manifest
 
 
 def mark_owned(plan: Plan, names: Iterable[str]) -> None:
@@ -1086,14 +1083,27 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def is_complete(plan: Plan, manifest: dict[str, Any]) -> bool:
-    """Whether the data set in OUT is the one asked for and undamaged, so that nothing is to do.
+def is_complete(plan: Plan) -> bool:
+    """Whether OUT holds the data set asked for, undamaged; False if that is not clear.
 
-    InputError if it is another one, unless --force is given.
+    Needs no lock: a call that is changing OUT removes the manifest first and writes it last.
     """
     out = plan.options.out
-    if plan.options.force:
+    try:
+        manifest = read_manifest(out)
+        if manifest is None or plan.options.force:
+            return False
+        refuse_other(plan, manifest)
+        return find_damage(out, manifest["files"]) is None
+    except (InputError, OSError):
         return False
+
+
+def refuse_other(plan: Plan, manifest: dict[str, Any]) -> None:
+    """Raise InputError if the data set in OUT is not the one asked for and --force is not given."""
+    out = plan.options.out
+    if plan.options.force:
+        return
     if manifest.get("format") != MANIFEST_FORMAT:
         raise InputError(
             f"{out} holds a data set of an earlier version of this script (format "
@@ -1105,8 +1115,6 @@ def is_complete(plan: Plan, manifest: dict[str, Any]) -> bool:
         raise InputError(f"{out} holds a data set made otherwise ({listed}); {OTHER_OUT}")
     if damaged := find_damage(out, manifest["files"]):
         print(f"{out / damaged} is missing or damaged: making the data set again")
-        return False
-    return True
 
 
 def explain_change(key: str, old: Any, new: Any) -> str:
@@ -1214,26 +1222,33 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
 def run(options: Options) -> None:
     """Make the data set, unless it is there."""
     plan = make_plan(options)
-    existing = read_manifest(options.out)
-    if existing is not None and is_complete(plan, existing):
+    if is_complete(plan):
         print(f"already complete: {options.out}")
-        print_summary(options.out, existing)
-        return
-    read_owned(plan, existing)  # refuses before the folder is changed
-    options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock_folder(options.out):
-            owned = read_owned(plan, read_manifest(options.out))
-            try:
-                manifest = make_data_set(plan, owned)
-            except InputError:
-                remove_empty_partial(plan)
-                raise
-            shutil.rmtree(plan.partial)
-    finally:
-        with contextlib.suppress(OSError):
-            options.out.rmdir()  # if it is empty
+    else:
+        options.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock_folder(options.out):
+                make_in_folder(plan)
+        finally:
+            with contextlib.suppress(OSError):
+                options.out.rmdir()  # if it is empty
+    manifest = read_manifest(options.out)
+    assert manifest is not None, "the manifest was there or has been written"
     print_summary(options.out, manifest)
+
+
+def make_in_folder(plan: Plan) -> None:
+    """Make the data set in OUT, whose lock this process holds."""
+    existing = read_manifest(plan.options.out)
+    if existing is not None:
+        refuse_other(plan, existing)
+    owned = read_owned(plan, existing)
+    try:
+        make_data_set(plan, owned)
+    except InputError:
+        remove_empty_partial(plan)
+        raise
+    shutil.rmtree(plan.partial)
 
 
 def remove_empty_partial(plan: Plan) -> None:

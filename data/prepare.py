@@ -1068,14 +1068,19 @@ def publish(plan: Plan, manifest: dict[str, Any], owned: set[str]) -> None:
     write_atomic(out / MANIFEST, f"{text}\n".encode())
 
 
-def read_manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest in a folder; None if there is none, InputError if it is not of this script."""
+def read_manifest(
+    out: Path, needed: tuple[str, ...] = ("arguments", "files")
+) -> dict[str, Any] | None:
+    """The manifest in a folder; None if there is none, InputError if it is not of this script.
+
+    `needed`: tables that it must have; a downloaded data set has no `arguments`.
+    """
     path = out / MANIFEST
     if not os.path.lexists(path):
         return None
     try:
         manifest: dict[str, Any] = json.loads(read_small(path, 1 << 28))
-        sound = isinstance(manifest["arguments"], dict) and isinstance(manifest["files"], dict)
+        sound = all(isinstance(manifest[key], dict) for key in needed)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:

@@ -3525,53 +3525,47 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
 
 
 # --- 7. Quantization -----------------------------------------------------------------------------
-# Every matrix becomes integer codes, a step a row and, if steps are solved, a factor a column. What
-# an error costs is measured once (Curvature); GPTQ then rounds column after column and lets later
-# columns make up for earlier ones. parameter_roles decides which knobs a tensor listens to.
+# A matrix is stored as integer codes, a scale per row and, with ROW_STEPS=solved, one per column.
+# calibrate estimates a Hessian for each matrix; group_matrices turns them into relative scales;
+# fill_budget finds the common scale factor at which the artifact fills its byte budget; GPTQ rounds
+# the weights, to the nearest code or along a trellis.
 
-PLAIN_BITS, MAX_CODE = 16, 1023  # bits of what is not coded; largest magnitude that has a code
-# Below the one fp16 loses precision and then is 0, above the other it is infinite.
+PLAIN_BITS, MAX_CODE = 16, 1023  # bits of an fp16 tensor; largest magnitude of a code
+# fp16 scales below the smallest normal number lose precision; above the largest they overflow.
 SMALLEST_SCALE, LARGEST_SCALE = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
-SCALE_RANGE = 240  # coded steps are 2^(n / 8), |n| <= 240
-SCALES = np.array([2 ** (n / 8) for n in range(-SCALE_RANGE, SCALE_RANGE + 1)], np.float32)
+# COMPRESSOR=ans stores a scale as n of 2^(n / 8).
+SCALE_STEPS_PER_OCTAVE, MAX_SCALE_INDEX = 8, 240
+SCALES = np.array(
+    [2 ** (n / SCALE_STEPS_PER_OCTAVE) for n in range(-MAX_SCALE_INDEX, MAX_SCALE_INDEX + 1)],
+    np.float32,
+)
 
 
 class Quantized(NamedTuple):
-    """A tensor as it is stored: integer codes with steps, or plain fp16 (bits 16)."""
+    """A tensor in the form in which it is stored: codes with scales, or plain fp16 values."""
 
-    bits: int
-    values: np.ndarray  # integer codes, or float16 values; shaped as the tensor
-    scales: np.ndarray | None  # step of each row, float16 or powers of 2^(1/8); None if bits is 16
-    columns: np.ndarray | None = None  # factor of the step for each column, stored alike
-    trellis: bool = False  # codes count half-steps of a trellis
+    bits: int  # PLAIN_BITS: no codes
+    values: np.ndarray  # int8 or int16 codes, or float16 values; in the tensor's shape
+    scales: np.ndarray | None  # of each row: float16, or float32 entries of SCALES
+    columns: np.ndarray | None = None  # scale of each column, in the same format
+    trellis: bool = False  # the codes are those of the trellis-coded grid
 
     def dequantized(self) -> Tensor:
         """The float32 tensor that a reader of the artifact gets."""
         if self.scales is None:
             return torch.tensor(self.values).float()
         levels = trellis_levels(self.values) / 2 if self.trellis else self.values
-        steps_OI = self.scales[:, None] * np.float32(1)
-        steps_OI = steps_OI if self.columns is None else steps_OI * self.columns
-        return torch.tensor(levels.reshape(len(steps_OI), -1) * steps_OI).float().view(levels.shape)
-
-
-def row_scales(weight_OI: Tensor, qmax: int) -> Tensor:
-    """Step size of each row in fp16, as it is stored: the largest weight becomes qmax."""
-    return (weight_OI.abs().amax(dim=1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
-
-
-def quantize_rows(weight: Tensor, bits: int) -> Quantized:
-    """Round to nearest, symmetrically, with a scale a row (a vector: one)."""
-    qmax, rows = 2 ** (bits - 1) - 1, weight.detach().float().cpu()
-    rows_OI = rows.flatten(1) if rows.dim() > 1 else rows[None]
-    scale_O = row_scales(rows_OI, qmax)  # in fp16, which is what a reader will multiply by
-    codes_OI = (rows_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
-    return Quantized(bits, codes_OI.to(torch.int8).numpy().reshape(rows.shape), scale_O.numpy())
+        scale_OI = self.scales[:, None] * np.float32(1)
+        if self.columns is not None:
+            scale_OI = scale_OI * self.columns
+        weight_OI = levels.reshape(len(scale_OI), -1) * scale_OI
+        return torch.tensor(weight_OI).float().view(levels.shape)
 
 
 class KroneckerHessian(NamedTuple):
-    """What errors in a matrix cost: the loss grows by about half of the sum over rows o of
-    outputs[o] * e_o inputs e_o^T, e_o the row's error (the Kronecker form of arXiv:1503.05671).
+    """Approximate Hessian of the loss in a matrix, as a Kronecker product (arXiv:1503.05671).
+
+    An error e_o in row o raises the loss by about outputs_O[o] * (e_o inputs_II e_o^T) / 2.
     """
 
     inputs_II: Tensor
@@ -3579,39 +3573,19 @@ class KroneckerHessian(NamedTuple):
 
 
 class CalibrationStats:
-    """Sums over calibration tokens, by matrix and kind, of second moments in one forward pass:
-    of a matrix's inputs and of the loss gradient at its outputs; of a table's gradient, and how
-    often each of its rows is read. The visits of a looped block add up.
+    """Sums of second moments over calibration tokens, by parameter and kind of moment.
+
+    A matrix has `inputs` (x x^T, I x I) and `outputs` (squared gradient of each output, O); an
+    embedding table has `gradients` (g g^T of its output, I x I) and `reads` (how often each row is
+    read, O). All calls of a looped block add to the same sums.
     """
 
     def __init__(self, model: GPT):
         self.sums: dict[tuple[str, str], Tensor] = {}
         self.model, self.num_tokens = model, 0
 
-    def add(self, name: str, kind: str, x: Tensor) -> None:
-        """Of outputs add squares, of inputs and gradients the products of columns, reads by row."""
-        if kind == "reads":
-            rows = len(self.model.get_parameter(name))
-            value = torch.bincount(x.flatten(), minlength=rows).float()
-        else:
-            x_NI = x.detach().flatten(0, -2).float()
-            value = x_NI.square().sum(dim=0) if kind == "outputs" else x_NI.T @ x_NI
-        self.sums[name, kind] = self.sums.get((name, kind), 0) + value
-
-    def record_module(self, name: str, module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        kinds = ("reads", "gradients") if isinstance(module, Embedding) else ("inputs", "outputs")
-        self.add(name, kinds[0], args[0])
-        y.register_hook(functools.partial(self.add, name, kinds[1]))  # type: ignore[no-untyped-call]
-
-    def record_head(self, name: str, *args: Any) -> Any:
-        """softcapped_nll of a chunk of logits, with a look at the gradient."""
-        found = softcapped_cross_entropy(*args)
-        if found[1] is not None:
-            self.add(name, "outputs", found[1])
-        return found
-
     def accumulate(self, window_BT: Tensor) -> None:
-        """Add what the windows (rows, T + 1) show: the model runs uncompiled, with hooks."""
+        """Run the model on windows (rows, T + 1), forward and backward, uncompiled, with hooks."""
         model, ids_BT, target_BT = self.model, window_BT[:, :-1], window_BT[:, 1:]
         head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
         hooks = [
@@ -3633,70 +3607,348 @@ class CalibrationStats:
         model.zero_grad(set_to_none=True)
         self.num_tokens += target_BT.numel()
 
+    def record_module(self, name: str, module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        """Forward hook: add the module's input now, and the gradient of its output later."""
+        is_table = isinstance(module, Embedding)
+        self.add(name, "reads" if is_table else "inputs", args[0])
+        gradient_kind = "gradients" if is_table else "outputs"
+        y.register_hook(functools.partial(self.add, name, gradient_kind))  # type: ignore[no-untyped-call]
+
+    def record_head(self, name: str, *args: Any) -> Any:
+        """softcapped_cross_entropy that also adds the gradient of the logits."""
+        result = softcapped_cross_entropy(*args)
+        gradient_NV = result[1]
+        if gradient_NV is not None:
+            self.add(name, "outputs", gradient_NV)
+        return result
+
+    def add(self, name: str, kind: str, x: Tensor) -> None:
+        """Add the moments of a batch: counts of ids, sums of squares, or products of columns."""
+        if kind == "reads":
+            num_rows = len(self.model.get_parameter(name))
+            value = torch.bincount(x.flatten(), minlength=num_rows).float()
+        else:
+            x_NI = x.detach().flatten(0, -2).float()
+            value = x_NI.square().sum(dim=0) if kind == "outputs" else x_NI.T @ x_NI
+        self.sums[name, kind] = self.sums.get((name, kind), 0) + value
+
     def hessians(self, run: Run) -> dict[str, KroneckerHessian]:
-        """The means over all ranks, by matrix. A tied embedding is a matrix and a table: it gets
-        the Kronecker form that has the sum's trace, by rows and as a whole.
+        """The Hessians by matrix, averaged over the tokens of all ranks.
+
+        A tied embedding is a matrix and a table: it gets the Kronecker product whose trace is that
+        of the sum of both Hessians, row by row and in total.
         """
         count = run.all_reduce_sum(torch.tensor(float(self.num_tokens), device=run.device))
         means = {key: run.all_reduce_sum(self.sums[key]) / count for key in sorted(self.sums)}
-        found = {}
+        hessians = {}
         for name in sorted({name for name, _ in means}):
-            parts = [
-                (means[name, a], means[name, b])
-                for a, b in [("inputs", "outputs"), ("gradients", "reads")]
-                if (name, a) in means
+            factors = [
+                (means[name, square], means[name, vector])
+                for square, vector in [("inputs", "outputs"), ("gradients", "reads")]
+                if (name, square) in means
             ]
-            inputs_II = sum((a * b.mean() for a, b in parts), torch.zeros_like(parts[0][0]))
-            outputs_O = sum((a.trace() * b for a, b in parts), torch.zeros_like(parts[0][1]))
-            found[name] = KroneckerHessian(
-                inputs_II, outputs_O / inputs_II.trace().clamp_min(1e-30)
-            )
-        return found
+            inputs_II, outputs_O = (torch.zeros_like(x) for x in factors[0])
+            for square_II, vector_O in factors:
+                inputs_II = inputs_II + square_II * vector_O.mean()
+                outputs_O = outputs_O + square_II.trace() * vector_O
+            outputs_O = outputs_O / inputs_II.trace().clamp_min(1e-30)
+            hessians[name] = KroneckerHessian(inputs_II, outputs_O)
+        return hessians
+
+
+CALIBRATION_TIME_MARGIN = 1.5  # of the measured time of a batch, when the next one is planned
 
 
 def calibrate(
     run: Run, model: GPT, loader: BatchLoader, trained: Progress
 ) -> dict[str, KroneckerHessian]:
-    """Curvature of every matrix, by text after what was trained on."""
-    cfg, moments, started_s = run.cfg, CalibrationStats(model), time.perf_counter()
-    model.schedule, limit_s = model.schedules[-1], cfg.max_wallclock_seconds or math.inf
-    T, batch = cfg.train_seq_len, cfg.train_batch_tokens
-    for i in range(cfg.gptq_calibration_batches):
-        position = trained.tokens + i * batch
-        window_BT = loader.read(position - position % T, T, batch).to(run.device)
+    """The Hessian of every matrix, from the training text that follows the tokens trained on.
+
+    Stops early where another batch might end after MAX_WALLCLOCK_SECONDS.
+    """
+    cfg, stats, started_s = run.cfg, CalibrationStats(model), time.perf_counter()
+    limit_s = cfg.max_wallclock_seconds or math.inf
+    model.schedule = model.schedules[-1]
+    T, batch_tokens = cfg.train_seq_len, cfg.train_batch_tokens
+    for batch in range(cfg.gptq_calibration_batches):
+        position = trained.tokens + batch * batch_tokens
+        window_BT = loader.read(position - position % T, T, batch_tokens).to(run.device)
         for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
             run.check_signal()
-            moments.accumulate(rows_BT)
+            stats.accumulate(rows_BT)
         run.synchronize()
-        passed_s = torch.tensor(time.perf_counter() - started_s, device=run.device)
-        if (
-            trained.train_s + 1.5 * float(run.all_reduce_max(passed_s)) * (i + 2) / (i + 1)
-            > limit_s
-        ):
-            break  # all ranks do: the next batch might end later than the training budget
-    run.log("calibrated", tokens=moments.num_tokens * run.world_size)
-    return moments.hessians(run)
+        elapsed = torch.tensor(time.perf_counter() - started_s, device=run.device)
+        elapsed_s = float(run.all_reduce_max(elapsed))  # the same decision on all ranks
+        next_end_s = CALIBRATION_TIME_MARGIN * elapsed_s * (batch + 2) / (batch + 1)
+        if trained.train_s + next_end_s > limit_s:
+            break
+    run.log("calibrated", tokens=stats.num_tokens * run.world_size)
+    return stats.hessians(run)
 
 
-RATE_LAMBDA = 0.08  # of a bit, in squared steps
-GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128  # of the mean diagonal; columns whose updates are batched
+def quantize_model(
+    cfg: Config,
+    model: nn.Module,
+    groups: Sequence[MatrixGroup] | None = None,
+    scale_factor: float = 1.0,
+) -> dict[str, Quantized]:
+    """Every parameter of the model by name, in the form in which it is stored.
+
+    `groups` come from group_matrices (by default without Hessians); all scales are multiplied by
+    `scale_factor`.
+    """
+    tensors: dict[str, Quantized] = {}
+    for group in group_matrices(cfg, model, {}) if groups is None else groups:
+        tensors |= quantize_group(cfg, group, scale_factor)
+    for name, role in parameter_roles(model).items():
+        weight, bits = model.get_parameter(name).detach(), cfg.bits[role.quant_group]
+        if bits == PLAIN_BITS or weight.numel() <= 1:
+            if weight.dim() == 2:
+                weight = prune_smallest(weight, cfg.prune_frac)
+            plain = weight.clamp(-LARGEST_SCALE, LARGEST_SCALE).half().cpu().numpy()
+            tensors[name] = Quantized(PLAIN_BITS, plain, None)
+        elif name not in tensors:
+            tensors[name] = quantize_rows(weight, bits)
+    return tensors
+
+
+def quantize_rows(weight: Tensor, bits: int) -> Quantized:
+    """Round to nearest on a symmetric grid, with a scale per row; a vector is one row."""
+    qmax, rows = 2 ** (bits - 1) - 1, weight.detach().float().cpu()
+    rows_OI = rows.flatten(1) if rows.dim() > 1 else rows[None]
+    scale_O = row_scales(rows_OI, qmax)
+    codes_OI = (rows_OI / scale_O.float()[:, None]).round().clamp(-qmax, qmax)
+    return Quantized(bits, codes_OI.to(torch.int8).numpy().reshape(rows.shape), scale_O.numpy())
+
+
+def row_scales(weight_OI: Tensor, qmax: int) -> Tensor:
+    """fp16 scales that map the largest weight of each row to the code qmax."""
+    return (weight_OI.abs().amax(dim=1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
+
+
+class MatrixGroup(NamedTuple):
+    """Matrices of one shape and bit width, which are quantized together."""
+
+    names: list[str]
+    weight_LOI: Tensor
+    factor: HessianFactor | None  # None: round to nearest
+    row_scale_LO: Tensor
+    column_scale_LI: Tensor  # ones unless ROW_STEPS=solved
+    bits: int
+    column_std_LI: Tensor  # standard deviation of each column, in units of its scales
+
+
+def group_matrices(
+    cfg: Config, model: nn.Module, hessians: Mapping[str, KroneckerHessian]
+) -> list[MatrixGroup]:
+    """All matrices that are stored as codes, by shape and bits, with relative scales."""
+    roles = {name: role.quant_group for name, role in parameter_roles(model).items()}
+    members: dict[Any, list[str]] = {}
+    for name, role in roles.items():
+        if role not in ("gate", "control") and cfg.bits[role] != PLAIN_BITS:
+            key = model.get_parameter(name).shape, cfg.bits[role], name in hessians
+            members.setdefault(key, []).append(name)
+    groups = []
+    for (_, bits, has_hessian), names in members.items():
+        parameters = [model.get_parameter(name).detach().float() for name in names]
+        weight_LOI = torch.stack([prune_smallest(weight, cfg.prune_frac) for weight in parameters])
+        factor = None
+        if has_hessian:
+            factor = factor_hessians(torch.stack([hessians[name].inputs_II for name in names]))
+        if cfg.solves_scales and factor is not None:
+            outputs_LO = torch.stack([hessians[name].outputs_O for name in names])
+            row_LO, column_LI = optimal_scales(outputs_LO, factor.std_LI)
+        else:
+            row_LO = torch.stack(
+                [
+                    heuristic_row_scales(cfg, weight_OI, roles[name])
+                    for name, weight_OI in zip(names, weight_LOI, strict=True)
+                ]
+            )
+            column_LI = torch.ones_like(weight_LOI[:, 0])
+        row_LO, column_LI = row_LO.clamp_min(1e-30), round_scales(cfg, column_LI)
+        std_LI = (weight_LOI / row_LO[:, :, None]).square().mean(dim=1).sqrt() / column_LI
+        groups.append(MatrixGroup(names, weight_LOI, factor, row_LO, column_LI, bits, std_LI))
+    return groups
+
+
+MIN_PRUNED_SIZE = 65_536  # matrices of at most so many weights are not pruned
+
+
+def prune_smallest(weight_OI: Tensor, fraction: float) -> Tensor:
+    """A large weight with the smallest `fraction` of its values set to zero (PRUNE_FRAC)."""
+    if not fraction or weight_OI.numel() <= MIN_PRUNED_SIZE:
+        return weight_OI
+    size_OI = weight_OI.abs()
+    threshold = size_OI.flatten().kthvalue(max(1, int(fraction * size_OI.numel()))).values
+    return torch.where(size_OI < threshold, 0, weight_OI)
+
+
+CLIP_PERCENTILE = 0.9999984  # of a row's magnitudes, as in the naive baseline
+
+
+def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
+    """Scale of each row from its weights alone, by CLIP_SIGMAS, or ROW_STEPS other than solved."""
+    qmax = 2 ** (cfg.bits[group] - 1) - 1
+    if cfg.sigmas:  # SDClip (openai/parameter-golf#1394): every row costs the same bits per weight
+        return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
+    quantile = {"max": 1.0, "percentile": CLIP_PERCENTILE}[cfg.row_steps]
+    pieces = torch.split(weight_OI.abs(), 512)  # torch.quantile takes at most 2^24 numbers
+    return torch.cat([rows.quantile(quantile, dim=1) for rows in pieces]) / qmax
+
+
+ROW_DAMPING, MAX_COLUMN_RATIO = 0.1, 16  # for rows and columns that calibration rarely reaches
+
+
+def optimal_scales(outputs_LO: Tensor, column_std_LI: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative scales of rows and columns that equalize the marginal loss per bit.
+
+    A rounding error in column j costs about outputs_O[o] * (scale / U_jj)^2 / 24 per weight
+    (column_std_LI is U_jj of factor_hessians), and one more bit saves three quarters of that. By
+    reverse water-filling all costs must be equal, which scales U_jj / sqrt(outputs_O[o]) achieve.
+    """
+    rows, columns = [], []
+    for outputs_O, std_I in zip(outputs_LO, column_std_LI, strict=True):
+        mean, geometric_mean = outputs_O.mean().clamp_min(1e-30), std_I.log().mean().exp()
+        rows.append((outputs_O / mean + ROW_DAMPING).rsqrt() * mean.rsqrt() * geometric_mean)
+        columns.append((std_I / geometric_mean).clamp(1 / MAX_COLUMN_RATIO, MAX_COLUMN_RATIO))
+    return torch.stack(rows), torch.stack(columns)
+
+
+def round_scales(cfg: Config, scale: Tensor) -> Tensor:
+    """Scales as the artifact stores them: in fp16, or rounded up to an entry of SCALES."""
+    if cfg.compressor != "ans":
+        return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+    # The small offset keeps a scale that is an entry already.
+    exponent = (scale.clamp_min(1e-30).log2() * SCALE_STEPS_PER_OCTAVE - 1e-3).ceil()
+    index = exponent.clamp(-MAX_SCALE_INDEX, MAX_SCALE_INDEX).int() + MAX_SCALE_INDEX
+    return torch.from_numpy(SCALES[index.cpu().numpy()]).to(scale)
+
+
+MAX_BITS_PER_WEIGHT = 6.5  # finer scales cost bytes and no longer improve the score
+MIN_BUDGET_FILL, MAX_BUDGET_TRIES = 0.998, 8  # fraction of the budget that ends the search
+
+
+def fill_budget(
+    groups: Sequence[MatrixGroup], encode: Callable[[float], bytes], budget_bytes: int
+) -> bytes:
+    """The largest artifact within `budget_bytes`, over a factor common to all scales.
+
+    `encode` makes the artifact for a scale factor. If none fits, the smallest artifact tried last
+    is returned, which is too large.
+    """
+    num_weights = sum(group.weight_LOI.numel() for group in groups)
+    finest = scale_factor_for(groups, MAX_BITS_PER_WEIGHT * num_weights)
+    target_bytes = budget_bytes * (1 + MIN_BUDGET_FILL) / 2
+    scale_factor = max(finest, scale_factor_for(groups, 8 * target_bytes))
+    tried = dict[float, bytes]()
+    while len(tried) < MAX_BUDGET_TRIES and scale_factor not in tried:
+        tried[scale_factor] = payload = encode(scale_factor)
+        fitting = {f: len(p) for f, p in tried.items() if len(p) <= budget_bytes}
+        if MIN_BUDGET_FILL * budget_bytes <= len(payload) <= budget_bytes or finest in fitting:
+            break
+        if fitting and len(fitting) < len(tried):
+            # Interpolate between the nearest two, in logarithms of size and of scale factor.
+            too_fine, coarse = max(tried.keys() - fitting.keys()), min(fitting)
+            ratio = math.log(len(tried[too_fine]) / fitting[coarse])
+            weight = math.log(target_bytes / fitting[coarse]) / ratio
+            scale_factor = coarse * (too_fine / coarse) ** weight
+        else:
+            # The estimate for normal weights, corrected by the size of the last artifact.
+            bits = target_bytes / len(payload) * estimated_bits(groups, scale_factor)
+            scale_factor = max(finest, scale_factor_for(groups, bits))
+    return max((p for p in tried.values() if len(p) <= budget_bytes), key=len, default=payload)
+
+
+def scale_factor_for(groups: Sequence[MatrixGroup], bits: float) -> float:
+    """The factor of all scales at which estimated_bits are `bits`, by bisection of its log2."""
+    low, high = -60.0, 60.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if estimated_bits(groups, 2**middle) > bits else (low, middle)
+    return 2**high
+
+
+NORMAL_VARIANCE_FACTOR = 17.08  # 2 pi e: entropy of a normal variable is log2(17.08 variance) / 2
+
+
+def estimated_bits(groups: Sequence[MatrixGroup], scale_factor: float) -> float:
+    """Entropy of all codes in bits if the weights of each column were normal."""
+    bits = 0.0
+    for group in groups:
+        variance_LI = (group.column_std_LI / scale_factor).square()
+        log2_sum = float(torch.log2(1 + NORMAL_VARIANCE_FACTOR * variance_LI).sum())
+        bits += group.weight_LOI.size(1) * log2_sum / 2
+    return bits
+
+
+def code_statistics(tensors: Mapping[str, Quantized]) -> dict[str, float]:
+    """The number of codes, and their entropy in bits per code with a table for each tensor."""
+    codes = [tensor.values for tensor in tensors.values() if tensor.scales is not None]
+    bits = 0.0
+    for values in codes:
+        counts = np.unique(values, return_counts=True)[1]
+        bits += float((counts * np.log2(counts.sum() / counts)).sum())
+    num_codes = sum(map(np.size, codes))
+    return {"codes": num_codes, "entropy_bits": round(bits / max(1, num_codes), 4)}
+
+
+CLIP_HEADROOM = 0.8  # of the largest code: what the largest weight of a column may reach
+MIN_COLUMN_STD = 0.05  # in scales, for the estimated prices of codes
+RATE_LAMBDA = 0.08  # price of a bit in the trellis search, in squared scales
+
+
+def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict[str, Quantized]:
+    """The quantized matrices of a group by name, with all scales multiplied by `scale_factor`."""
+    solved = cfg.solves_scales
+    qmax = MAX_CODE if solved else 2 ** (group.bits - 1) - 1
+    row_LO = round_scales(cfg, group.row_scale_LO * scale_factor)
+    column_LI = group.column_scale_LI
+    largest_LI = (group.weight_LOI.abs() / row_LO[:, :, None]).amax(dim=1)
+    if solved:  # a column with a few huge weights gets a coarser scale instead of clipped codes
+        smallest_LI = largest_LI / (CLIP_HEADROOM * qmax)
+        column_LI = round_scales(cfg, torch.maximum(column_LI, smallest_LI))
+    trellis = cfg.quant_grid == "trellis" and group.factor is not None
+    if trellis:
+        std_LI = (group.column_std_LI / scale_factor).clamp_min(MIN_COLUMN_STD)
+        largest_code = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
+        bits_LIV = gaussian_code_bits(std_LI, largest_code)
+        rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, rate_lambda=RATE_LAMBDA)
+    else:
+        rounding = functools.partial(round_uniform, qmax=qmax)
+    if group.factor is None:
+        scale_LOI = row_LO[:, :, None] * column_LI[:, None]
+        codes_LOI, _ = rounding(group.weight_LOI / scale_LOI, column_LI)
+    else:
+        codes_LOI = gptq(group.weight_LOI, group.factor, row_LO, column_LI, rounding)
+    scale_type = np.float32 if cfg.compressor == "ans" else np.float16
+    rows, columns = (x.cpu().numpy().astype(scale_type) for x in (row_LO, column_LI))
+    codes = codes_LOI.cpu().numpy().astype(np.int16 if solved else np.int8)
+    return {
+        name: Quantized(group.bits, codes[i], rows[i], columns[i] if solved else None, trellis)
+        for i, name in enumerate(group.names)
+    }
+
+
+# Relative damping of the Hessian's diagonal; columns whose updates are applied together.
+GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128
 
 
 class HessianFactor(NamedTuple):
-    """What GPTQ needs of the Hessians: columns in order of rounding, and U of H^-1 = U^T U."""
+    """What GPTQ needs of L Hessians: the order of columns, and U with H^-1 = U^T U."""
 
-    order_LI: Tensor  # int64, descending diagonal
-    upper_LII: Tensor  # rows and columns in that order
-    alive_LI: Tensor  # bool, in the weight's own order: False where no input was ever seen
-    std_LI: Tensor  # U_jj, in that order, too: an error e in column j costs (e / U_jj)^2
+    order_LI: Tensor  # int64: columns by descending diagonal
+    upper_LII: Tensor  # U; rows and columns in that order
+    alive_LI: Tensor  # bool, in the weight's order: False where the input was always zero
+    std_LI: Tensor  # U_jj in the weight's order: an error e in column j costs (e / U_jj)^2
 
 
 def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
-    """Order and Cholesky factor for sums of x x^T over calibration inputs (arXiv:2210.17323)."""
+    """Order and Cholesky factor of damped Hessians x x^T (GPTQ, arXiv:2210.17323)."""
     damped_LII = hessian_LII.float().clone()
     diagonal_LI = damped_LII.diagonal(dim1=1, dim2=2)
     alive_LI = diagonal_LI > 0
-    # An input that was never seen gets the mean of the others: the damping must not depend on it.
+    # Dead inputs get the mean of the others, so that the damping does not depend on them.
     num_alive_L1 = alive_LI.sum(dim=1, keepdim=True).clamp_min(1)
     mean_L1 = (diagonal_LI.sum(dim=1, keepdim=True) / num_alive_L1).clamp_min(1e-30)
     diagonal_LI.copy_(torch.where(alive_LI, diagonal_LI, mean_L1))
@@ -3710,40 +3962,37 @@ def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
     return HessianFactor(order_LI, upper_LII, alive_LI, std_LI)
 
 
-def round_uniform(target_LO: Tensor, _column_L: Tensor, *, qmax: int) -> tuple[Tensor, Tensor]:
-    """The nearest of the codes -qmax to qmax; each stands for itself."""
-    code_LO = target_LO.round().clamp_(-qmax, qmax)
-    return code_LO, code_LO
-
-
 def gptq(
     weight_LOI: Tensor,
     factor: HessianFactor,
-    step_LO: Tensor,
-    step_LI: Tensor,
+    row_scale_LO: Tensor,
+    column_scale_LI: Tensor,
     round_column: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """int16 codes of L matrices, with each column's error pushed onto the columns still to come.
-    The step of weight (o, i) is step_LO[o] * step_LI[i]. Columns are rounded from the most to the
-    least excited one; those beyond the current block are updated once a block. round_column makes
-    of a column in steps, and of each matrix's column number, codes and their values in steps.
+    """int16 codes of L matrices by GPTQ: the error of each column is moved to later columns.
+
+    The scale of weight (o, i) is row_scale_LO[o] * column_scale_LI[i]. Columns are rounded by
+    descending diagonal of the Hessian; columns beyond the current block are updated once per block.
+    round_column takes a column divided by its scales (L x O) and its index in each matrix (L); it
+    returns the codes and the values that they stand for, in the same units.
     """
     order_LI, upper_LII = factor.order_LI, factor.upper_LII
-    # Columns are the second dimension here, so that each lies in one piece.
+    # Columns are the second dimension here, so that each is contiguous in memory.
     w_LIO = (weight_LOI.float() * factor.alive_LI[:, None]).mT.contiguous()
     w_LIO = w_LIO.take_along_dim(order_LI[:, :, None], 1)
-    code_LIO, step_LI = torch.empty_like(w_LIO, dtype=torch.int16), step_LI.gather(1, order_LI)
+    code_LIO = torch.empty_like(w_LIO, dtype=torch.int16)
+    column_scale_LI = column_scale_LI.gather(1, order_LI)
     for start in range(0, w_LIO.size(1), GPTQ_BLOCK):
         block_LIO = w_LIO[:, start : start + GPTQ_BLOCK].clone()
         end = start + block_LIO.size(1)
         upper_block_LII = upper_LII[:, start:end, start:end]
         for i in range(end - start):
-            step = step_LO * step_LI[:, start + i, None]
+            scale_LO = row_scale_LO * column_scale_LI[:, start + i, None]
             target_LO = block_LIO[:, i]
-            code_LO, value_LO = round_column(target_LO / step, order_LI[:, start + i])
+            code_LO, value_LO = round_column(target_LO / scale_LO, order_LI[:, start + i])
             code_LIO[:, start + i] = code_LO
-            error_LO = (target_LO - value_LO * step) / upper_block_LII[:, i, i, None]
-            block_LIO[:, i] = error_LO  # no longer needed as a weight
+            error_LO = (target_LO - value_LO * scale_LO) / upper_block_LII[:, i, i, None]
+            block_LIO[:, i] = error_LO  # replaces the weight, which is no longer needed
             block_LIO[:, i + 1 :].baddbmm_(
                 upper_block_LII[:, i, i + 1 :, None], error_LO[:, None], alpha=-1
             )
@@ -3751,13 +4000,19 @@ def gptq(
     return code_LIO.take_along_dim(order_LI.argsort(dim=1)[:, :, None], 1).mT.contiguous()
 
 
-# Trellis-coded grid: dependent quantisation as in video coding (ITU-T H.266, ISO/IEC 15938-17). A
-# code k is read with Q0, the even numbers of half-steps (2k), in even states and with Q1, the odd
-# ones (2k + 1), in odd states; its parity leads to the next state. Unlike there Q1 has no zero: at
-# one bit a weight and more that costs rate. The trellis is Ungerboeck's (IEEE Trans. Inform. Theory
-# 28(1), 1982) of 32 states, whose parity-check polynomials h0, h1 are octal 45 and 10.
-TRELLIS_SEGMENT = 256  # rows from one state 0 to the next
-NEXT_STATES = np.array(
+def round_uniform(target_LO: Tensor, _column_L: Tensor, *, qmax: int) -> tuple[Tensor, Tensor]:
+    """The nearest integers in [-qmax, qmax], as codes and as values."""
+    code_LO = target_LO.round().clamp_(-qmax, qmax)
+    return code_LO, code_LO
+
+
+# Trellis-coded quantization, as dependent quantization in video coding (ITU-T H.266, ISO/IEC
+# 15938-17). Code k stands for level 2k in even states (quantizer Q0) and 2k + 1 in odd states (Q1);
+# levels count half scales, and the parity of k leads to the next state. Unlike in H.266, Q1 has no
+# zero, which would cost rate at one bit per weight and more. The trellis is Ungerboeck's (IEEE
+# Trans. Inform. Theory 28(1), 1982) of 32 states, with parity-check polynomials 45 and 10 (octal).
+TRELLIS_SEGMENT = 256  # rows; each segment starts in state 0
+NEXT_STATES = np.array(  # at 2 * state + parity of the code
     [
         (state >> 1) ^ (state & 1) * (0o45 >> 1) ^ parity * (0o10 >> 1)
         for state in range(32)
@@ -3765,15 +4020,68 @@ NEXT_STATES = np.array(
     ],
     np.int8,
 )
-SUBSET_OFFSETS = np.array([[0], [2], [1], [3]], np.float32)  # each fourth level: Q0 even, odd; Q1
+# Every fourth level belongs to the same subset, numbered 2 * quantizer + parity of the code.
+SUBSET_OFFSETS = np.array([[0], [2], [1], [3]], np.float32)
+
+
+def trellis_levels(code_OI: np.ndarray) -> np.ndarray:
+    """The level of each code as int16, in half scales; the states run down each column."""
+    padded_OI = np.pad(code_OI.astype(np.int16), [(0, -len(code_OI) % TRELLIS_SEGMENT), (0, 0)])
+    code_NTI = padded_OI.reshape(-1, TRELLIS_SEGMENT, code_OI.shape[1])
+    level_NTI, state_NI = 2 * code_NTI, np.zeros_like(code_NTI[:, 0], np.int8)
+    for row in range(TRELLIS_SEGMENT):
+        level_NTI[:, row] |= state_NI & 1
+        state_NI = NEXT_STATES.take(2 * state_NI + (code_NTI[:, row] & 1))
+    return level_NTI.reshape(padded_OI.shape)[: len(code_OI)]
+
+
+def round_trellis(
+    target_LO: Tensor, column_L: Tensor, *, bits_LIV: Tensor, rate_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Codes that minimize squared error (in scales) + rate_lambda * bits over all trellis paths.
+
+    bits_LIV is the price of the levels +-V in each column; the parity of V is the quantizer. Its
+    last entry, an odd level, belongs to the largest code.
+    """
+    (num_matrices, num_rows), largest = target_LO.shape, bits_LIV.size(2) - 1
+    padding, device = -num_rows % TRELLIS_SEGMENT, target_LO.device
+    matrix_L = torch.arange(num_matrices, device=device)
+    price_LV = bits_LIV[matrix_L, column_L] * (4 * rate_lambda)
+    x_LO = F.pad(2 * target_LO.float(), (0, padding))  # in half scales
+    x_T1N = x_LO.view(-1, TRELLIS_SEGMENT).T.contiguous()[:, None]
+    # A level is within 2 of the number that it rounds, so the codes are within the largest one.
+    offset_41 = torch.from_numpy(SUBSET_OFFSETS).to(device)
+    level_T4N = ((x_T1N.clamp(3 - largest, largest - 2) - offset_41) / 4).round() * 4 + offset_41
+    first_N = (matrix_L * price_LV.size(1)).repeat_interleave(x_T1N.size(2) // num_matrices)
+    cost_T4N = price_LV.take(level_T4N.abs().long() + first_N) + (level_T4N - x_T1N).square()
+    # Padding rows cost nothing.
+    cost_T4N.view(len(x_T1N), 4, num_matrices, -1)[len(x_T1N) - padding :, :, :, -1] = 0
+    if device.type == "cpu":
+        subset_TN = torch.from_numpy(viterbi(cost_T4N.numpy()))
+    else:
+        subset_TN = viterbi_on_device(cost_T4N)
+    level_TN = level_T4N.gather(1, subset_TN[:, None])[:, 0]
+    value_LO = (level_TN.T.reshape(num_matrices, -1)[:, :num_rows] / 2).to(target_LO)
+    return value_LO.floor(), value_LO
+
+
+def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
+    """Bits of each level for columns of normal codes: L x I x V, std_LI in scales."""
+    level_V = torch.arange(2 * largest_code + 2, device=std_LI.device)
+    scale_LI1 = 8**0.5 * std_LI[:, :, None]  # sqrt(2) standard deviations in half scales
+    mass_LIV = torch.erf((level_V + 1) / scale_LI1) - torch.erf((level_V - 1) / scale_LI1)
+    return -(mass_LIV / 2).clamp_min(1e-9).log2()
 
 
 def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
-    """Subset of each row on the cheapest path from state 0, for N segments at once (Viterbi)."""
+    """Subset of each row on the cheapest path from state 0, for N segments (Viterbi), on the CPU.
+
+    cost_T4N[t, s, n] is the cost of the level of subset s in row t of segment n.
+    """
     (num_rows, _, num_segments), num_states = cost_T4N.shape, len(NEXT_STATES) // 2
-    # The two branches into each state: first one of every state, then the other.
+    # Two branches enter each state: first one of every state, then the other of every state.
     branches = NEXT_STATES.argsort(kind="stable").reshape(-1, 2).T.ravel()
-    leaves, subsets = branches >> 1, 2 * (branches >> 1 & 1) + (branches & 1)
+    sources, subsets = branches >> 1, 2 * (branches >> 1 & 1) + (branches & 1)
     total_SN = np.full((num_states, num_segments), np.inf, np.float32)
     total_SN[0] = 0
     total_BN = np.empty((2 * num_states, num_segments), np.float32)
@@ -3781,311 +4089,62 @@ def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
     is_second_TSN = np.empty((num_rows, num_states, num_segments), bool)
     for cost_4N, is_second_SN in zip(cost_T4N, is_second_TSN, strict=True):
         cost_4N.take(subsets, axis=0, out=cost_BN, mode="clip")  # other modes copy `out`
-        total_SN.take(leaves, axis=0, out=total_BN, mode="clip")
+        total_SN.take(sources, axis=0, out=total_BN, mode="clip")
         np.add(total_BN, cost_BN, out=total_BN)
         np.less(second_SN, first_SN, out=is_second_SN)
         np.minimum(first_SN, second_SN, out=total_SN)
-    # Back along the survivors: positions in an S x N array, branches in a 2S x N array, both flat.
+    # Trace the surviving path back, with flat positions in S x N and in 2S x N arrays.
     column_N, branch_TN = np.arange(num_segments), np.empty((num_rows, num_segments), np.int64)
-    leaves_BN = (leaves[:, None] * num_segments + column_N).ravel()
+    sources_BN = (sources[:, None] * num_segments + column_N).ravel()
     position_N = total_SN.argmin(axis=0) * num_segments + column_N
     for branch_N, is_second_SN in zip(branch_TN[::-1], is_second_TSN[::-1], strict=True):
         np.multiply(is_second_SN.take(position_N), is_second_SN.size, out=branch_N)
         branch_N += position_N
-        position_N = leaves_BN.take(branch_N)
+        position_N = sources_BN.take(branch_N)
     return subsets[branch_TN // num_segments]
 
 
-@functools.cache
-def four_step_paths(device: torch.device) -> tuple[Tensor, Tensor]:
-    """First state and four subsets of the paths of four branches, sixteen into each state: the
-    first path of every state, then the second, and so on."""
-    num_states = len(NEXT_STATES) // 2
-    path_P = np.arange(16 * num_states)  # where it begins, and the parity of each of four codes
-    state_P, subsets = path_P >> 4, []
-    for i in range(4):
-        parity_P = path_P >> (3 - i) & 1
-        subsets.append(2 * (state_P & 1) + parity_P)
-        state_P = NEXT_STATES[2 * state_P + parity_P]
-    order_P = state_P.argsort(kind="stable").reshape(num_states, 16).T.ravel()
-    leaf_P, subset_4P = (x[..., order_P] for x in (path_P >> 4, np.stack(subsets)))
-    return torch.from_numpy(leaf_P).to(device), torch.from_numpy(subset_4P).to(device)
-
-
 def viterbi_on_device(cost_T4N: Tensor) -> Tensor:
-    """What best_path finds, on the device: four rows a step take a quarter of the launches."""
+    """The result of `viterbi`, on a GPU: four rows per step need a quarter of the kernel launches.
+
+    Sums are rounded in another order, so that paths of equal cost may differ.
+    """
     device, num_states, num_segments = cost_T4N.device, len(NEXT_STATES) // 2, cost_T4N.size(2)
-    leaf_P, subset_4P = four_step_paths(device)
+    source_P, subset_4P = four_row_paths(device)
     cost_R44N = cost_T4N.view(-1, 4, 4, num_segments)
     cost_RPN = cost_R44N[:, 0].index_select(1, subset_4P[0])
     for i in range(1, 4):
         cost_RPN += cost_R44N[:, i].index_select(1, subset_4P[i])
     total_SN = torch.full((num_states, num_segments), math.inf, device=device)
     total_SN[0] = 0
-    choices, branches = [], list[Tensor]()
+    choices, paths = [], list[Tensor]()
     for cost_PN in cost_RPN.unbind():
-        cost_PN += total_SN.index_select(0, leaf_P)
+        cost_PN += total_SN.index_select(0, source_P)
         total_SN, choice_SN = cost_PN.view(16, num_states, num_segments).min(dim=0)
         choices.append(choice_SN)
     state_1N = total_SN.argmin(dim=0, keepdim=True)
     for choice_SN in reversed(choices):
-        branches.append(choice_SN.gather(0, state_1N) * num_states + state_1N)
-        state_1N = leaf_P[branches[-1]]
-    return subset_4P[:, torch.cat(branches[::-1])].transpose(0, 1).flatten(0, 1)
+        paths.append(choice_SN.gather(0, state_1N) * num_states + state_1N)
+        state_1N = source_P[paths[-1]]
+    return subset_4P[:, torch.cat(paths[::-1])].transpose(0, 1).flatten(0, 1)
 
 
-def round_trellis(
-    target_LO: Tensor, column_L: Tensor, *, bits_LIV: Tensor, multiplier: float
-) -> tuple[Tensor, Tensor]:
-    """The codes of least squared error (in steps) + multiplier * bits, over paths of the trellis.
-    bits_LIV is what the coder pays for the levels +-V (in half-steps; V's parity is the quantiser)
-    in each column; its last entry, odd, belongs to the largest code.
+@functools.cache
+def four_row_paths(device: torch.device) -> tuple[Tensor, Tensor]:
+    """First state (P) and subsets (4 x P) of all paths through four rows.
+
+    Sixteen paths end in each state; the first one of every state comes first, then the second, ...
     """
-    (num_matrices, num_rows), largest = target_LO.shape, bits_LIV.size(2) - 1
-    padding, device = -num_rows % TRELLIS_SEGMENT, target_LO.device
-    matrix_L = torch.arange(num_matrices, device=device)
-    price_LV = bits_LIV[matrix_L, column_L] * (4 * multiplier)
-    x_LO = F.pad(2 * target_LO.float(), (0, padding))  # half-steps
-    x_T1N = x_LO.view(-1, TRELLIS_SEGMENT).T.contiguous()[:, None]
-    # Levels are within 2 of what is rounded, and so the codes from -K to K, the largest.
-    offset_41 = torch.from_numpy(SUBSET_OFFSETS).to(device)
-    level_T4N = ((x_T1N.clamp(3 - largest, largest - 2) - offset_41) / 4).round() * 4 + offset_41
-    first_N = (matrix_L * price_LV.size(1)).repeat_interleave(x_T1N.size(2) // num_matrices)
-    cost_T4N = price_LV.take(level_T4N.abs().long() + first_N) + (level_T4N - x_T1N).square()
-    # Rows that do not exist must not say where a path ends.
-    cost_T4N.view(len(x_T1N), 4, num_matrices, -1)[len(x_T1N) - padding :, :, :, -1] = 0
-    subset_TN = (
-        torch.from_numpy(viterbi(cost_T4N.numpy()))
-        if device.type == "cpu"
-        else viterbi_on_device(cost_T4N)
-    )
-    level_TN = level_T4N.gather(1, subset_TN[:, None])[:, 0]
-    value_LO = (level_TN.T.reshape(num_matrices, -1)[:, :num_rows] / 2).to(target_LO)
-    return value_LO.floor(), value_LO
-
-
-def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
-    """bits_LIV for columns that are normal with std_LI (in steps): what to begin with."""
-    level_V = torch.arange(2 * largest_code + 2, device=std_LI.device)
-    scale_LI1 = 8**0.5 * std_LI[:, :, None]  # sqrt(2) std in half-steps
-    mass_LIV = torch.erf((level_V + 1) / scale_LI1) - torch.erf((level_V - 1) / scale_LI1)
-    return -(mass_LIV / 2).clamp_min(1e-9).log2()
-
-
-def trellis_levels(code_OI: np.ndarray) -> np.ndarray:
-    """What each code stands for, as int16 multiples of half a step. The walk runs down rows."""
-    padded_OI = np.pad(code_OI.astype(np.int16), [(0, -len(code_OI) % TRELLIS_SEGMENT), (0, 0)])
-    code_NTI = padded_OI.reshape(-1, TRELLIS_SEGMENT, code_OI.shape[1])
-    level_NTI, state_NI = 2 * code_NTI, np.zeros_like(code_NTI[:, 0], np.int8)
-    for row in range(TRELLIS_SEGMENT):
-        level_NTI[:, row] |= state_NI & 1  # odd: Q1
-        state_NI = NEXT_STATES.take(2 * state_NI + (code_NTI[:, row] & 1))
-    return level_NTI.reshape(padded_OI.shape)[: len(code_OI)]
-
-
-def round_scales(cfg: Config, step: Tensor) -> Tensor:
-    """Steps as the artifact will hold them: in fp16, or as the next power of 2^(1/8) to code."""
-    if cfg.compressor != "ans":
-        return step.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
-    index = (step.clamp_min(1e-30).log2() * 8 - 1e-3).ceil()  # which may be 2^(n/8) already
-    place = index.clamp(-SCALE_RANGE, SCALE_RANGE).int() + SCALE_RANGE
-    return torch.from_numpy(SCALES[place.cpu().numpy()]).to(step)
-
-
-CLIP_PERCENTILE = 0.9999984  # of a row's magnitudes, as in the naive baseline
-
-
-def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
-    """Step of each row by the row's own weights: CLIP_SIGMAS, or ROW_STEPS but solved."""
-    qmax, size_OI = 2 ** (cfg.bits[group] - 1) - 1, weight_OI.abs()
-    if cfg.sigmas:  # SDClip (#1394): the same rate for every row
-        return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
-    share = {"max": 1.0, "percentile": CLIP_PERCENTILE}[cfg.row_steps]
-    pieces = torch.split(size_OI, 512)  # torch.quantile takes 2^24 numbers at most
-    return torch.cat([rows.quantile(share, dim=1) for rows in pieces]) / qmax
-
-
-def optimal_scales(found: KroneckerHessian, column_I: Tensor) -> tuple[Tensor, Tensor]:
-    """Relative steps of rows and columns at which a bit saves the same loss everywhere.
-    Rounding costs about outputs[o] (step / U_jj)^2 / 24 a weight, and one bit more three quarters
-    of that less: costs must be equal (reverse water-filling), as steps U_jj / sqrt(outputs[o]) make
-    them. What calibration hardly saw is worth something, too: rows are damped, columns bounded.
-    """
-    mean, middle = found.outputs_O.mean().clamp_min(1e-30), column_I.log().mean().exp()
-    row_O = (found.outputs_O / mean + 0.1).rsqrt() * mean.rsqrt()
-    return row_O * middle, (column_I / middle).clamp(1 / 16, 16)
-
-
-class MatrixGroup(NamedTuple):
-    """Matrices of one shape that are quantised together, and what that takes."""
-
-    names: list[str]
-    weight_LOI: Tensor
-    factor: HessianFactor | None  # None: round to nearest
-    row_scale_LO: Tensor
-    column_scale_LI: Tensor  # ones, unless steps are solved
-    bits: int
-    column_std_LI: Tensor  # standard deviation of a column in steps
-
-
-def prune_smallest(weight_OI: Tensor, share: float) -> Tensor:
-    """The weight without its smallest numbers, if it is large (thwu1)."""
-    if not share or weight_OI.numel() <= 65_536:
-        return weight_OI
-    size_OI = weight_OI.abs()
-    least = size_OI.flatten().kthvalue(max(1, int(share * size_OI.numel()))).values
-    return torch.where(size_OI < least, 0, weight_OI)
-
-
-def group_matrices(
-    cfg: Config, model: nn.Module, found: Mapping[str, KroneckerHessian]
-) -> list[MatrixGroup]:
-    """All matrices to be stored as codes, by shape and bits, with steps (if solved: relative)."""
-    members: dict[Any, list[str]] = {}
-    roles = {name: role.quant_group for name, role in parameter_roles(model).items()}
-    for name, group in roles.items():
-        if group not in ("gate", "control") and cfg.bits[group] != PLAIN_BITS:
-            key = model.get_parameter(name).shape, cfg.bits[group], name in found
-            members.setdefault(key, []).append(name)
-    stacks = []
-    for (_, bits, known), names in members.items():
-        weights = [
-            prune_smallest(model.get_parameter(name).detach().float(), cfg.prune_frac)
-            for name in names
-        ]
-        weight_LOI, inputs = torch.stack(weights), [found[n].inputs_II for n in names if known]
-        factor = factor_hessians(torch.stack(inputs)) if known else None
-        if cfg.solves_scales and factor is not None:
-            pairs = [
-                optimal_scales(found[name], std_I)
-                for name, std_I in zip(names, factor.std_LI, strict=True)
-            ]
-            row_LO, column_LI = map(torch.stack, zip(*pairs, strict=True))
-        else:
-            row_LO = torch.stack(
-                [
-                    heuristic_row_scales(cfg, weight_OI, roles[name])
-                    for name, weight_OI in zip(names, weights, strict=True)
-                ]
-            )
-            column_LI = torch.ones_like(weight_LOI[:, 0])
-        row_LO, column_LI = row_LO.clamp_min(1e-30), round_scales(cfg, column_LI)
-        spread_LI = (weight_LOI / row_LO[:, :, None]).square().mean(dim=1).sqrt() / column_LI
-        stacks.append(MatrixGroup(names, weight_LOI, factor, row_LO, column_LI, bits, spread_LI))
-    return stacks
-
-
-def quantize_group(cfg: Config, stack: MatrixGroup, multiplier: float) -> dict[str, Quantized]:
-    """The matrices of a stack, with all steps multiplied, by name."""
-    solved, trellis = cfg.solves_scales, cfg.quant_grid == "trellis" and stack.factor is not None
-    row_LO, column_LI = round_scales(cfg, stack.row_scale_LO * multiplier), stack.column_scale_LI
-    qmax = MAX_CODE if solved else 2 ** (stack.bits - 1) - 1
-    largest_LI = (stack.weight_LOI.abs() / row_LO[:, :, None]).amax(dim=1)  # if columns are 1
-    if solved:  # a column with a few huge weights gets coarser steps, not clipped codes
-        column_LI = round_scales(cfg, torch.maximum(column_LI, largest_LI / (0.8 * qmax)))
-    rounding = functools.partial(round_uniform, qmax=qmax)
-    if trellis:
-        spread_LI = (stack.column_std_LI / multiplier).clamp_min(0.05)
-        reach = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
-        bits_LIV = gaussian_code_bits(spread_LI, reach)
-        rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, multiplier=RATE_LAMBDA)
-    if stack.factor is None:
-        step_LOI = row_LO[:, :, None] * column_LI[:, None]
-        codes_LOI, _ = rounding(stack.weight_LOI / step_LOI, column_LI)
-    else:
-        codes_LOI = gptq(stack.weight_LOI, stack.factor, row_LO, column_LI, rounding)
-    kind = np.float32 if cfg.compressor == "ans" else np.float16
-    rows, columns = (x.cpu().numpy().astype(kind) for x in (row_LO, column_LI))
-    codes = codes_LOI.cpu().numpy().astype(np.int16 if solved else np.int8)
-    return {
-        name: Quantized(stack.bits, codes[i], rows[i], columns[i] if solved else None, trellis)
-        for i, name in enumerate(stack.names)
-    }
-
-
-def quantize_model(
-    cfg: Config,
-    model: nn.Module,
-    stacks: Sequence[MatrixGroup] | None = None,
-    multiplier: float = 1.0,
-) -> dict[str, Quantized]:
-    """Every parameter of the model by name, in the form in which it is stored."""
-    stacks = group_matrices(cfg, model, {}) if stacks is None else stacks
-    tensors = {
-        name: tensor
-        for stack in stacks
-        for name, tensor in quantize_group(cfg, stack, multiplier).items()
-    }
-    for name, role in parameter_roles(model).items():
-        weight, bits = model.get_parameter(name).detach(), cfg.bits[role.quant_group]
-        if bits == PLAIN_BITS or weight.numel() <= 1:
-            if weight.dim() == 2:
-                weight = prune_smallest(weight, cfg.prune_frac)
-            plain = weight.clamp(-LARGEST_SCALE, LARGEST_SCALE).half().cpu().numpy()
-            tensors[name] = Quantized(PLAIN_BITS, plain, None)
-        elif name not in tensors:
-            tensors[name] = quantize_rows(weight, bits)
-    return tensors
-
-
-def code_statistics(tensors: Mapping[str, Quantized]) -> dict[str, float]:
-    """How many weights are codes, and the entropy of a code given its tensor, in bits."""
-    codes = [t.values for t in tensors.values() if t.scales is not None]
-    counts = [np.unique(values, return_counts=True)[1] for values in codes]
-    bits = sum(float((n * np.log2(n.sum() / n)).sum()) for n in counts)
-    num_codes = sum(map(np.size, codes))
-    return {"codes": num_codes, "entropy_bits": round(bits / max(1, num_codes), 4)}
-
-
-MAX_BITS_PER_WEIGHT, MIN_BUDGET_FILL = (
-    6.5,
-    0.998,
-)  # a weight: finer steps only cost bytes; of the budget: enough
-
-
-def estimated_bits(stacks: Sequence[MatrixGroup], multiplier: float) -> float:
-    """Entropy of all codes if weights were normal: log2 of 4.13 deviations, or nearly nothing."""
-    return sum(
-        stack.weight_LOI.size(1)
-        * float(torch.log2(1 + 17.08 * (stack.column_std_LI / multiplier).square()).sum())
-        / 2
-        for stack in stacks
-    )
-
-
-def scale_factor_for(stacks: Sequence[MatrixGroup], bits: float) -> float:
-    """The multiplier of all steps at which estimated_bits are `bits`."""
-    low, high = -60.0, 60.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if estimated_bits(stacks, 2**middle) > bits else (low, middle)
-    return 2**high
-
-
-def fill_budget(
-    stacks: Sequence[MatrixGroup], encode: Callable[[float], bytes], budget_bytes: int
-) -> bytes:
-    """The artifact of the finest steps that `budget_bytes` allow, by one multiplier of them all."""
-    finest = scale_factor_for(
-        stacks, MAX_BITS_PER_WEIGHT * sum(s.weight_LOI.numel() for s in stacks)
-    )
-    target_bytes, tried = budget_bytes * (1 + MIN_BUDGET_FILL) / 2, dict[float, bytes]()
-    multiplier = max(finest, scale_factor_for(stacks, 8 * target_bytes))
-    while len(tried) < 8 and multiplier not in tried:
-        tried[multiplier] = payload = encode(multiplier)
-        fitting = {m: len(p) for m, p in tried.items() if len(p) <= budget_bytes}
-        if MIN_BUDGET_FILL * budget_bytes <= len(payload) <= budget_bytes or finest in fitting:
-            break
-        # What normal weights would cost, corrected by what the artifact really takes.
-        wanted = target_bytes / len(payload) * estimated_bits(stacks, multiplier)
-        multiplier = max(finest, scale_factor_for(stacks, wanted))
-        if fitting and len(fitting) < len(tried):  # between the nearest two, by logarithms
-            fine, coarse = max(tried.keys() - fitting.keys()), min(fitting)
-            share = math.log(target_bytes / fitting[coarse]) / math.log(
-                len(tried[fine]) / fitting[coarse]
-            )
-            multiplier = coarse * (fine / coarse) ** share
-    return max((p for p in tried.values() if len(p) <= budget_bytes), key=len, default=payload)
+    num_states = len(NEXT_STATES) // 2
+    path_P = np.arange(16 * num_states)  # first state, and the parities of four codes
+    state_P, subsets = path_P >> 4, []
+    for i in range(4):
+        parity_P = path_P >> (3 - i) & 1
+        subsets.append(2 * (state_P & 1) + parity_P)
+        state_P = NEXT_STATES[2 * state_P + parity_P]
+    order_P = state_P.argsort(kind="stable").reshape(num_states, 16).T.ravel()
+    source_P, subset_4P = (x[..., order_P] for x in (path_P >> 4, np.stack(subsets)))
+    return torch.from_numpy(source_P).to(device), torch.from_numpy(subset_4P).to(device)
 
 
 # --- 8. Artifact ---------------------------------------------------------------------------------
@@ -4414,7 +4473,7 @@ def code_grids(stored: Sequence[Quantized]) -> list[CodeGrid]:
             n,
             t.values.size // n,
             t.trellis,
-            0 if t.columns is None else SCALE_RANGE - SCALES.searchsorted(t.columns),
+            0 if t.columns is None else MAX_SCALE_INDEX - SCALES.searchsorted(t.columns),
         )
         for t, n in rows
     ]
@@ -4426,7 +4485,9 @@ def pack_group(stored: Sequence[Quantized], coder: str) -> dict[str, bytes]:
     for kind, slots in stream_slots(stored).items():
         arrays = [getattr(stored[i], name) for i, name in slots]
         if kind == "steps":
-            packed[kind] = encode_numbers([SCALES.searchsorted(a) - SCALE_RANGE for a in arrays])
+            packed[kind] = encode_numbers(
+                [SCALES.searchsorted(a) - MAX_SCALE_INDEX for a in arrays]
+            )
         elif kind == "codes" and coder == "ans":
             packed[kind] = encode_codes(arrays, code_grids(stored))
         else:
@@ -4440,8 +4501,8 @@ def unpack_stream(
     """What a stream holds for blank arrays; refuses what they cannot be."""
     if kind == "steps":
         steps = decode_numbers(packed, [a.size for a in arrays])
-        require(all(abs(index).max() <= SCALE_RANGE for index in steps), "steps out of range")
-        return [SCALES[index + SCALE_RANGE] for index in steps]
+        require(all(abs(index).max() <= MAX_SCALE_INDEX for index in steps), "steps out of range")
+        return [SCALES[index + MAX_SCALE_INDEX] for index in steps]
     if kind == "codes" and coder == "ans":
         return decode_codes(packed, grids)
     ends = [0, *itertools.accumulate(a.nbytes for a in arrays)]

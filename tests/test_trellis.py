@@ -31,8 +31,8 @@ uniform = functools.partial(round_uniform, qmax=QMAX)
 NUM_STATES = len(NEXT_STATES) // 2
 
 
-def trellis(bits_LIV: torch.Tensor, multiplier: float = 0.0):
-    return functools.partial(round_trellis, bits_LIV=bits_LIV, multiplier=multiplier)
+def trellis(bits_LIV: torch.Tensor, rate_lambda: float = 0.0):
+    return functools.partial(round_trellis, bits_LIV=bits_LIV, rate_lambda=rate_lambda)
 
 
 def correlated_problem(num_matrices: int, rows: int, columns: int):
@@ -248,8 +248,8 @@ def test_each_segment_begins_in_state_0_and_the_states_walk_by_parity(
 
 def test_zeros_stay_zeros_whatever_the_price_of_bits():
     bits_LIV = gaussian_code_bits(torch.full((1, 1), 3.0), 15)
-    for multiplier in (0.0, 0.1):
-        code_LO, value_LO = trellis(bits_LIV, multiplier)(torch.zeros(1, 300), torch.tensor([0]))
+    for rate_lambda in (0.0, 0.1):
+        code_LO, value_LO = trellis(bits_LIV, rate_lambda)(torch.zeros(1, 300), torch.tensor([0]))
         assert not code_LO.any() and not value_LO.any()
 
 
@@ -263,15 +263,17 @@ def test_gaussian_code_bits_make_a_distribution_of_each_quantisers_codes(
 
 
 @pytest.mark.parametrize(
-    ("multiplier", "gain_db"),
+    ("rate_lambda", "gain_db"),
     [(0, 1.0), (RATE_LAMBDA, 1.1)],
 )
-def test_at_equal_entropy_the_trellis_is_a_decibel_better(multiplier, gain_db):
+def test_at_equal_entropy_the_trellis_is_a_decibel_better(rate_lambda, gain_db):
     torch.manual_seed(0)
     step, x_LO = 0.4145, torch.randn(1, 2**18)
     uniform_LO = (x_LO / step).round()
     bits_LIV = gaussian_code_bits(torch.full((1, 1), 1 / step), QMAX)
-    code_LO, value_LO = trellis(bits_LIV, multiplier)(x_LO / step, torch.zeros(1, dtype=torch.long))
+    code_LO, value_LO = trellis(bits_LIV, rate_lambda)(
+        x_LO / step, torch.zeros(1, dtype=torch.long)
+    )
     is_q1 = ((value_LO - code_LO) > 0).numpy()
     bits = [entropy_bits(code_LO.numpy()[is_q1 == q]) for q in (False, True)]
     mean_bits = np.average(bits, weights=[(is_q1 == q).sum() for q in (False, True)])

@@ -443,6 +443,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        """Raise one InputError with every value out of range and every contradiction."""
         ranges = {f.name: out_of_range(f, getattr(self, f.name)) for f in fields(self)}
         # Rules between knobs may count or expand what they read: they see values that are in range.
         checked = object.__new__(Config)
@@ -1791,6 +1792,7 @@ class AttnOutputGate(nn.Module):
         self.bias = nn.Parameter(torch.full((H,), 4.0)) if self.form == "input" else None
 
     def forward(self, y_BTHE: Tensor, n_BTD: Tensor) -> Tensor:
+        """Gated head outputs (B, T, H, E) from those outputs and the normalized stream."""
         weight = self.weight.to(y_BTHE.dtype)
         if self.form == "head":
             return y_BTHE * weight[:, None]

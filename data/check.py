@@ -180,13 +180,11 @@ def read_blocks(paths: Sequence[Path], block_tokens: int = BLOCK_TOKENS) -> Iter
         for first in range(0, len(ids), block_tokens):
             piece = np.array(ids[first : first + block_tokens])
             starts = np.flatnonzero(piece == BOS_ID)
-            if len(starts) and (held or starts[-1] > 0):
-                block = np.concatenate([*held, piece[: starts[-1]]])
-                held = [piece[starts[-1] :]]
-                if len(block):
-                    yield block
-            else:
+            if not len(starts) or (not held and starts[-1] == 0):
                 held.append(piece)
+                continue
+            yield from filter(len, [np.concatenate([*held, piece[: starts[-1]]])])
+            held = [piece[starts[-1] :]]
     if held:
         yield np.concatenate(held)
 

@@ -133,6 +133,7 @@ def open_hub(repo: str, endpoint: str) -> Snapshot:
         raise DownloadFailed(f"{endpoint} gives {commit!r} as the commit of {repo}, not a hash")
 
     def fetch(name: str, folder: Path) -> Path:
+        """Download one file of the pinned commit."""
         path = huggingface_hub.hf_hub_download(
             repo,
             REPOSITORY_ROOT + name,
@@ -296,6 +297,8 @@ def bounded_bar(name: str, size: int) -> type[tqdm]:
     max_bytes = 2 * size + (1 << 26)
 
     class Bar(tqdm):  # type: ignore[misc]
+        """A progress bar that fails when more bytes arrive than the file may have."""
+
         received = 0
 
         def __init__(self, **settings: Any):
@@ -373,7 +376,7 @@ def read_own_manifest(folder: Path) -> dict[str, Any] | None:
         if all(isinstance(t, str) for t in texts) and all(isinstance(n, int) for n in sizes):
             return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
+        pass  # refused below, whatever is wrong with it
     raise InputError(f"{path} was not written by this script; move it, or give another --out")
 
 

@@ -127,6 +127,7 @@ def parse_proto(message: bytes) -> dict[int, int | bytes]:
     position = 0
 
     def read_varint() -> int:
+        """The next variable-length integer: 7 bits per byte, the lowest first."""
         nonlocal position
         value = shift = 0
         while True:

@@ -49,13 +49,11 @@ def config_defaults(source: str) -> dict[str, Any]:
 
     Empty if the source has no class Config of lines `name: type = knob(default, ...)`.
     """
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     defaults = {}
-    for node in ast.parse(source).body:
-        if not (isinstance(node, ast.ClassDef) and node.name == "Config"):
-            continue
-        for line in node.body:
-            if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
-                name, (first, *_) = line.target, [*line.value.args, None]
-                if isinstance(name, ast.Name) and first is not None:
-                    defaults[name.id.upper()] = ast.literal_eval(first)
+    for line in (line for node in classes if node.name == "Config" for line in node.body):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
+            name, (first, *_) = line.target, [*line.value.args, None]
+            if isinstance(name, ast.Name) and first is not None:
+                defaults[name.id.upper()] = ast.literal_eval(first)
     return defaults

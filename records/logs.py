@@ -62,7 +62,14 @@ EVENT_KINDS: dict[str, dict[str, str]] = {
         ("training_s", "evaluation_s", "other_s", "training_budget_s", "evaluation_budget_s"),
         NUMBER,
     ),
-    "yardstick": {"xz_bpb": NUMBER, "zstd_bpb": NUMBER, "text_bytes": COUNT},
+    "yardstick": {
+        "xz_bpb": NUMBER,
+        "zstd_bpb": NUMBER,
+        "ppmd_bpb": NUMBER,
+        "ppmd_primed_bpb": NUMBER,
+        "text_bytes": COUNT,
+        "prime_bytes": COUNT,
+    },
     **dict.fromkeys(("final_prequant", *FINAL_SCORES), SCORE_KINDS),
 }
 ALL_KEYS = {"versions": TEXT, "bytes": COUNT}  # events of any keys, with one kind of value

@@ -8,6 +8,7 @@ from typing import Any
 
 import train_gpt
 from records import ROOT
+from records.compressors import list_yardsticks
 from records.knobs import format_knob_value, knob_docs
 from records.logs import FINAL_SCORES, Json, RunLog
 from records.markdown import table_lines
@@ -105,14 +106,18 @@ def format_result(logs: Sequence[RunLog], submission: Json, previous: Json | Non
 
 
 def format_yardsticks(logs: Sequence[RunLog]) -> list[str]:
-    """Return the line of the general compressors, if a run has measured them on its own text."""
+    """Return the lines of the general compressors, if a run has measured them on its own text."""
     for log in logs:
         mark = log.last("yardstick")
         if mark and mark.get("text_bytes") == log.score["bytes"]:
-            return [
-                f"- The same {mark['text_bytes']:,} bytes of text: `xz -9e` {mark['xz_bpb']:.4f} "
-                f"bpb, `zstd -22 --ultra` {mark['zstd_bpb']:.4f} bpb."
-            ]
+            named = ", ".join(f"{name} {bpb:.4f}" for name, bpb in list_yardsticks(mark))
+            lines = [f"- Compressors on the same {mark['text_bytes']:,} bytes, in bpb: {named}."]
+            if "prime_bytes" in mark:
+                lines.append(
+                    f"- Primed: after {mark['prime_bytes']:,} bytes of training text; compressed, "
+                    "they take the bytes of the artifact."
+                )
+            return lines
     return []
 
 

@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import train_gpt  # noqa: E402
-from records.compressors import YARDSTICKS  # noqa: E402
+from records.compressors import list_yardsticks  # noqa: E402
 from records.logs import FINAL_SCORES, Json, RunLog  # noqa: E402
 
 STAGES = {
@@ -150,9 +150,9 @@ def draw_scores(axes: Axes, logs: Sequence[RunLog]) -> None:
 
 def draw_yardsticks(axes: Axes, event: Json) -> None:
     """One dashed line a compressor; the labels stay apart: above the upper, below the lower."""
-    found = sorted((event[key], name) for key, name in YARDSTICKS.items() if key in event)
-    for place, (bpb, name) in enumerate(found):
-        above = place == len(found) - 1
+    marks = list_yardsticks(event)
+    for place, (name, bpb) in enumerate(marks):
+        above = place == len(marks) - 1
         axes.axhline(bpb, color=FAINT, lw=1.2, ls=(0, (4, 3)))
         axes.annotate(
             f"{name}  {bpb:.4f}", (0.985, bpb), xycoords=("axes fraction", "data"),

@@ -1,7 +1,7 @@
 """Plot, compare, pack and check finished runs of train_gpt.py.
 
     python records/records.py plot RUN_DIR                 # draw RUN_DIR/plot.png
-    python records/records.py yardstick RUN_DIR            # xz and zstd on the validation text
+    python records/records.py yardstick RUN_DIR            # general compressors on the same text
     python records/records.py build OUT_DIR RUN_DIR...     # a record folder from one run a seed
     python records/records.py check DIR...                 # verify records from their logs
     python records/records.py check --rescore DIR...       # and score their artifacts again
@@ -86,7 +86,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     plot = commands.add_parser("plot", help="draw RUN_DIR/plot.png from RUN_DIR/metrics.jsonl")
     plot.add_argument("runs", nargs=1, type=Path, metavar="RUN_DIR")
-    yardstick = commands.add_parser("yardstick", help="xz and zstd on the validation text")
+    yardstick = commands.add_parser("yardstick", help="xz, zstd and PPMd on the validation text")
     yardstick.add_argument("path", type=Path, metavar="RUN_DIR_OR_DATA_PATH")
     build = commands.add_parser("build", help="make a record folder from one finished run a seed")
     add_build_options(build)

@@ -1,28 +1,29 @@
-"""Turn text into a tokenizer and token shards: what train_gpt.py trains on and is scored by.
+"""Turn text into a tokenizer and token shards: the data that train_gpt.py trains on and scores.
 
     python data/prepare.py --source stdlib --out data/demo          # offline, a few seconds
+    python data/prepare.py --input mytext.txt --out data/mine
     python data/prepare.py --input 'texts/*.jsonl.zst' --out data/mine
 
-Two passes over the documents, neither of which holds them. The first reads, checks and hashes:
-which documents are validation, which are copies, and a sample to train the tokenizer on. The
-second encodes batches of documents, in several processes, into OUT/.partial/, where a second call
-after a kill finds them again. Then the batches are cut into shards, moved to OUT, and the manifest
-is written, last: a folder with a manifest is complete. data/README.md has the formats to the byte.
+Two passes over the documents; neither holds them in memory. The first pass reads, checks and
+hashes every document: which are validation, which are copies, and a sample to train the tokenizer
+on. The second pass encodes batches of documents in several processes and writes each batch to
+OUT/.partial/, where the same command finds it again after a kill. Then the batches are cut into
+shards, the shards are moved to OUT, and the manifest is written last: a folder with a manifest is
+complete. data/README.md describes the formats to the byte.
 
-Sections: 1. Lossless encoding  2. Reading documents  3. Split  4. Tokenizer  5. Encoding
-          6. Shards and manifest  7. Command line
+Sections: 1. Lossless encoding  2. Split  3. Tokenizer  4. Encoding  5. The plan  6. Shards
+          7. Publishing  8. Command line
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import errno
 import functools
-import glob
 import hashlib
 import heapq
-import importlib
 import io
 import itertools
 import json
@@ -30,16 +31,14 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
-import pydoc_data.topics
 import re
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from enum import IntEnum
@@ -48,13 +47,34 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece
-import zstandard
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_gpt import (  # noqa: E402  (the path above makes the import possible)
+from data.files import (  # noqa: E402  (the path above makes the import possible)
+    MANIFEST,
+    MANIFEST_FORMAT,
+    hash_file,
+    lock_folder,
+    make_output_safe,
+    printable,
+    read_small,
+    show_progress,
+)
+from data.readers import (  # noqa: E402
+    KEY_BYTES,
+    READERS,
+    Document,
+    find_files,
+    hash_text,
+    read_documents,
+    read_stdlib,
+)
+from train_gpt import (  # noqa: E402
     BOS_ID,
+    SHARD_HEADER_BYTES,
+    SHARD_MAGIC,
+    SHARD_VERSION,
     InputError,
     atomic_file,
     read_shard,
@@ -67,13 +87,14 @@ Processor = sentencepiece.SentencePieceProcessor
 
 
 # --- 1. Lossless encoding ------------------------------------------------------------------------
-# Tokenizers made here spell the original bytes: the bytes of a document's tokens, in order, are
-# its UTF-8 text. SentencePiece alone does not give that, because it writes a space as U+2581 and
-# cannot tell the two apart, and because a piece's leading space counts as nothing after BOS.
+# Tokenizers made here are lossless: the bytes of a document's tokens, in order, are its UTF-8 text.
+# SentencePiece alone does not give that: it writes a space as U+2581 and cannot tell the two apart,
+# and decoders drop the leading space of a piece that follows BOS.
 
-SPACE = "\u2581"  # SentencePiece's spelling of a space
+SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_TOKEN_ID = 65_535  # a shard holds uint16
-# Text that every kind of normalisation would change: case, forms, widths, controls, white space.
+MAX_TOKENIZER_BYTES = 1 << 26
+# Text that common normalizations change: case, forms, widths, controls, white space.
 PROBE = "  A  b \t\r\n\n \u00c5 A\u030a \ufb01 \uff21 \u3000 \u00ad \u200b \ufeff \x00\x7f 12 \n "
 # Long texts are encoded in segments, which halves the time and bounds the memory. A cut lies before
 # a run of spaces that follows another character, where no piece of a lossless tokenizer can cross.
@@ -100,11 +121,54 @@ def byte_ids(processor: Processor, text: str) -> list[int]:
     return [processor.piece_to_id(f"<0x{value:02X}>") for value in text.encode("utf-8")]
 
 
+def parse_proto(message: bytes) -> dict[int, int | bytes]:
+    """The fields of a Protocol Buffers message by number; of a repeated field, the last value."""
+    fields: dict[int, int | bytes] = {}
+    position = 0
+
+    def read_varint() -> int:
+        """The next variable-length integer: 7 bits per byte, the lowest first."""
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(message):
+        number, wire_type = divmod(read_varint(), 8)
+        if wire_type == 0:
+            fields[number] = read_varint()
+            continue
+        length = {1: 8, 5: 4}.get(wire_type) or read_varint()
+        fields[number] = message[position : position + length]
+        position += length
+    return fields
+
+
+def has_no_normalization(processor: Processor) -> bool:
+    """Whether the model's normalizer changes nothing but space to U+2581.
+
+    Field numbers: sentencepiece_model.proto. 3: the normalizer, with 2: compiled rules; 3: add a
+    space at the start, 4: remove extra spaces, 5: write spaces as U+2581 (all on unless set to 0).
+    """
+    normalizer = parse_proto(processor.serialized_model_proto()).get(3, b"")
+    assert isinstance(normalizer, bytes), "field 3 of a SentencePiece model is a message"
+    fields = parse_proto(normalizer)
+    return not fields.get(2) and [fields.get(number, 1) for number in (3, 4, 5)] == [0, 0, 1]
+
+
 @functools.lru_cache(maxsize=8)
 def is_lossless(processor: Processor) -> bool:
-    """Whether the tokenizer neither normalises nor merges across the start of a run of spaces."""
+    """Whether encode_document can keep every text exactly.
+
+    The tokenizer must not normalize, nor have pieces with a space after another character.
+    """
     pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
-    if any(SPACE in piece.lstrip(SPACE) for piece in pieces):
+    if any(SPACE in piece.lstrip(SPACE) for piece in pieces) or not has_no_normalization(processor):
         return False
     return spell_ids(processor, processor.encode(PROBE)) == PROBE.encode("utf-8")
 
@@ -117,16 +181,16 @@ def spell_ids(processor: Processor, ids: Iterable[int]) -> bytes:
 def encode_document(processor: Processor, text: str) -> list[int]:
     """Token ids of one document, without BOS.
 
-    With a lossless tokenizer, decode_document gives back exactly `text`: a literal U+2581 becomes
-    its three byte tokens, and the space that a document may begin with its one, since byte counting
-    ignores a piece's leading space after BOS. Any other tokenizer is applied as it is, so that
-    published data sets come out as published.
+    With a lossless tokenizer, decode_document returns exactly `text`: a literal U+2581 becomes its
+    three byte tokens, and a space at the very start becomes its byte token, since byte counting
+    ignores the leading space of a piece after BOS. Any other tokenizer is applied as it is, so that
+    its ids are those of the published data sets.
     """
     return list(itertools.chain.from_iterable(encode_segments(processor, text)))
 
 
 def encode_segments(processor: Processor, text: str) -> Iterator[list[int]]:
-    """The ids of encode_document in pieces of bounded length."""
+    """The ids of encode_document in lists of bounded length."""
     if not is_lossless(processor):
         yield processor.encode(text)
         return
@@ -145,9 +209,9 @@ def decode_document(processor: Processor, ids: Iterable[int]) -> str:
 def count_bytes(processor: Processor, text: str) -> list[int]:
     """Bytes of the original `text` that BOS and each of its tokens stand for; they sum to all.
 
-    A tokenizer that normalises tells where in the text each token ends. What was left out before a
-    token is counted with it, what was left out at the end with the last one, which is BOS (else 0)
-    where nothing at all is left.
+    With a normalizing tokenizer, SentencePiece reports where in the text each token ends. Bytes
+    that normalization removed count with the next token, at the end with the last one. BOS counts
+    0, unless no other token is left.
     """
     if is_lossless(processor):
         spelled = spell_pieces(processor)
@@ -159,228 +223,59 @@ def count_bytes(processor: Processor, text: str) -> list[int]:
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
-# --- 2. Reading documents ------------------------------------------------------------------------
-# Each reader yields the texts of one file, one at a time, and stops at the first thing that is
-# wrong with a message that says where. Nothing is repaired silently.
-
-# Not the library's own text: test suites, packages from elsewhere, and what describes the machine
-# that this Python was built on. The topics come as documents of their own, not as a module.
-STDLIB_SKIPPED = re.compile(
-    r"tests?|idle_test|(site|dist)-packages|__pycache__|config-.*|_sysconfigdata.*|pydoc_data"
-)
+# --- 2. Split ------------------------------------------------------------------------------------
+# A document's role depends only on its text and on the documents before it. So the split is the
+# same on every machine and stays when files are added. 25 bytes are kept for each document.
 
 
-def read_stdlib() -> list[str]:
-    """The running Python's library modules and documentation topics, in the order of their hash.
-
-    The order is as good as random, but the same everywhere: in the order of their names, training
-    would see all character tables first and all XML last.
-    """
-    texts = list(pydoc_data.topics.topics.values())
-    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
-        folders[:] = [name for name in folders if not STDLIB_SKIPPED.fullmatch(name)]
-        for name in files:
-            if name.endswith(".py") and not STDLIB_SKIPPED.fullmatch(name):
-                texts += read_txt(Path(folder, name))
-    return sorted(texts, key=hash_text)
-
-
-def decode_utf8(raw: bytes, where: str) -> str:
-    """`raw` as text; InputError naming the place if it is not UTF-8."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8 "
-            f"({error.reason}); convert the text to UTF-8, for instance with iconv"
-        ) from None
-
-
-def read_txt(path: Path) -> Iterator[str]:
-    """The whole file as one document."""
-    yield decode_utf8(path.read_bytes(), str(path))
-
-
-def read_jsonl(path: Path) -> Iterator[str]:
-    """The `text` of each line; blank lines are skipped."""
-    with path.open("rb") as file:
-        yield from parse_records(path, file)
-
-
-def read_jsonl_zst(path: Path) -> Iterator[str]:
-    """As read_jsonl, through zstd."""
-    try:
-        with path.open("rb") as file:
-            yield from parse_records(path, split_lines(decompress_chunks(file)))
-    except (zstandard.ZstdError, EOFError) as error:
-        raise InputError(f"{path}: not a whole zstd file ({error}); make it again") from None
-
-
-def decompress_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The content of a zstd file of any number of frames; EOFError if it was cut short."""
-    frame = None
-    while chunk := file.read(1 << 20):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
-            chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("its last frame is cut short")
-
-
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines of a byte stream, without their newline."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def parse_records(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    """The `text` of JSON lines; InputError with the line's number for anything else."""
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(decode_utf8(line, where))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                'each line must be one object such as {"text": "..."}'
-            ) from None
-        yield check_text(record.get("text") if isinstance(record, dict) else record, where)
-
-
-def check_text(text: object, where: str) -> str:
-    """`text` if it is a string that UTF-8 can hold, else InputError."""
-    if not isinstance(text, str):
-        raise InputError(
-            f"{where}: `text` is {'missing' if text is None else type(text).__name__}, it must be "
-            "a string; rename the field that holds the document, or remove the record"
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: `text` holds the lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}, which is no text; remove it"
-        ) from None
-    return text
-
-
-def read_parquet(path: Path) -> Iterator[str]:
-    """The `text` column, row by row."""
-    try:  # imported here: only this format needs it, and it is not small
-        arrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs `pip install pyarrow`") from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            if "text" not in (names := file.schema_arrow.names):
-                raise InputError(f"{path}: no column `text` among {names}; rename the right one")
-            batches = file.iter_batches(batch_size=256, columns=["text"])
-            texts = itertools.chain.from_iterable(rows.column(0).to_pylist() for rows in batches)
-            for number, text in enumerate(texts, start=1):
-                yield check_text(text, f"{path} row {number}")
-    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
-        place = f"after row {number}" if number else "at its beginning"
-        raise InputError(f"{path}: not valid parquet {place} ({error}); make it again") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": read_txt,
-    ".jsonl": read_jsonl,
-    ".jsonl.zst": read_jsonl_zst,
-    ".parquet": read_parquet,
-}
-
-
-def find_reader(path: Path) -> Callable[[Path], Iterator[str]]:
-    """The reader for a file's name; InputError if there is none."""
-    for suffix, reader in READERS.items():
-        if path.name.endswith(suffix):
-            return reader
-    raise InputError(f"{path}: unknown kind of file; the name must end in {', '.join(READERS)}")
-
-
-def find_files(patterns: list[str]) -> list[Path]:
-    """The files that paths and globs name, those of a glob sorted, each once."""
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        found = [name for name in found if os.path.isfile(name)]
-        if not found:
-            raise InputError(f"{pattern}: no such file, and no file matches it as a glob")
-        files |= dict.fromkeys(map(Path, found))
-    for path in files:
-        find_reader(path)
-    return list(files)
-
-
-# --- 3. Split ------------------------------------------------------------------------------------
-# A document's role depends on its text and on the documents before it alone, so that the split is
-# the same on every machine and survives the addition of files. 25 bytes are kept for each document.
-
-
-class ParamRole(IntEnum):
+class Role(IntEnum):
     TRAIN = 0
     VAL = 1
-    EMPTY = 2  # nothing but white space: left out
+    EMPTY = 2  # white space only: left out
     COPY_OF_VAL = 3  # left out: training on it would be training on the validation text
     COPY_IN_TRAIN = 4  # left out with --dedup only
 
 
-KEY_BYTES = 16  # of the SHA-256 of the text: enough to tell any two documents apart
-
-
-def hash_text(text: str) -> bytes:
-    """The document's key."""
-    return hashlib.sha256(text.encode("utf-8")).digest()[:KEY_BYTES]
-
-
 class Split:
-    """Assigns roles to documents in order, and keeps what was decided."""
+    """Assigns a role to each document in order, and stores keys, roles and sizes."""
 
-    def __init__(self, val_frac: float | None):
+    def __init__(self, val_frac: float | None, val_keys: Iterable[bytes] = ()):
         self.val_frac = val_frac  # None: validation documents are named, not drawn
-        self.val_keys: set[bytes] = set()
+        self.val_keys = set(val_keys)
         self.keys = bytearray()
         self.roles = bytearray()
         self.sizes = array("Q")
         self.num_copies_kept = 0
 
-    def add(self, text: str, *, is_named_val: bool) -> tuple[ParamRole, bytes]:
+    def add(self, text: str, *, is_named_val: bool) -> tuple[Role, bytes]:
         """Decide on the next document; returns its role and key."""
-        key = hash_text(text)
-        role = ParamRole.EMPTY if not text.strip() else self._choose(key, is_named_val)
-        if role == ParamRole.VAL:
+        raw = text.encode("utf-8")
+        key = hashlib.sha256(raw).digest()[:KEY_BYTES]
+        role = Role.EMPTY if not text.strip() else self._choose(key, is_named_val)
+        if role == Role.VAL:
             self.val_keys.add(key)
         self.keys += key
         self.roles.append(role)
-        self.sizes.append(len(text.encode("utf-8")))
+        self.sizes.append(len(raw))
         return role, key
 
-    def _choose(self, key: bytes, is_named_val: bool) -> ParamRole:
+    def _choose(self, key: bytes, is_named_val: bool) -> Role:
         """The role of a document that is not empty."""
         if is_named_val:
-            return ParamRole.VAL
+            return Role.VAL
         if key in self.val_keys:
-            return ParamRole.COPY_OF_VAL
+            return Role.COPY_OF_VAL
         if self.val_frac is None:
-            return ParamRole.TRAIN
+            return Role.TRAIN
         is_drawn = int.from_bytes(key[:8], "big") < self.val_frac * 2**64
-        return ParamRole.VAL if is_drawn else ParamRole.TRAIN
+        return Role.VAL if is_drawn else Role.TRAIN
 
     def close(self, *, dedup: bool) -> None:
         """Find the second and later copies of training documents; drop them if `dedup`."""
         roles = np.frombuffer(self.roles, dtype=np.uint8)
-        repeats = find_repeats(self.keys, np.flatnonzero(roles == ParamRole.TRAIN))
+        repeats = find_repeats(self.keys, np.flatnonzero(roles == Role.TRAIN))
         if dedup:
-            roles[repeats] = ParamRole.COPY_IN_TRAIN  # writes through to self.roles
+            roles[repeats] = Role.COPY_IN_TRAIN  # writes through to self.roles
         else:
             self.num_copies_kept = len(repeats)
 
@@ -388,10 +283,15 @@ class Split:
         """The key of document `index`."""
         return bytes(self.keys[index * KEY_BYTES : (index + 1) * KEY_BYTES])
 
-    def total(self, role: ParamRole) -> tuple[int, int]:
+    def total(self, role: Role) -> tuple[int, int]:
         """Number of documents with this role, and their UTF-8 bytes."""
         chosen = np.frombuffer(self.roles, dtype=np.uint8) == role
         return int(chosen.sum()), int(np.frombuffer(self.sizes, dtype=np.uint64)[chosen].sum())
+
+    def longest(self) -> int:
+        """Index of the longest document that is not empty, the first of equals."""
+        is_empty = np.frombuffer(self.roles, dtype=np.uint8) == Role.EMPTY
+        return int(np.where(is_empty, 0, np.frombuffer(self.sizes, dtype=np.uint64)).argmax())
 
 
 def find_repeats(keys: bytearray, indices: np.ndarray) -> np.ndarray:
@@ -403,18 +303,59 @@ def find_repeats(keys: bytearray, indices: np.ndarray) -> np.ndarray:
     return repeats
 
 
+class Cut(NamedTuple):
+    """Where one document is cut into a training part and a validation part."""
+
+    key: bytes  # of the whole document
+    place: str
+    position: int  # in characters
+    boundary: str
+
+    @property
+    def rule(self) -> str:
+        """The split rule in words, for the manifest."""
+        return (
+            "validation: too few documents to draw some, so it is the last part of the longest "
+            f"one ({self.place}), from character {self.position} on, which is {self.boundary}; "
+            "copies of that document are left out"
+        )
+
+
+BOUNDARIES = {  # in the order of preference
+    "a paragraph's start": re.compile(r"\n[^\S\n]*\n\s*"),
+    "a line's start": re.compile(r"\n"),
+    "a word's start": re.compile(r"\s+"),
+}
+
+
+def cut_position(text: str, share: float) -> tuple[int, str]:
+    """Where the last `share` of `text` begins, in characters, and what kind of boundary that is.
+
+    The best kind of boundary is taken that has one between half of `share` and twice `share`, and
+    of these the one that is closest to `share`.
+    """
+    target = round(len(text) * (1 - share))
+    low = max(1, round(len(text) * (1 - 2 * share)))
+    high = min(len(text) - 1, round(len(text) * (1 - share / 2)))
+    for name, pattern in BOUNDARIES.items():
+        ends = [match.end() for match in pattern.finditer(text, low, high)]
+        if ends := [end for end in ends if end <= high]:
+            return min(ends, key=lambda end: abs(end - target)), name
+    return min(max(target, 1), max(high, 1)), "inside a word"
+
+
 class Sample:
     """The distinct documents with the smallest keys, up to a number of bytes.
 
-    Keys are as good as random, so this is a fair sample; it needs one pass and bounded memory, and
-    is independent of the order of documents.
+    Keys are as good as random, so this is a fair sample. It needs one pass and bounded memory, and
+    does not depend on the order of documents.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._keys: set[bytes] = set()
-        self._heap: list[tuple[int, bytes, bytes]] = []  # largest key on top
+        self._heap: list[tuple[int, bytes, bytes]] = []  # the largest key on top
 
     def add(self, key: bytes, text: str) -> None:
         """Consider one document."""
@@ -430,7 +371,7 @@ class Sample:
             self.num_bytes -= len(raw)
 
     def texts(self) -> list[str]:
-        """The sample, in the order of the keys; the last document is cut to fit."""
+        """The sample in the order of the keys; the last document is cut to fit."""
         ordered = [raw for _, _, raw in sorted(self._heap, reverse=True)]
         spare = self.max_bytes - self.num_bytes
         if ordered and spare < 0:
@@ -438,8 +379,8 @@ class Sample:
         return [raw.decode("utf-8", errors="ignore") for raw in ordered]
 
 
-# --- 4. Tokenizer --------------------------------------------------------------------------------
-# A SentencePiece BPE that keeps every character. Newlines are ordinary characters, so that pieces
+# --- 3. Tokenizer --------------------------------------------------------------------------------
+# A SentencePiece BPE that keeps every character. A newline is an ordinary character, so that pieces
 # such as ":\n" can form; runs of spaces may be pieces, which source code needs.
 
 TOKENIZER_SETTINGS: dict[str, Any] = {
@@ -456,13 +397,13 @@ TOKENIZER_SETTINGS: dict[str, Any] = {
     "bos_id": BOS_ID,
     "eos_id": 2,
     "unk_id": 3,
-    "max_sentence_length": 1 << 20,  # above any sentence below, or they would be left out
-    "num_threads": 4,  # stored in the model: must not follow the machine
+    "max_sentence_length": 1 << 20,  # longer sentences would be left out; SENTENCE has shorter ones
+    "num_threads": 4,  # stored in the model, so it must not depend on the machine
     "minloglevel": 2,
 }
 MIN_VOCAB_SIZE = 4 + 256 + 3  # special pieces, byte pieces, required characters
-# The trainer fails on words of more than 65,535 characters and leaves out sentences with NUL or
-# U+2585, which it reserves; a literal U+2581 would be taken for a space.
+# SentencePiece's trainer fails on words of more than 65,535 characters and leaves out sentences
+# with NUL or U+2585, which it reserves; it would take a literal U+2581 for a space.
 SENTENCE = re.compile("[^\0\u2581\u2585]{1,4096}(?= )|[^\0\u2581\u2585]{1,4096}")
 
 
@@ -471,23 +412,37 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     sentences = (sentence for text in texts for sentence in SENTENCE.findall(text))
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
-            model_writer=model,
-            vocab_size=vocab_size,
-            **TOKENIZER_SETTINGS,
-        )
+        with default_interrupt():
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sentences,
+                model_writer=model,
+                vocab_size=vocab_size,
+                **TOKENIZER_SETTINGS,
+            )
     except RuntimeError as error:
         num_bytes = sum(len(text.encode("utf-8")) for text in texts)
         raise InputError(explain_training_failure(str(error), num_bytes, vocab_size)) from None
     processor = Processor(model_proto=model.getvalue())
     assert is_lossless(processor), "the trained tokenizer does not give its text back"
-    assert processor.piece_to_id(SPACE) != processor.unk_id(), "no piece for a single space"
+    check_tokenizer(processor, "the trained tokenizer")
     return model.getvalue()
 
 
+@contextlib.contextmanager
+def default_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once; Python's own handler waits for the end of a C++ call."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def explain_training_failure(message: str, num_bytes: int, vocab_size: int) -> str:
-    """SentencePiece's complaint in terms of this script's options."""
+    """SentencePiece's message in terms of this script's options."""
     if limit := re.search(r"value <= (\d+)", message):
         return (
             f"too little text for the vocabulary: {num_bytes:,} bytes of training text give at "
@@ -501,43 +456,62 @@ def explain_training_failure(message: str, num_bytes: int, vocab_size: int) -> s
     return f"the tokenizer could not be trained on {num_bytes:,} bytes of text: {message}"
 
 
-def check_tokenizer(path: Path) -> Processor:
-    """Load a tokenizer that shards can be made with; InputError if it is not one."""
-    try:
-        processor = Processor(model_proto=path.read_bytes())
-    except RuntimeError:
-        raise InputError(f"{path}: not a SentencePiece model; give a .model file") from None
+def check_tokenizer(processor: Processor, name: str) -> None:
+    """Raise InputError if documents or bytes would be miscounted with this tokenizer.
+
+    Documents begin where BOS is, so BOS must be id 1 and a control piece, which text never gives.
+    (SentencePiece reports a BOS that is no control piece as id -1.) Every byte of a text must
+    belong to a token that counts it, so there must be a piece for a space, and byte pieces for
+    characters that have no piece.
+    """
     problems = []
     num_pieces = processor.get_piece_size()
     if num_pieces > MAX_TOKEN_ID + 1:
-        problems.append(f"{num_pieces} pieces, shards hold ids up to {MAX_TOKEN_ID}")
+        problems.append(f"it has {num_pieces} pieces, a shard holds ids up to {MAX_TOKEN_ID}")
     if processor.bos_id() != BOS_ID:
         problems.append(f"BOS has id {processor.bos_id()}, shards need {BOS_ID}")
-    if not any(map(processor.is_byte, range(num_pieces))):
+    num_bytes = sum(map(processor.is_byte, range(num_pieces)))
+    if num_bytes == 0:
         problems.append("no byte pieces, so unknown characters would count as no bytes")
+    elif num_bytes < 256:
+        problems.append(f"only {num_bytes} of 256 byte pieces, so some characters would be lost")
+    elif processor.unk_id() in processor.encode("\U000f1234\U0010fffd"):
+        problems.append("byte fallback is off, so unknown characters would count as no bytes")
     if processor.piece_to_id(SPACE) == processor.unk_id():
-        problems.append("no piece for a single space, which would count as three bytes")
+        problems.append("no piece for a single space, so a space would count as three bytes")
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}; leave out --tokenizer to train one")
+        raise InputError(
+            f"{name}: {'; '.join(problems)}; use another tokenizer, or let data/prepare.py train "
+            "one (leave out --tokenizer)"
+        )
+
+
+def parse_tokenizer(model: bytes, name: str) -> Processor:
+    """The tokenizer in a SentencePiece file; InputError if it is none or is not usable."""
+    try:
+        processor = Processor(model_proto=model or b"empty")
+    except RuntimeError:
+        raise InputError(f"{name}: not a SentencePiece model; give a .model file") from None
+    check_tokenizer(processor, name)
     return processor
 
 
-# --- 5. Encoding ---------------------------------------------------------------------------------
-# A batch is some documents of one split; its result is a small shard in .partial/ whose name holds
-# a hash of all that it depends on. So a result that is there is right, whoever made it and when.
+@functools.lru_cache(maxsize=1)
+def load_processor(path: Path) -> Processor:
+    """The tokenizer in a file, loaded once in each process; InputError if it is not usable."""
+    return parse_tokenizer(read_small(path, MAX_TOKENIZER_BYTES), str(path))
+
+
+# --- 4. Encoding ---------------------------------------------------------------------------------
+# A batch is some documents of one split. Its result is a small shard in .partial/ whose name holds
+# a hash of everything that it depends on. So a small shard that exists is right, whoever made it.
 
 
 class Batch(NamedTuple):
-    texts: list[str]
+    documents: list[Document]
     path: Path
     bytes_path: Path | None  # the byte counts' small shard, for validation batches with a sidecar
     model_path: Path
-
-
-@functools.lru_cache(maxsize=1)
-def load_processor(model_path: Path) -> Processor:
-    """The tokenizer, once for each process."""
-    return Processor(model_file=str(model_path))
 
 
 def encode_batch(batch: Batch) -> int:
@@ -545,27 +519,36 @@ def encode_batch(batch: Batch) -> int:
     processor = load_processor(batch.model_path)
     ids, counts = array("H"), array("Q")
     num_bytes = 0
-    for text in batch.texts:
-        document = array("H", [BOS_ID])
-        for segment in encode_segments(processor, text):
-            document.extend(segment)
-        raw = text.encode("utf-8")
-        if is_lossless(processor) and spell_ids(processor, document) != raw:
+    for document in batch.documents:
+        document_ids = array("H", [BOS_ID])
+        for segment in encode_segments(processor, document.text):
+            document_ids.extend(segment)
+        raw = document.text.encode("utf-8")
+        if is_lossless(processor) and spell_ids(processor, document_ids) != raw:
             raise InputError(
-                f"the tokenizer {batch.model_path} does not give back a document that begins "
-                f"{text[:40]!r}; leave out --tokenizer to train one that does"
+                f"{document.place}: the tokenizer does not give back this document, which begins "
+                f"{document.text[:40]!r}; leave out --tokenizer to train one that does"
             )
-        ids += document
+        ids += document_ids
         if batch.bytes_path is not None:
-            counts.extend(count_bytes(processor, text))
+            counts.extend(check_counts(count_bytes(processor, document.text), document))
         num_bytes += len(raw)
     if batch.bytes_path is not None:
-        if max(counts) > MAX_TOKEN_ID:
-            raise InputError(f"one token stands for {max(counts)} bytes; a sidecar holds 65,535")
         assert len(counts) == len(ids), f"{len(counts)} byte counts for {len(ids)} tokens"
         write_shard(batch.bytes_path, np.array(counts))
     write_shard(batch.path, np.array(ids))  # last: a batch with this file is finished
     return num_bytes
+
+
+def check_counts(counts: list[int], document: Document) -> list[int]:
+    """`counts` if a sidecar can hold them, else InputError naming the document."""
+    if max(counts) > MAX_TOKEN_ID:
+        raise InputError(
+            f"{document.place}: one token of this document stands for {max(counts):,} bytes, the "
+            f"byte sidecar holds up to {MAX_TOKEN_ID:,}: the tokenizer removes a long run of "
+            "characters; shorten that run, or leave out --tokenizer to train one that keeps it"
+        )
+    return counts
 
 
 def is_finished(path: Path) -> bool:
@@ -577,7 +560,7 @@ def is_finished(path: Path) -> bool:
 
 
 def start_worker() -> None:
-    """Set up a worker process: ignore Ctrl-C, which the parent handles, and die with the parent."""
+    """Set up a worker process: ignore Ctrl-C, which the parent handles, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "start_worker runs in a worker process"
@@ -603,7 +586,7 @@ def encode_batches(batches: Iterable[Batch], num_workers: int, bar: tqdm) -> Non
             stack.callback(pool.shutdown, cancel_futures=True)
         for batch in batches:
             if is_finished(batch.path):
-                bar.update(sum(len(text.encode("utf-8")) for text in batch.texts))
+                bar.update(sum(len(document.text.encode("utf-8")) for document in batch.documents))
             elif pool is None:
                 bar.update(encode_batch(batch))
             else:
@@ -614,15 +597,12 @@ def encode_batches(batches: Iterable[Batch], num_workers: int, bar: tqdm) -> Non
             bar.update(future.result())
 
 
-# --- 6. Shards and manifest ----------------------------------------------------------------------
-# Everything is finished inside .partial/ and moved into place at the end; the manifest comes last.
-# So OUT never holds half a shard, and a manifest there vouches for all the files that it names.
+# --- 5. The plan ---------------------------------------------------------------------------------
 
-MANIFEST, PARTIAL = "manifest.json", ".partial"
 TOKENIZER_FILE, VAL_TEXT_FILE = "tokenizer.model", "val_text.bin"
+PARTIAL = ".partial"
 SERIAL_BYTES = 40_000_000  # one process encodes this in the time that starting several takes
 INPUT_CHANGED = "an input file changed while it was read; run again when it is complete"
-OTHER_OUT = "give another --out, or --force to replace what this script made there"
 SPLIT_RULES = {
     "hash": "validation: the first 8 bytes of the SHA-256 of the UTF-8 text, as a big-endian "
     "integer, are below val_frac * 2**64; further copies of such a document are left out",
@@ -651,39 +631,85 @@ class Options(argparse.Namespace):
     force: bool
 
 
+class InputFile(NamedTuple):
+    """An input file and its content's hash when this call began."""
+
+    path: Path
+    num_bytes: int
+    mtime_ns: int
+    sha256: str
+
+    def is_unchanged(self) -> bool:
+        """Whether size and time of the file are still those of the content that was hashed."""
+        status = self.path.stat()
+        return (status.st_size, status.st_mtime_ns) == (self.num_bytes, self.mtime_ns)
+
+    def describe(self) -> dict[str, Any]:
+        """The file's entry in the manifest."""
+        name = printable(self.path.name)
+        return {"name": name, "bytes": self.num_bytes, "sha256": self.sha256}
+
+
 class Plan(NamedTuple):
-    """One call, its input files found and checked."""
+    """One call: its options, its input files, and the cut document if there is one."""
 
     options: Options
-    files: list[Path]  # empty: the standard library
-    val_files: list[Path]
+    files: list[InputFile]  # empty: the standard library
+    val_files: list[InputFile]
+    stdlib_digest: str = ""  # of the library's texts, if that is the source
+    is_normalizing: bool = False  # the given tokenizer does not spell the original bytes
+    cut: Cut | None = None
 
     @property
     def partial(self) -> Path:
-        """Where unfinished work lies."""
+        """The folder for unfinished work."""
         return self.options.out / PARTIAL
 
-    def documents(self) -> Iterator[tuple[bool, str]]:
-        """All documents in order, each with whether it comes from a file of --val-input."""
-        for path in self.val_files:
-            for text in find_reader(path)(path):
-                yield True, text
+    @property
+    def has_sidecar(self) -> bool:
+        """Whether the byte sidecar is written: if asked for, or if the bytes need it."""
+        return self.options.byte_sidecar or self.is_normalizing
+
+    @property
+    def split_rule(self) -> str:
+        """How validation documents are chosen, in words."""
+        return self.cut.rule if self.cut else SPLIT_RULES["named" if self.val_files else "hash"]
+
+    def documents(self, bar: tqdm | None = None) -> Iterator[tuple[bool, Document]]:
+        """All documents in order, each with whether it is named as validation.
+
+        `bar` is updated by the bytes that are read from files.
+        """
+        for file in self.val_files:
+            for document in read_documents(file.path, bar=bar):
+                yield True, document
+        cut = self.cut
+        for document in self._drawn_documents(bar):
+            if cut is not None and hash_text(document.text) == cut.key:
+                yield False, document._replace(text=document.text[: cut.position])
+                yield True, document._replace(text=document.text[cut.position :])
+                cut = None  # a copy of it is an ordinary document, which the split leaves out
+            else:
+                yield False, document
+        if not all(file.is_unchanged() for file in (*self.val_files, *self.files)):
+            raise InputError(INPUT_CHANGED)
+
+    def _drawn_documents(self, bar: tqdm | None) -> Iterator[Document]:
+        """The documents that are not named as validation."""
         if self.options.source == "stdlib":
-            for text in read_stdlib():
-                yield False, text
-        for path in self.files:
-            for text in find_reader(path)(path):
-                yield False, text
+            yield from read_stdlib()
+        for file in self.files:
+            yield from read_documents(file.path, bar=bar)
 
     def arguments(self) -> dict[str, Any]:
-        """What the result depends on, for the manifest; names and sizes stand for input files."""
+        """What the result depends on, for the manifest; input files by name, size and SHA-256."""
         options = self.options
         tokenizer = options.tokenizer
-        is_stdlib = options.source == "stdlib"
+        version = f"stdlib of Python {platform.python_version()}, {self.stdlib_digest}"
         return {
-            "source": f"stdlib of Python {platform.python_version()}" if is_stdlib else "files",
-            "input": [[path.name, path.stat().st_size] for path in self.files],
-            "val_input": [[path.name, path.stat().st_size] for path in self.val_files],
+            "source": version if options.source else "files",
+            "input": [file.describe() for file in self.files],
+            "val_input": [file.describe() for file in self.val_files],
             "val_frac": None if self.val_files else options.val_frac,
             "tokenizer": hash_file(tokenizer) if tokenizer else None,
             "vocab_size": None if tokenizer else options.vocab_size,
@@ -691,36 +717,88 @@ class Plan(NamedTuple):
             "shard_tokens": options.shard_tokens,
             "name": options.name,
             "dedup": options.dedup,
-            "byte_sidecar": options.byte_sidecar,
+            "byte_sidecar": self.has_sidecar,
             "write_val_text": options.write_val_text,
         }
 
 
-def scan_documents(plan: Plan) -> tuple[Split, Sample]:
-    """First pass: read, check and hash every document; its role, and the tokenizer's sample."""
-    options = plan.options
-    split = Split(None if plan.val_files else options.val_frac)
-    sample = Sample(0 if options.tokenizer else options.tokenizer_bytes)
-    with show_progress("reading") as bar:
-        for is_named_val, text in plan.documents():
-            role, key = split.add(text, is_named_val=is_named_val)
-            if role == ParamRole.TRAIN and options.tokenizer is None:
-                sample.add(key, text)
-            bar.update(split.sizes[-1])
-    split.close(dedup=options.dedup)
-    num_train, num_val, num_empty = (
-        split.total(r)[0] for r in (ParamRole.TRAIN, ParamRole.VAL, ParamRole.EMPTY)
-    )
+def make_plan(options: Options) -> Plan:
+    """Find, check and hash the inputs; InputError if one is missing or not usable."""
+    is_normalizing = False
+    if options.tokenizer is not None:
+        is_normalizing = not is_lossless(load_processor(options.tokenizer))
+    paths = find_files(options.input, options.out)
+    val_paths = find_files(options.val_input, options.out)
+    inside = os.path.realpath(options.out / PARTIAL) + os.sep
+    for path in [*paths, *val_paths, *filter(None, [options.tokenizer])]:
+        if os.path.realpath(path).startswith(inside):
+            raise InputError(f"{path} lies in the folder for unfinished work; move it elsewhere")
+    num_bytes = sum(path.stat().st_size for path in (*paths, *val_paths))
+    with show_progress("hashing", num_bytes) as bar:
+        files = [describe_input(path, bar) for path in paths]
+        val_files = [describe_input(path, bar) for path in val_paths]
+    keys = b"".join(hash_text(text) for text, _ in (read_stdlib() if options.source else []))
+    return Plan(options, files, val_files, hashlib.sha256(keys).hexdigest()[:16], is_normalizing)
+
+
+def describe_input(path: Path, bar: tqdm) -> InputFile:
+    """Hash one input file."""
+    status = path.stat()
+    return InputFile(path, status.st_size, status.st_mtime_ns, hash_file(path, bar))
+
+
+def scan_documents(plan: Plan) -> tuple[Plan, Split, Sample]:
+    """First pass: read, check and hash every document; the split, and the tokenizer's sample.
+
+    If all documents or none are drawn as validation, the plan that is returned cuts the longest.
+    """
+    split, sample = scan_once(plan)
+    num_train, num_val, num_empty = (split.total(r)[0] for r in (Role.TRAIN, Role.VAL, Role.EMPTY))
     seen = f"{len(split.roles)} documents, {num_empty} of them empty"
     if num_train + num_val == 0:
         raise InputError(f"no text: {seen}; give files with text")
+    if 0 in (num_train, num_val) and not plan.val_files and 0 < plan.options.val_frac < 1:
+        plan = plan._replace(cut=choose_cut(plan, split))
+        split, sample = scan_once(plan)
+        num_val = split.total(Role.VAL)[0]
     if num_val == 0:
         remedy = "raise --val-frac or name validation files with --val-input"
         raise InputError(f"no validation document among {seen}; {remedy}")
-    if num_train == 0:
+    if split.total(Role.TRAIN)[0] == 0:
         remedy = "lower --val-frac or add files that are not validation text"
         raise InputError(f"no training document among {seen}, {num_val} are validation; {remedy}")
+    return plan, split, sample
+
+
+def scan_once(plan: Plan) -> tuple[Split, Sample]:
+    """One pass over the documents: their roles, and the tokenizer's sample."""
+    options = plan.options
+    is_drawn = not plan.val_files and plan.cut is None
+    split = Split(options.val_frac if is_drawn else None, [plan.cut.key] if plan.cut else [])
+    sample = Sample(0 if options.tokenizer else options.tokenizer_bytes)
+    num_bytes = sum(file.num_bytes for file in (*plan.files, *plan.val_files))
+    with show_progress("reading", num_bytes or None) as bar:
+        for is_named_val, document in plan.documents(bar):
+            role, key = split.add(document.text, is_named_val=is_named_val)
+            if role == Role.TRAIN and options.tokenizer is None:
+                sample.add(key, document.text)
+    split.close(dedup=options.dedup)
     return split, sample
+
+
+def choose_cut(plan: Plan, split: Split) -> Cut:
+    """Where the longest document is cut, so that its last part is validation."""
+    index = split.longest()
+    _, document = next(itertools.islice(plan.documents(), index, None), (False, None))
+    if document is None or hash_text(document.text) != split.key(index):
+        raise InputError(INPUT_CHANGED)
+    position, boundary = cut_position(document.text, plan.options.val_frac)
+    cut = Cut(split.key(index), printable(document.place), position, boundary)
+    print(
+        f"too few documents to draw some as validation: it is the last part of {document.place}, "
+        f"from character {position:,} of {len(document.text):,} on ({boundary})"
+    )
+    return cut
 
 
 def provide_tokenizer(plan: Plan, sample: Sample) -> Path:
@@ -728,7 +806,7 @@ def provide_tokenizer(plan: Plan, sample: Sample) -> Path:
     options = plan.options
     if options.tokenizer is not None:
         path = plan.partial / f"tokenizer_{hash_file(options.tokenizer)[:16]}.model"
-        write_atomic(path, options.tokenizer.read_bytes())
+        write_atomic(path, read_small(options.tokenizer, MAX_TOKENIZER_BYTES))
         return path
     texts = sample.texts()
     settings = repr((TOKENIZER_SETTINGS, options.vocab_size, sentencepiece.__version__))
@@ -752,43 +830,47 @@ class BatchMaker:
         self.plan = plan
         self.split = split
         self.model_path = model_path
-        self.paths: dict[ParamRole, list[Path]] = {ParamRole.TRAIN: [], ParamRole.VAL: []}
-        self._texts: dict[ParamRole, list[str]] = {ParamRole.TRAIN: [], ParamRole.VAL: []}
-        self._num_bytes = {ParamRole.TRAIN: 0, ParamRole.VAL: 0}
+        self.paths: dict[Role, list[Path]] = {Role.TRAIN: [], Role.VAL: []}
+        self._documents: dict[Role, list[Document]] = {Role.TRAIN: [], Role.VAL: []}
+        self._keys = {Role.TRAIN: b"", Role.VAL: b""}
+        self._num_bytes = {Role.TRAIN: 0, Role.VAL: 0}
 
     def batches(self, val_text: BinaryIO | None) -> Iterator[Batch]:
         """Yield the batches; validation texts also go to `val_text`."""
         num_documents = 0
-        for index, (_, text) in enumerate(self.plan.documents()):
+        for index, (_, document) in enumerate(self.plan.documents()):
             num_documents = index + 1
-            if hash_text(text) != self.split.key(index):
+            key = hash_text(document.text)
+            if key != self.split.key(index):
                 raise InputError(INPUT_CHANGED)
-            role = ParamRole(self.split.roles[index])
-            if role == ParamRole.VAL and val_text is not None:
-                val_text.write(text.encode("utf-8"))
+            role = Role(self.split.roles[index])
+            if role == Role.VAL and val_text is not None:
+                val_text.write(document.text.encode("utf-8"))
             if role in self.paths:
-                self._texts[role].append(text)
+                self._documents[role].append(document)
+                self._keys[role] += key
                 self._num_bytes[role] += self.split.sizes[index]
                 if self._num_bytes[role] >= self.plan.options.batch_bytes:
                     yield self._close(role)
         if num_documents != len(self.split.roles):
             raise InputError(INPUT_CHANGED)
-        yield from [self._close(role) for role in self.paths if self._texts[role]]
+        yield from [self._close(role) for role in self.paths if self._documents[role]]
 
-    def _close(self, role: ParamRole) -> Batch:
-        """The texts held for one split, as a batch."""
-        texts, self._texts[role], self._num_bytes[role] = self._texts[role], [], 0
-        has_counts = role == ParamRole.VAL and self.plan.options.byte_sidecar
-        parts = [self.model_path.name.encode(), bytes([has_counts]), *map(hash_text, texts)]
+    def _close(self, role: Role) -> Batch:
+        """The documents held for one split, as a batch."""
+        documents, self._documents[role], self._num_bytes[role] = self._documents[role], [], 0
+        has_counts = role == Role.VAL and self.plan.has_sidecar
+        parts = [self.model_path.name.encode(), bytes([has_counts]), self._keys[role]]
+        self._keys[role] = b""
         digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         stem = f"{role.name.lower()}_{len(self.paths[role]):06d}_{digest}"
         path = self.plan.partial / f"{stem}.bin"
         self.paths[role].append(path)
-        return Batch(texts, path, sidecar_of(path) if has_counts else None, self.model_path)
+        return Batch(documents, path, sidecar_of(path) if has_counts else None, self.model_path)
 
 
 def sidecar_of(part: Path) -> Path:
-    """The byte counts' small shard that belongs to a small shard of tokens."""
+    """The small shard of byte counts that belongs to a small shard of tokens."""
     return part.with_name(f"bytes_{part.name}")
 
 
@@ -796,49 +878,65 @@ def choose_workers(options: Options, num_bytes: int) -> int:
     """Processes to encode with: as asked for, else all cores unless one is done sooner."""
     if options.workers is not None:
         return options.workers
-    return (os.cpu_count() or 1) if num_bytes > SERIAL_BYTES else 1
+    return count_cores() if num_bytes > SERIAL_BYTES else 1
 
 
-def cut_shards(parts: Iterable[Path], shard_tokens: int) -> Iterator[np.ndarray]:
-    """Join small shards and cut them into pieces of `shard_tokens`; the last may be shorter.
+def count_cores() -> int:
+    """CPU cores that this process may use, which a batch system or `taskset` may limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    Documents go on in the next piece where one is full.
+
+# --- 6. Shards -----------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `end` of the small shard number `part`."""
+
+    part: int
+    start: int
+    end: int
+
+
+def plan_shards(sizes: Sequence[int], shard_tokens: int) -> list[list[Piece]]:
+    """The pieces of small shards of these sizes that make up each shard.
+
+    Every shard but the last gets `shard_tokens` tokens; documents go on in the next shard.
     """
-    held: list[np.ndarray] = []
-    room = shard_tokens
-    for part in parts:
-        ids = read_shard(part)
-        while len(ids) >= room:
-            yield np.concatenate([*held, ids[:room]])
-            ids, held, room = ids[room:], [], shard_tokens
-        if len(ids):
-            held.append(np.array(ids))  # a copy: thousands of open maps would hit a system limit
-            room -= len(ids)
-    if held:
-        yield np.concatenate(held)
+    ends = list(itertools.accumulate(sizes))
+    shards: list[list[Piece]] = []
+    for first in range(0, ends[-1] if ends else 0, shard_tokens):
+        last = min(first + shard_tokens, ends[-1])
+        pieces = []
+        for part in range(bisect.bisect_right(ends, first), bisect.bisect_left(ends, last) + 1):
+            offset = ends[part] - sizes[part]
+            start, end = max(first - offset, 0), min(last - offset, sizes[part])
+            if start < end:
+                pieces.append(Piece(part, start, end))
+        shards.append(pieces)
+    return shards
 
 
-def write_shards(parts: Iterable[Path], stem: Path, shard_tokens: int) -> dict[str, int]:
+def write_shards(parts: Sequence[Path], stem: Path, shard_tokens: int) -> dict[str, int]:
     """Write STEM_000000.bin, ... from small shards; the number of shards and tokens."""
-    num_shards = num_tokens = 0
-    for ids in cut_shards(parts, shard_tokens):
-        write_shard(stem.with_name(f"{stem.name}_{num_shards:06d}.bin"), ids)
-        num_shards += 1
-        num_tokens += len(ids)
-    return {"shards": num_shards, "tokens": num_tokens}
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sizes = [len(read_shard(part)) for part in parts]
+    shards = plan_shards(sizes, shard_tokens)
+    for number, pieces in enumerate(shards):
+        header = np.zeros(SHARD_HEADER_BYTES // 4, dtype="<i4")
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, sum(end - start for _, start, end in pieces)
+        with atomic_file(stem.with_name(f"{stem.name}_{number:06d}.bin")) as file:
+            file.write(header.tobytes())
+            for part, start, end in pieces:
+                file.write(read_shard(parts[part])[start:end].tobytes())
+    return {"shards": len(shards), "tokens": sum(sizes)}
 
 
 def encode_documents(plan: Plan, split: Split, model_path: Path, final: Path) -> BatchMaker:
-    """Second pass: leaves every batch's small shards in .partial/, and the validation text."""
+    """Second pass: writes every batch's small shards to .partial/, and the validation text."""
     options = plan.options
     maker = BatchMaker(plan, split, model_path)
-    num_bytes = split.total(ParamRole.TRAIN)[1] + split.total(ParamRole.VAL)[1]
+    num_bytes = split.total(Role.TRAIN)[1] + split.total(Role.VAL)[1]
     with contextlib.ExitStack() as stack:
         wants_text = options.write_val_text
         val_text = stack.enter_context(atomic_file(final / VAL_TEXT_FILE)) if wants_text else None
@@ -851,7 +949,7 @@ def write_files(plan: Plan, maker: BatchMaker, final: Path) -> dict[str, Any]:
     """Write shards and tokenizer into the folder `final`; the manifest's entries on them."""
     options, split = plan.options, maker.split
     entries: dict[str, Any] = {"copies_kept": split.num_copies_kept}
-    for role in (ParamRole.TRAIN, ParamRole.VAL):
+    for role in (Role.TRAIN, Role.VAL):
         stem = final / f"{options.name}_{role.name.lower()}"
         num_documents, text_bytes = split.total(role)
         entries[role.name.lower()] = {
@@ -859,9 +957,10 @@ def write_files(plan: Plan, maker: BatchMaker, final: Path) -> dict[str, Any]:
             "text_bytes": text_bytes,
             **write_shards(maker.paths[role], stem, options.shard_tokens),
         }
-    if options.byte_sidecar:
+    if plan.has_sidecar:
         stem = final / f"{options.name}_val_bytes"
-        write_shards(map(sidecar_of, maker.paths[ParamRole.VAL]), stem, options.shard_tokens)
+        sidecars = [sidecar_of(path) for path in maker.paths[Role.VAL]]
+        write_shards(sidecars, stem, options.shard_tokens)
     write_atomic(final / TOKENIZER_FILE, maker.model_path.read_bytes())
     processor = load_processor(maker.model_path)
     entries["tokenizer"] = {
@@ -873,49 +972,96 @@ def write_files(plan: Plan, maker: BatchMaker, final: Path) -> dict[str, Any]:
     return entries
 
 
-def list_made_files(folder: Path, name: str) -> list[Path]:
-    """Files in `folder` with the names that this script gives to the shards of data set `name`."""
-    pattern = re.compile(rf"{name}_(train|val|val_bytes)_\d{{6}}\.bin")
-    return [path for path in folder.glob("*.bin") if pattern.fullmatch(path.name)]
+# --- 7. Publishing -------------------------------------------------------------------------------
+# Everything is finished inside .partial/ and moved into place at the end; the manifest comes last.
+# So OUT never holds half a shard. Only files that a manifest of this script names are replaced or
+# removed; .partial/prepare.json names them too, since a kill may leave OUT without a manifest.
+
+MARKER = "prepare.json"
+OTHER_OUT = "give another --out, or --force to replace what this script made there"
 
 
-def make_data_set(plan: Plan) -> dict[str, Any]:
-    """Both passes, then the files, then the manifest, which is returned."""
-    out, final = plan.options.out, plan.partial / "final"
-    plan.partial.mkdir(parents=True, exist_ok=True)
-    for leftover in plan.partial.glob("*.tmp"):  # of a killed process
+def find_made_files(folder: Path) -> set[str]:
+    """Names of the files in `folder` that are shards, or have a name that this script uses."""
+    pattern = re.compile(r".+_(train|val|val_bytes)_[0-9].*\.bin")  # what train_gpt.py would read
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    fixed = {TOKENIZER_FILE, VAL_TEXT_FILE, MANIFEST}
+    return {name for name in names if name in fixed or pattern.fullmatch(name)}
+
+
+def read_owned(plan: Plan, manifest: dict[str, Any] | None) -> set[str]:
+    """Names of the files in OUT that an earlier call made; InputError if there are others.
+
+    `manifest`: the one in OUT, if there is one. The given tokenizer may lie in OUT.
+    """
+    out, partial = plan.options.out, plan.partial
+    made = find_made_files(out)
+    owned = {MANIFEST, *manifest["files"]} & made if manifest else set()
+    if partial.is_symlink():
+        raise InputError(f"{partial} is a symbolic link; remove it, the folder must be in {out}")
+    if partial.exists():
+        try:
+            owned |= made & set(json.loads(read_small(partial / MARKER, 1 << 30))["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{partial} exists, but this script did not make it; move or remove it"
+            ) from None
+    tokenizer = plan.options.tokenizer
+    if tokenizer and TOKENIZER_FILE in made and os.path.samefile(tokenizer, out / TOKENIZER_FILE):
+        made.remove(TOKENIZER_FILE)  # it will be replaced by itself
+    if others := sorted(made - owned):
+        raise InputError(
+            f"{out / others[0]} was made elsewhere: no manifest here names it; move it, or give "
+            "another --out"
+        )
+    return owned
+
+
+def make_data_set(plan: Plan, owned: set[str]) -> None:
+    """Both passes, then the files, then the manifest.
+
+    `owned`: names of files in OUT that are replaced or removed.
+    """
+    final = plan.partial / "final"
+    final.mkdir(parents=True, exist_ok=True)
+    mark_owned(plan, owned)
+    for leftover in itertools.chain(plan.partial.glob("*.tmp"), final.iterdir()):  # of a kill
         leftover.unlink()
-    shutil.rmtree(final, ignore_errors=True)
-    split, sample = scan_documents(plan)
+    plan, split, sample = scan_documents(plan)
     model_path = provide_tokenizer(plan, sample)
     maker = encode_documents(plan, split, model_path, final)
     entries = write_files(plan, maker, final)
     manifest = {
-        "format": 1,
+        "format": MANIFEST_FORMAT,
         "name": plan.options.name,
         "arguments": plan.arguments(),
-        "split_rule": SPLIT_RULES["named" if plan.val_files else "hash"],
+        "split_rule": plan.split_rule,
         **entries,
         "left_out": {
-            "empty": split.total(ParamRole.EMPTY)[0],
-            "copies_of_validation": split.total(ParamRole.COPY_OF_VAL)[0],
-            "copies_in_training": split.total(ParamRole.COPY_IN_TRAIN)[0],
+            "empty": split.total(Role.EMPTY)[0],
+            "copies_of_validation": split.total(Role.COPY_OF_VAL)[0],
+            "copies_in_training": split.total(Role.COPY_IN_TRAIN)[0],
         },
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(final.iterdir())
         },
     }
-    publish(out, final, manifest)
-    shutil.rmtree(plan.partial)
-    return manifest
+    publish(plan, manifest, owned)
 
 
-def publish(out: Path, final: Path, manifest: dict[str, Any]) -> None:
+def mark_owned(plan: Plan, names: Iterable[str]) -> None:
+    """Note in .partial/ which files in OUT this script may replace."""
+    write_atomic(plan.partial / MARKER, json.dumps({"files": sorted(names)}).encode())
+
+
+def publish(plan: Plan, manifest: dict[str, Any], owned: set[str]) -> None:
     """Move finished files into place and write the manifest, which makes them a data set."""
+    out, final = plan.options.out, plan.partial / "final"
+    mark_owned(plan, owned | set(manifest["files"]))
     (out / MANIFEST).unlink(missing_ok=True)
-    for stale in [*list_made_files(out, manifest["name"]), out / VAL_TEXT_FILE]:
-        stale.unlink(missing_ok=True)
+    for stale in owned - set(manifest["files"]):
+        (out / stale).unlink(missing_ok=True)
     for name in manifest["files"]:
         os.replace(final / name, out / name)
     sync_folder(out)
@@ -923,43 +1069,75 @@ def publish(out: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_atomic(out / MANIFEST, f"{text}\n".encode())
 
 
-def read_manifest(plan: Plan) -> dict[str, Any] | None:
-    """The manifest of a data set that is complete and undamaged and is the one asked for.
+def read_manifest(
+    out: Path, needed: tuple[str, ...] = ("arguments", "files")
+) -> dict[str, Any] | None:
+    """The manifest in a folder; None if there is none, InputError if it is not of this script.
 
-    None if there is none yet, or if it must be made again; InputError if something else is there.
+    `needed`: tables that it must have; a downloaded data set has no `arguments`.
     """
-    options, path = plan.options, plan.options.out / MANIFEST
-    if not path.exists():
-        if list_made_files(options.out, ".*") and not plan.partial.exists():
-            raise InputError(f"{options.out} holds shards made elsewhere; give another --out")
+    path = out / MANIFEST
+    if not os.path.lexists(path):
         return None
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        made_with, files = manifest["arguments"], manifest["files"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is not of this script; give another --out") from None
-    if options.force:
-        discard(options.out, files)
-        return None
-    asked = plan.arguments()
-    if changes := [key for key in asked if asked[key] != made_with.get(key)]:
-        listed = "; ".join(f"{key} {made_with.get(key)}, now {asked[key]}" for key in changes)
-        raise InputError(f"{options.out} holds a data set made otherwise ({listed}); {OTHER_OUT}")
-    for source in [*plan.files, *plan.val_files]:
-        if source.stat().st_mtime > path.stat().st_mtime:
-            raise InputError(f"{source} is newer than the data set in {options.out}; {OTHER_OUT}")
-    if damaged := find_damage(options.out, files):
-        print(f"{options.out / damaged} is missing or damaged: making the data set again")
-        return None
+        manifest: dict[str, Any] = json.loads(read_small(path, 1 << 28))
+        sound = all(isinstance(manifest[key], dict) for key in needed)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path} was not written by this script; give another --out")
     return manifest
 
 
-def discard(out: Path, files: Iterable[str]) -> None:
-    """Remove a data set, the manifest first."""
-    (out / MANIFEST).unlink()
-    for name in files:
-        if Path(name).name == name:  # nothing outside `out`, whatever the manifest says
-            (out / name).unlink(missing_ok=True)
+def is_complete(plan: Plan) -> bool:
+    """Whether OUT holds the data set asked for, undamaged; False if that is not clear.
+
+    Needs no lock: a call that is changing OUT removes the manifest first and writes it last.
+    """
+    out = plan.options.out
+    try:
+        manifest = read_manifest(out)
+        if manifest is None or plan.options.force:
+            return False
+        refuse_other(plan, manifest)
+        return find_damage(out, manifest["files"]) is None
+    except (InputError, OSError):
+        return False
+
+
+def refuse_other(plan: Plan, manifest: dict[str, Any]) -> None:
+    """Raise InputError if the data set in OUT is not the one asked for and --force is not given."""
+    out = plan.options.out
+    if plan.options.force:
+        return
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise InputError(
+            f"{out} holds a data set of an earlier version of this script (format "
+            f"{manifest.get('format')}), which did not hash its inputs; {OTHER_OUT}"
+        )
+    asked, made_with = plan.arguments(), manifest["arguments"]
+    if changes := [key for key in asked if asked[key] != made_with.get(key)]:
+        listed = "; ".join(explain_change(key, made_with.get(key), asked[key]) for key in changes)
+        raise InputError(f"{out} holds a data set made otherwise ({listed}); {OTHER_OUT}")
+    if damaged := find_damage(out, manifest["files"]):
+        print(f"{out / damaged} is missing or damaged: making the data set again")
+
+
+def explain_change(key: str, old: Any, new: Any) -> str:
+    """A changed argument in words; of input files, the first that differs."""
+    if key not in ("input", "val_input"):
+        return f"{key} {old}, now {new}"
+    for before, now in itertools.zip_longest(old if isinstance(old, list) else [], new):
+        if before != now:
+            return f"{key} {describe_entry(before)}, now {describe_entry(now)}"
+    return f"{key} changed"
+
+
+def describe_entry(entry: Any) -> str:
+    """An input file's entry in the manifest, in words."""
+    if not isinstance(entry, dict):
+        return "no file" if entry is None else str(entry)
+    return f"{entry.get('name')} (SHA-256 {str(entry.get('sha256'))[:12]}...)"
 
 
 def find_damage(out: Path, files: dict[str, dict[str, Any]]) -> str | None:
@@ -972,7 +1150,7 @@ def find_damage(out: Path, files: dict[str, dict[str, Any]]) -> str | None:
     return None
 
 
-# --- 7. Command line -----------------------------------------------------------------------------
+# --- 8. Command line -----------------------------------------------------------------------------
 
 
 def bounded(low: float, high: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
@@ -999,16 +1177,16 @@ def parse_options(argv: list[str] | None) -> Options:
     """Parse the command line; exits with code 2 and a message if it is not usable."""
     parser = argparse.ArgumentParser(
         description="Turn text into a tokenizer and token shards.",
-        epilog="data/README.md describes the files; a second call goes on after a kill.",
+        epilog="data/README.md describes the files. The same command goes on after a kill.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--source", choices=["stdlib"], help="a built-in corpus, offline")
-    kinds = " ".join(READERS)
-    sources.add_argument("--input", nargs="+", default=[], metavar="FILE", help=f"files: {kinds}")
-    add("--val-input", nargs="+", default=[], metavar="FILE", help="validation files")
-    add("--val-frac", type=bounded(0, 1, float), default=0.06, help="share of documents drawn")
+    kinds = f"files ({' '.join(READERS)}), folders of such files, or quoted globs"
+    sources.add_argument("--input", nargs="+", default=[], metavar="PATH", help=kinds)
+    add("--val-input", nargs="+", default=[], metavar="PATH", help="validation files")
+    add("--val-frac", type=bounded(0, 1, float), default=0.06, help="share drawn as validation")
     add("--out", type=Path, required=True, help="folder for the result")
     add("--name", type=parse_name, help="first part of file names (default: demo, corpus)")
     tokenizers = parser.add_mutually_exclusive_group()
@@ -1016,7 +1194,7 @@ def parse_options(argv: list[str] | None) -> Options:
     sizes = bounded(MIN_VOCAB_SIZE, MAX_TOKEN_ID + 1)
     tokenizers.add_argument("--vocab-size", type=sizes, default=1024, help="pieces to train")
     add("--tokenizer-bytes", type=bounded(1, 10**9), default=20_000_000, help="text to train it on")
-    add("--shard-tokens", type=bounded(1, 2**31 - 1), default=100_000_000, help="at most, each")
+    add("--shard-tokens", type=bounded(1, 2**31 - 1), default=100_000_000, help="tokens a shard")
     add("--dedup", action="store_true", help="drop copies inside the training documents too")
     add("--byte-sidecar", action="store_true", help="write each validation token's byte count")
     add("--write-val-text", action="store_true", help=f"write {VAL_TEXT_FILE}")
@@ -1028,13 +1206,8 @@ def parse_options(argv: list[str] | None) -> Options:
     return options
 
 
-def show_progress(what: str, num_bytes: int | None = None) -> tqdm:
-    """A progress bar over bytes of text, on a terminal."""
-    return tqdm(desc=what, total=num_bytes, unit="B", unit_scale=True, disable=None)
-
-
 def print_summary(out: Path, manifest: dict[str, Any]) -> None:
-    """What the data set holds, for people."""
+    """Print what the data set holds."""
     for split in ("train", "val"):
         entry = manifest[split]
         print(
@@ -1048,28 +1221,56 @@ def print_summary(out: Path, manifest: dict[str, Any]) -> None:
         f"(kept: {manifest['copies_kept']})"
     )
     tokenizer = manifest["tokenizer"]
-    kind = "lossless" if tokenizer["is_lossless"] else "with its own normalisation"
+    kind = "lossless" if tokenizer["is_lossless"] else "normalizing"
     print(f"tokenizer: {tokenizer['vocab_size']} pieces, {kind}; all in {out}")
 
 
 def run(options: Options) -> None:
     """Make the data set, unless it is there."""
-    if options.tokenizer is not None:
-        check_tokenizer(options.tokenizer)
-    plan = Plan(options, find_files(options.input), find_files(options.val_input))
-    manifest = read_manifest(plan)
-    if manifest is None:
-        manifest = make_data_set(plan)
-    else:
-        shutil.rmtree(plan.partial, ignore_errors=True)  # of a kill just after the manifest
+    plan = make_plan(options)
+    if is_complete(plan):
         print(f"already complete: {options.out}")
+    else:
+        options.out.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock_folder(options.out):
+                make_in_folder(plan)
+        finally:
+            with contextlib.suppress(OSError):
+                options.out.rmdir()  # if it is empty
+    manifest = read_manifest(options.out)
+    assert manifest is not None, "the manifest was there or has been written"
     print_summary(options.out, manifest)
 
 
+def make_in_folder(plan: Plan) -> None:
+    """Make the data set in OUT, whose lock this process holds."""
+    existing = read_manifest(plan.options.out)
+    if existing is not None:
+        refuse_other(plan, existing)
+    owned = read_owned(plan, existing)
+    try:
+        make_data_set(plan, owned)
+    except InputError:
+        remove_empty_partial(plan)
+        raise
+    shutil.rmtree(plan.partial)
+
+
+def remove_empty_partial(plan: Plan) -> None:
+    """Remove the folder for unfinished work if nothing is in it that a later call could use."""
+    final = plan.partial / "final"
+    is_empty = set(plan.partial.iterdir()) == {plan.partial / MARKER, final}
+    is_needed = find_made_files(plan.options.out) and read_manifest(plan.options.out) is None
+    if is_empty and not is_needed and not any(final.iterdir()):
+        shutil.rmtree(plan.partial)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command; the exit status is 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C)."""
+    make_output_safe()
     options = parse_options(argv)
-    again = f"finished parts are kept in {options.out / PARTIAL}, the same command goes on there"
+    again = f"finished parts stay in {options.out / PARTIAL}; the same command goes on from there"
     try:
         run(options)
     except KeyboardInterrupt:
@@ -1077,10 +1278,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except OSError as error:
         remedy = f"; make room: {again}" if error.errno == errno.ENOSPC else ""
         place = error.filename or options.out  # a full disk comes without a name
+        place = place.decode(errors="backslashreplace") if isinstance(place, bytes) else place
         print(f"error: {place}: {error.strerror or error}{remedy}", file=sys.stderr)
         return 1
     except BrokenProcessPool:

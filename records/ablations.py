@@ -52,33 +52,22 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of a script, the own folder comes first on the path: records.py would hide the folder records.
+# As a script, its own folder is first on the path and would hide the package `records`.
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "records")]
 
 from matplotlib import pyplot as plt  # noqa: E402  (the path above makes the imports possible)
 from matplotlib.axes import Axes  # noqa: E402
 
 import train_gpt  # noqa: E402
-from records.records import (  # noqa: E402
-    FAINT,
-    METRICS,
-    SEED_COLORS,
-    STYLE,
-    Json,
-    RunLog,
-    append_result,
-    mean_and_std,
-    paired_p,
-    parse_settings,
-    read_results,
-    setting_of,
-    table_lines,
-    welch_p,
-)
+from records.logs import METRICS, Json, RunLog, run_settings  # noqa: E402
+from records.markdown import table_lines  # noqa: E402
+from records.plots import FAINT, SEED_COLORS, STYLE  # noqa: E402
+from records.results import append_result, parse_settings, read_results  # noqa: E402
+from records.significance import mean_and_std, paired_p, welch_p  # noqa: E402
 from train_gpt import InputError  # noqa: E402
 
 # --- 1. Grid -------------------------------------------------------------------------------------
@@ -111,7 +100,7 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixGroup:
+class GridStack:
     """A setting, and the variants of it that are compared with it."""
 
     name: str
@@ -129,7 +118,7 @@ class Grid:
 
     path: Path
     data: str  # the command that makes the data set
-    stacks: list[MatrixGroup]
+    stacks: list[GridStack]
 
     @property
     def results(self) -> Path:
@@ -149,7 +138,7 @@ def digest(settings: Any) -> str:
 class Job:
     """One run of a grid."""
 
-    stack: MatrixGroup
+    stack: GridStack
     variant: Variant
     seed: int
 
@@ -198,7 +187,7 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def parse_stack(name: str, table: Mapping[str, Any], shared: Mapping[str, Any]) -> MatrixGroup:
+def parse_stack(name: str, table: Mapping[str, Any], shared: Mapping[str, Any]) -> GridStack:
     """One stack; `shared` is the grid's top level, for what the stack does not say itself."""
     where = f"stacks.{name}"
     refuse_unknown(table, ("recipe", "settings", "steps", "seeds", *MODES), where)
@@ -214,7 +203,7 @@ def parse_stack(name: str, table: Mapping[str, Any], shared: Mapping[str, Any]) 
         **parse_overrides(table.get("settings", ""), f"{where}.settings"),
     }
     base = {**lines, **RUN_SETTINGS, **settings}
-    return MatrixGroup(
+    return GridStack(
         name=name,
         recipe=recipe,
         settings=settings,
@@ -304,7 +293,7 @@ def collect_result(folder: Path) -> Json:
         "scored_bytes": score["bytes"],
         "scored_tokens": score["tokens"],
         **origin_of(log),
-        "setting": setting_of(log),
+        "setting": run_settings(log),
     }
 
 
@@ -562,6 +551,7 @@ SHORT_SETTINGS = {
     "QUANT_GRID": "uniform",
     "ROW_STEPS": "max",
     "CLIP_SIGMAS": "",
+    "CALIBRATION": "train",
     "COMPRESSOR": "zlib",
 }
 DROPPED_STEPS = 2  # at the start: caches and memory are still being filled
@@ -593,14 +583,13 @@ class ShortRun(Job):
 
 def phases_by_step(script: ModuleType, settings: Mapping[str, str]) -> list[Any]:
     """The phase of every step of a run that only its number of steps limits."""
-    cfg, found = script.config_from_env(settings), []
+    cfg, stages = script.config_from_env(settings), []
     for step in range(cfg.iterations):
-        progress = step / cfg.iterations
-        by_steps = cfg.warmdown_iters * progress / max(1, step)
-        share = by_steps if cfg.warmdown_iters else cfg.warmdown_frac
-        scale = script.lr_scale(progress, warmdown_frac=share, floor=cfg.min_lr)
-        found.append(script.train_stage_at(cfg, progress, scale))
-    return found
+        # The trainer's own learning rate, of which some stages are a function.
+        state = SimpleNamespace(run=SimpleNamespace(cfg=cfg), progress=script.Progress(step))
+        scale = script.Trainer.lr_scale(state)
+        stages.append(script.train_stage_at(cfg, state.progress.fraction(cfg), scale))
+    return stages
 
 
 def counted_steps(train_stages: Sequence[Any]) -> list[int]:
@@ -779,7 +768,7 @@ class Comparison(NamedTuple):
 
 
 def finished_runs(
-    stack: MatrixGroup, variant: Variant, results: Mapping[str, Json]
+    stack: GridStack, variant: Variant, results: Mapping[str, Json]
 ) -> dict[int, Json]:
     """The runs of a variant that did not fail, by their seed."""
     found = {seed: results.get(Job(stack, variant, seed).key) for seed in stack.seeds}
@@ -791,7 +780,7 @@ def paired(runs: Mapping[int, Json], references: Mapping[int, Json], key: str) -
     return [runs[seed][key] - references[seed][key] for seed in runs if seed in references]
 
 
-def compare(stack: MatrixGroup, mode: str, results: Mapping[str, Json]) -> list[Comparison]:
+def compare(stack: GridStack, mode: str, results: Mapping[str, Json]) -> list[Comparison]:
     """The variants of one mode, the most useful technique first, what was not run yet last."""
     references = finished_runs(stack, stack.variants[0], results)
     found = []
@@ -864,7 +853,7 @@ def comparison_cells(compared: Comparison) -> list[str]:
     ]
 
 
-def timings_of(stack: MatrixGroup, timings: Iterable[Json]) -> dict[str, Json]:
+def timings_of(stack: GridStack, timings: Iterable[Json]) -> dict[str, Json]:
     """The measurements against this stack, by the run whose step they measure."""
     bases = {Job(stack, stack.variants[0], seed).key for seed in stack.seeds}
     good = [line for line in timings if "error" not in line]
@@ -881,7 +870,7 @@ def time_cells(measured: Mapping[int, Json]) -> list[str]:
     return [f"{step_ms:,.0f}", f"{ratio:.2f}"]
 
 
-def format_timings(stack: MatrixGroup, timings: Mapping[str, Json]) -> list[str]:
+def format_timings(stack: GridStack, timings: Mapping[str, Json]) -> list[str]:
     """What the columns of the step times do not say: their spread, and steps that change."""
     if not timings:
         return []
@@ -899,7 +888,7 @@ def format_timings(stack: MatrixGroup, timings: Mapping[str, Json]) -> list[str]
 
 
 def format_stack(
-    stack: MatrixGroup, results: Mapping[str, Json], timings: Iterable[Json]
+    stack: GridStack, results: Mapping[str, Json], timings: Iterable[Json]
 ) -> list[str]:
     """The tables of one stack, the reference at the head of each."""
     timed = timings_of(stack, timings)
@@ -1017,13 +1006,13 @@ MODE_COLORS = dict(zip(MODES, SEED_COLORS, strict=False))
 ROW_INCHES, PANEL_INCHES = 0.26, 1.3
 
 
-def drawn(stack: MatrixGroup, results: Mapping[str, Json]) -> list[Comparison]:
+def drawn(stack: GridStack, results: Mapping[str, Json]) -> list[Comparison]:
     """The comparisons of a stack that have a run, the best technique last: it is drawn on top."""
     found = [c for mode in MODES for c in compare(stack, mode, results) if c.gains]
     return sorted(found, key=lambda c: statistics.fmean(c.gains))
 
 
-def draw_stack(axes: Axes, stack: MatrixGroup, compared: Sequence[Comparison]) -> None:
+def draw_stack(axes: Axes, stack: GridStack, compared: Sequence[Comparison]) -> None:
     """The panel of one stack."""
     labelled: set[str] = set()
     for place, c in enumerate(compared):

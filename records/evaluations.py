@@ -38,22 +38,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of a script, the own folder comes first on the path: records.py would hide the folder records.
+# As a script, its own folder is first on the path and would hide the package `records`.
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "records")]
 
 from matplotlib import pyplot as plt  # noqa: E402  (the path above makes the imports possible)
 
-from records.records import (  # noqa: E402
-    SEED_COLORS,
-    STYLE,
-    Json,
-    append_result,
-    mean_and_std,
-    paired_p,
-    parse_settings,
-    read_results,
-    table_lines,
-)
+from records.logs import Json  # noqa: E402
+from records.markdown import table_lines  # noqa: E402
+from records.plots import SEED_COLORS, STYLE  # noqa: E402
+from records.results import append_result, parse_settings, read_results  # noqa: E402
+from records.significance import mean_and_std, paired_p  # noqa: E402
 from train_gpt import InputError  # noqa: E402
 
 # --- 1. Plan -------------------------------------------------------------------------------------

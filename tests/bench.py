@@ -68,7 +68,7 @@ def matrix_flops_per_s(run: tg.Run, dtype: torch.dtype, budget_s: float) -> floa
 
 def make_run(cfg: tg.Config) -> tg.Run:
     """A run of one process on this machine's device, without files."""
-    device, dtype = tg.open_device(cfg, {})
+    device, dtype = tg.open_device(cfg, 0)
     return tg.Run(
         cfg=cfg, directory=Path(), rank=-1, world_size=1, device=device, dtype=dtype
     )  # rank -1 writes nothing

@@ -42,15 +42,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 import train_gpt as tg
-from records.records import (
-    DEMO_COMMAND,
-    DEMO_DATA,
-    FAINT,
-    SEED_COLORS,
-    STYLE,
-    Json,
-    append_result,
-)
+from records.demo import DEMO_COMMAND, DEMO_DATA
+from records.logs import Json
+from records.plots import FAINT, SEED_COLORS, STYLE
+from records.results import append_result
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,7 +219,7 @@ def load_subject(directory: Path, scratch: Path) -> Subject:
         data_path=str(ROOT / meta["config"]["data_path"]), compile=False,
         max_wallclock_seconds=0.0, eval_stride=1, val_tokens_limit=VAL_TOKENS,
     )  # fmt: skip
-    device, dtype = tg.open_device(cfg, {})
+    device, dtype = tg.open_device(cfg, 0)
     run = tg.Run(cfg=cfg, directory=scratch, rank=0, world_size=1, device=device, dtype=dtype)
     model = tg.build_model(run)
     state = safetensors.torch.load_file(folder / "state.safetensors")

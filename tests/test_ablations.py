@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ import pytest
 import train_gpt
 from records import ablations
 from records.ablations import Job, main, read_grid
-from records.records import append_result, parse_settings, read_results
+from records.results import append_result, parse_settings, read_results
 from tests.conftest import NAIVE, TinyData
 from tests.processes import wait_until
 from train_gpt import InputError
@@ -47,11 +46,19 @@ def config_from_env(env):
         raise ValueError("MISSPELT is not a knob")
     names = ("QUALITY", "FAIL", "OTHER", "WAIT_FOR", "STEP_MS", "LATE_MS")
     return types.SimpleNamespace(
-        iterations=int(env["ITERATIONS"]), warmdown_iters=0, warmdown_frac=0, min_lr=0,
-        change_at=float(env.get("CHANGE_AT", 1)), **{name: env.get(name, "0") for name in names})
+        iterations=int(env["ITERATIONS"]), change_at=float(env.get("CHANGE_AT", 1)),
+        **{name: env.get(name, "0") for name in names})
 
-def lr_scale(progress, *, warmdown_frac, floor):
-    return 1.0
+class Progress:
+    def __init__(self, step):
+        self.step = step
+
+    def fraction(self, cfg):
+        return self.step / cfg.iterations
+
+class Trainer:
+    def scale(self):
+        return 1.0
 
 def train_stage_at(cfg, progress, scale):
     return "late" if progress >= cfg.change_at else "early"
@@ -539,21 +546,23 @@ def test_neither_the_first_steps_nor_those_after_a_change_count() -> None:
     assert ablations.counted_steps("aaaabbbac") == [2, 3, 5, 6]
 
 
-@pytest.mark.parametrize("warmdown", ["WARMDOWN_FRAC=0.4", "WARMDOWN_ITERS=7", "WARMDOWN_FRAC=0"])
-def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(warmdown: str) -> None:
-    settings = {"ITERATIONS": "20", "MIN_LR": "0.1", **parse_settings(warmdown, "")}
-    cfg = train_gpt.config_from_env(settings)
-    trainers: list[Any] = [
-        SimpleNamespace(run=SimpleNamespace(cfg=cfg), progress=train_gpt.Progress(step))
-        for step in range(20)
-    ]
-    script: Any = SimpleNamespace(
-        config_from_env=train_gpt.config_from_env,
-        lr_scale=train_gpt.lr_scale,
-        train_stage_at=lambda cfg, progress, scale: (progress, scale),
-    )
-    expected = [(t.progress.fraction(cfg), train_gpt.Trainer.lr_scale(t)) for t in trainers]
-    assert ablations.phases_by_step(script, settings) == expected
+@pytest.mark.parametrize(
+    ("warmdown", "share"),
+    [("WARMDOWN_FRAC=0.4", 0.4), ("WARMDOWN_ITERS=7", 7 / 20), ("WARMDOWN_FRAC=0", 0)],
+)
+def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(
+    warmdown: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress and learning rate scale of all 20 steps: 1, then linear to MIN_LR."""
+    stage_at: Any = lambda cfg, progress, scale: (progress, scale)  # noqa: E731
+    monkeypatch.setattr(train_gpt, "train_stage_at", stage_at)
+    settings = {"ITERATIONS": "20", "MIN_LR": "0.1", "MAX_WALLCLOCK_SECONDS": "0"}
+    stages = ablations.phases_by_step(train_gpt, {**settings, **parse_settings(warmdown, "")})
+    for step, (progress, scale) in enumerate(stages):
+        assert progress == step / 20
+        expected = max(min(1.0, (1 - progress) / share), 0.1) if share else 1.0
+        assert scale == pytest.approx(expected, rel=1e-12)
+    assert len(stages) == 20
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
@@ -724,7 +733,7 @@ def test_an_added_technique_gains_what_the_scores_fall_by(tmp_path: Path) -> Non
     gate, worse, late = found.values()
     assert gate.differences == pytest.approx([-0.1] * 3) and gate.gains == pytest.approx([0.1] * 3)
     # Both sides have the variance 0.01, so that Welch's degrees of freedom are 2 * (3 - 1).
-    assert gate.welch == pytest.approx(student_4(0.1 / math.sqrt(0.02 / 3)), abs=1e-4)
+    assert gate.welch == pytest.approx(student_4(0.1 / math.sqrt(0.02 / 3)), abs=1e-9)
     assert worse.gains == pytest.approx([-0.1, -0.13, -0.1])
     assert late.gains == [] and late.welch is late.paired is None
 
@@ -733,7 +742,7 @@ def test_a_technique_that_is_left_out_gains_what_the_scores_rise_by(tmp_path: Pa
     leaky = comparisons(write_results(tmp_path, SCORES), "leave_out")["leaky"]
     assert leaky.differences == leaky.gains == pytest.approx([0.04, 0.06, 0.02])
     # Mean 0.04, standard deviation 0.02, three seeds.
-    assert leaky.paired == pytest.approx(student_2(0.04 / (0.02 / math.sqrt(3))), abs=1e-4)
+    assert leaky.paired == pytest.approx(student_2(0.04 / (0.02 / math.sqrt(3))), abs=1e-9)
     assert leaky.welch is not None and leaky.paired is not None
     assert leaky.paired < leaky.welch < 0.5
 

@@ -890,12 +890,12 @@ def test_the_byte_ledger_adds_up_to_the_file(compressor: str, artifacts: dict[st
 SOURCE = Path(train_gpt.__file__).read_text(encoding="utf-8")
 
 
-def unpack(packed: str) -> str:
+def unpack(packed: bytes) -> str:
     """The source inside a packed script, by running all of it but its last line."""
-    *setting, last = packed.splitlines()
-    assert last.startswith("exec(")
+    *setting, last, end = packed.split(b"\n")
+    assert last.startswith(b"exec(") and end == b""
     namespace: dict[str, Any] = {}
-    exec("\n".join(setting), namespace)
+    exec(b"\n".join(setting), namespace)
     return str(namespace["PACKED_SOURCE"])
 
 
@@ -986,6 +986,17 @@ def test_a_source_of_a_docstring_alone_packs_to_one_that_does_nothing():
     namespace: dict[str, Any] = {}
     exec(pack_source('"""only this"""\n'), namespace)
     assert namespace["PACKED_SOURCE"] in ("", "pass")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_payload_survives_every_byte(seed: int):
+    rng = np.random.default_rng(seed)
+    text = "".join(map(chr, rng.integers(32, 127, 3000)))  # compresses to nearly random bytes
+    source = f"x = {text!r}\n"
+    packed = pack_source(source)
+    assert {0, 10, 13} & set(packed.split(b'"')[1]) == set()  # no NUL and no line end
+    assert ast.literal_eval(ast.parse(unpack(packed)).body[0].value) == text  # type: ignore[attr-defined]
+    assert compile(packed, "packed.py", "exec")
 
 
 @pytest.fixture(scope="module")

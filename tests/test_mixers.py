@@ -17,7 +17,7 @@ V, NUM_TOKENS = 12, 700
 HEDGE = {"mixer": "hedge", "hedge_min_tokens": 50}
 ENTROPY = {"mixer": "hedge_entropy", "hedge_min_tokens": 50, "allow_noncompliant": True}
 BACKOFF = {"mixer": "backoff", "mixer_orders": "1-3,5"}
-TILT = {"ngram_tilt": 2.625, "ngram_tilt_orders": "2,4", "ngram_tilt_share": 0.6}
+TILT = {"ngram_tilt": 2.625, "ngram_tilt_orders": "2,4", "ngram_tilt_min_frac": 0.6}
 COLD = {"adaptive_temperature": 0.9}
 METHODS: dict[str, dict[str, Any]] = {
     "hedge": HEDGE, "backoff": BACKOFF, "tilt": TILT, "temperature": COLD,
@@ -333,7 +333,7 @@ def test_backoff_is_a_chain_of_two_way_mixtures(make_run: MakeRun):
 def test_tilt_boosts_the_longest_sure_context_with_its_exact_normaliser(
     make_run: MakeRun, share, min_count
 ):
-    knobs = {**TILT, "ngram_tilt_share": share, "ngram_tilt_min_count": min_count}
+    knobs = {**TILT, "ngram_tilt_min_frac": share, "ngram_tilt_min_count": min_count}
     text, mixer = make_text(), make_mixer(make_run, **knobs)
     stream(mixer, text, 500)
     span = slice(500, 600)

@@ -396,7 +396,8 @@ def first_gradients(trainer: Trainer) -> dict[Tensor, Tensor]:
     # (1 - beta1) times the gradient for AdamW, the gradient itself for Muon.
     seen = {p: state["exp_avg"] / 0.5 for p, state in trainer.adam.state.items()}
     muon, rank = trainer.muon, trainer.run.rank
-    for stack, share, buffer in zip(muon.stacks, muon.shares, muon.buffers, strict=True):
+    for stack, buffer in zip(muon.stacks, muon.buffers, strict=True):
+        share = len(buffer) // muon.run.world_size
         own = range(rank * share, min((rank + 1) * share, len(stack)))
         seen |= {stack[i]: buffer[i] for i in own}
     return seen

@@ -21,6 +21,10 @@ import torch
 import train_gpt
 from data.download import VARIANTS
 from records import records
+from records.check import RECIPE_HEADINGS, check_recipe
+from records.knobs import format_knob_value
+from records.logs import RunLog, run_settings
+from records.tables import find_recipes, format_records
 from tests.conftest import VOCAB_SIZE, TinyData, environment, plain_config
 from tests.processes import metrics, run_script, submission
 from train_gpt import GPT, Config, Run, Trainer, Validation
@@ -59,7 +63,7 @@ def num_parameters(cfg: Config) -> int:
 
 
 def test_these_are_all_recipes() -> None:
-    assert [folder.name for folder in records.find_recipes(ROOT / "records")] == sorted(RECIPES)
+    assert [folder.name for folder in find_recipes(ROOT / "records")] == sorted(RECIPES)
 
 
 # --- Parameters ----------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def test_parallel_residuals_begin_at_the_published_blocks() -> None:
 
 @each_recipe
 def test_the_records_tool_finds_nothing_wrong(name: str) -> None:
-    assert records.check_recipe(FOLDER / name) == []
+    assert check_recipe(FOLDER / name) == []
 
 
 @each_recipe
@@ -241,9 +245,9 @@ def test_a_small_stack_sets_no_knob_to_its_default(path: Path) -> None:
 def test_the_best_small_stack_is_the_record_s_setting() -> None:
     """But for knobs that concern nothing in it."""
     (record,) = FOLDER.parent.glob("track_cpu_10min_1mb/*_ShortFirst")
-    log = records.RunLog.read(record / "metrics_seed1337.jsonl")
+    log = RunLog.read(record / "metrics_seed1337.jsonl")
     stack = train_gpt.config_from_env({"RECIPE": str(record.parent / "short_first.env")})
-    values = {name: getattr(stack, name.lower()) for name in records.setting_of(log)}
+    values = {name: getattr(stack, name.lower()) for name in run_settings(log)}
     ran = {name: log.config["values"][name] for name in values}
     assert values == ran and {"TRAIN_SEQ_SCHEDULE", "SMEAR_GATE"} < ran.keys()
 
@@ -258,10 +262,10 @@ def write_recipe(folder: Path, setting: str, readme: str | None) -> Path:
     return path
 
 
-PAGE = "\n".join(["# Small: a test", *(f"## {heading}" for heading in records.RECIPE_HEADINGS)])
+PAGE = "\n".join(["# Small: a test", *(f"## {heading}" for heading in RECIPE_HEADINGS)])
 ONE_BLOCK = plain_config(num_layers=1, model_dim=64, vocab_size=16)
 SMALL = "# Small.\n" + "".join(
-    f"{name}={records.spell_value(getattr(ONE_BLOCK, name.lower()))}\n"
+    f"{name}={format_knob_value(getattr(ONE_BLOCK, name.lower()))}\n"
     for name in train_gpt.changed_knobs(ONE_BLOCK)
 )
 SMALL_SIZE = 16 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 2 * 64 * 128 + 4 * 64 + 8
@@ -273,12 +277,12 @@ def test_a_good_recipe_is_listed_without_a_score(
     folder = write_recipe(tmp_path, SMALL, f"{PAGE}\n**{SMALL_SIZE:,} parameters**: few.\n")
     assert records.main(["check", str(folder), "--records", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{folder}: ok\n"
-    table = records.format_records(tmp_path)
+    table = format_records(tmp_path)
     link = "[2026-01-02_Small](track_test/2026-01-02_Small/README.md)"
     assert f"| {link} | {SMALL_SIZE:,} | Small: a test |" in table
     assert "## track_test" in table and "val bpb" not in table
     (folder / "metrics_seed1.jsonl").touch()  # then it is a record that lacks the rest
-    assert records.find_recipes(tmp_path) == []
+    assert find_recipes(tmp_path) == []
     assert records.main(["check", str(folder), "--records", str(tmp_path)]) == 1
     assert "submission.json is missing" in capsys.readouterr().out
 
@@ -299,7 +303,7 @@ def test_a_good_recipe_is_listed_without_a_score(
 def test_a_bad_recipe_is_refused_with_the_reason(
     tmp_path: Path, setting: str, readme: str | None, problem: str
 ) -> None:
-    problems = records.check_recipe(write_recipe(tmp_path, setting, readme))
+    problems = check_recipe(write_recipe(tmp_path, setting, readme))
     assert any(problem in found for found in problems), problems
 
 

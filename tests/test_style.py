@@ -1,14 +1,13 @@
-"""The house rules that a parser can check, by `ast` alone: they hold where no linter is installed.
+"""Rules of style that the linter does not check.
 
-What is checked: sizes and shapes of functions, the map of sections, the configuration, the absence
-of side effects at import, words, the README's table and commands, and every record.
+Lengths and nesting of functions, the map of sections, the configuration, side effects of the
+import, wording, the commands of the READMEs, and every record.
 """
 
 from __future__ import annotations
 
 import ast
 import datetime
-import io
 import re
 import subprocess
 import sys
@@ -20,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import train_gpt
-from records import records
+from records.check import check_record
+from records.tables import find_records, format_records, knobs_page
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
@@ -28,9 +28,9 @@ TOOLS = sorted([*ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")])
 TESTS = sorted(ROOT.glob("tests/*.py"))
 README = ROOT / "README.md"
 
-MAX_PACKED_BYTES, MAX_COLUMNS = 70_000, 100
-MAX_FUNCTION_LINES, MAX_COMPLEXITY, MAX_NESTING, MAX_POSITIONAL = 60, 10, 3, 5
-MAX_NESTED_LINES = 5  # of a function inside a function
+MAX_PACKED_BYTES = 64_000
+MAX_FUNCTION_LINES, MAX_NESTING = 60, 3
+MAX_NESTED_LINES = 13  # of a function inside a function
 MAX_UNDOCUMENTED_LINES = 8
 BANNER_COLUMNS = 99  # it ends just before the last column
 BANNER = re.compile(r"# --- (?:(\d+)\. )?([A-Za-z][\w -]*?) (-+)")
@@ -59,17 +59,6 @@ def num_lines(node: Definition) -> int:
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
-def complexity(function: Function) -> int:
-    """McCabe's measure: one more than the branches; a comprehension reads as one expression."""
-    count = 1
-    for node in ast.walk(function):
-        if isinstance(node, ast.If | ast.IfExp | LOOPS | ast.ExceptHandler):
-            count += 1
-        elif isinstance(node, ast.Match):
-            count += len(node.cases)
-    return count
-
-
 def nesting(node: ast.AST, depth: int = 0) -> int:
     """How deep blocks stand in each other; `elif` is as deep as its `if`, functions start anew."""
     deepest = depth
@@ -83,12 +72,6 @@ def nesting(node: ast.AST, depth: int = 0) -> int:
             deeper = isinstance(child, BLOCKS) and not same_level
             deepest = max(deepest, nesting(child, depth + deeper))
     return deepest
-
-
-def num_positional(function: Function) -> int:
-    """Arguments that may be given by position, without self and cls."""
-    names = [a.arg for a in [*function.args.posonlyargs, *function.args.args]]
-    return len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
 
 
 def comments_and_docstrings(path: Path) -> Iterator[tuple[int, str]]:
@@ -130,9 +113,7 @@ def sample(a, b, /, c, *, d):
 
 def test_the_measures_count_what_they_say() -> None:
     (function,) = functions_of(ast.parse(SAMPLE))
-    assert complexity(function) == 1 + 5  # for, if, elif, except, conditional
     assert nesting(function) == 3
-    assert num_positional(function) == 3
     assert num_lines(function) == 14
 
 
@@ -141,7 +122,7 @@ def test_the_measures_count_what_they_say() -> None:
 
 def test_the_packed_script_is_no_larger_than_agreed() -> None:
     packed = train_gpt.pack_source(SCRIPT.read_text(encoding="utf-8"))
-    assert len(packed.encode()) <= MAX_PACKED_BYTES
+    assert len(packed) <= MAX_PACKED_BYTES
 
 
 @each_file
@@ -150,18 +131,8 @@ def test_no_function_is_longer_than_a_screen(path: Path) -> None:
 
 
 @each_file
-def test_no_function_branches_too_much(path: Path) -> None:
-    assert over(path, "complexity", MAX_COMPLEXITY) == []
-
-
-@each_file
 def test_no_function_nests_too_deep(path: Path) -> None:
     assert over(path, "nesting", MAX_NESTING) == []
-
-
-@each_source  # a test takes its fixtures and parameters by name
-def test_no_function_takes_too_many_arguments_by_position(path: Path) -> None:
-    assert over(path, "num_positional", MAX_POSITIONAL) == []
 
 
 @each_source
@@ -173,27 +144,6 @@ def test_nested_functions_are_short(path: Path) -> None:
         if inner is not outer and num_lines(inner) > MAX_NESTED_LINES
     }
     assert long == set()
-
-
-def string_lines(path: Path, remark: str) -> set[int]:
-    """The lines of every string that ends on a line with `remark`, but for the last one."""
-    source = path.read_text(encoding="utf-8")
-    lines = source.splitlines()
-    found = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.STRING and remark in lines[token.end[0] - 1]:
-            found |= set(range(token.start[0], token.end[0]))
-    return found
-
-
-@each_file
-def test_lines_fit_the_page(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    excused = string_lines(path, "# noqa: E501")
-    for number, line in enumerate(lines, start=1):
-        text = re.sub(r"  # type: ignore.*", "", line)  # the linter lets these stand out, too
-        allowed = number in excused or "# noqa: E501" in line
-        assert len(text) <= MAX_COLUMNS or allowed, f"line {number}"
 
 
 @each_source
@@ -251,9 +201,8 @@ def banners_of(path: Path) -> list[tuple[str, str]]:
     return banners
 
 
-@each_source
-def test_the_map_in_the_docstring_is_that_of_the_banners(path: Path) -> None:
-    docstring = ast.get_docstring(parse(path)) or ""
+def test_the_map_in_the_docstring_is_that_of_the_banners() -> None:
+    path, docstring = SCRIPT, ast.get_docstring(parse(SCRIPT)) or ""
     _, _, after = docstring.partition("Sections:")
     promised = re.findall(r"(\d+)\. ([A-Za-z][\w -]*?)(?=  |\n|$)", after.partition("\n\n")[0])
     numbered = [(number, name) for number, name in banners_of(path) if number]
@@ -410,18 +359,19 @@ def test_importing_the_script_does_nothing_else(tmp_path: Path) -> None:
 # --- README and records --------------------------------------------------------------------------
 
 
-def marked(text: str, mark: str) -> str:
-    """What stands between <!-- mark --> and <!-- /mark -->."""
-    found = re.search(rf"<!-- {mark} -->\n(.*)\n<!-- /{mark} -->", text, flags=re.DOTALL)
-    assert found, f"README.md has no {mark}"
-    return found[1]
-
-
-def test_the_readme_lists_exactly_the_knobs() -> None:
-    table = marked(README.read_text(encoding="utf-8"), "knobs")
-    listed = re.findall(r"^\| `([A-Z][A-Z0-9_]*)` \|", table, flags=re.MULTILINE)
+def test_knobs_md_lists_exactly_the_knobs() -> None:
+    text = (ROOT / "KNOBS.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([A-Z][A-Z0-9_]*)` \|", text, flags=re.MULTILINE)
     assert listed == [f.name.upper() for f in fields(train_gpt.Config)]
-    assert table == records.knob_table(), "write it again: python records/records.py knobs"
+    assert text == knobs_page(), "write it again: python records/records.py knobs"
+
+
+def test_every_knob_in_the_readme_exists() -> None:
+    names = {f.name.upper() for f in fields(train_gpt.Config)}
+    text = README.read_text(encoding="utf-8")
+    table = text[text.index("## Knobs") : text.index("## Recipes")]
+    rows = re.findall(r"^\| (`.*?`) \|", table, flags=re.MULTILINE)
+    assert rows and {name for row in rows for name in re.findall(r"`(\w+)`", row)} <= names
 
 
 def untested_commands(text: str, tests: str) -> list[str]:
@@ -467,12 +417,12 @@ def test_every_command_of_the_readme_was_run(path: Path) -> None:
 
 
 def test_every_record_is_what_its_logs_say() -> None:
-    folders = records.find_records(ROOT / "records")
-    problems = {folder.name: records.check_record(folder, ROOT / "records") for folder in folders}
-    assert {name: found for name, found in problems.items() if found} == {}
+    folders = find_records(ROOT / "records")
+    verdicts = {folder.name: check_record(folder, ROOT / "records") for folder in folders}
+    assert folders and {name: v.problems for name, v in verdicts.items() if v.problems} == {}
 
 
 def test_the_list_of_records_is_up_to_date() -> None:
     written = (ROOT / "records/README.md").read_text(encoding="utf-8")
-    expected = records.format_records(ROOT / "records")
+    expected = format_records(ROOT / "records")
     assert written == expected, "write it again: python records/records.py table"

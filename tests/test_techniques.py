@@ -1,7 +1,7 @@
-"""Every architecture technique of issue 3: what it adds, what it computes, what it must not do.
+"""Every architecture technique: its parameters, its formula, what it must not read.
 
 One table lists the techniques and their combinations; each test runs over all of it. The reference
-below is written from techniques.md 5 and frontier.md A2 in float64, one row of ids at a time, with
+below is written from the published descriptions, in float64, one row of ids at a time, with
 Python integers for the hashes and explicit loops for blocks, heads and lanes; nothing of it is
 shared with the script. Float32 differs from it by rounding, about 1e-6 of nats of size 10.
 """

@@ -1,8 +1,8 @@
-"""Evaluation that learns: what each method computes, and that none can know what it has to predict.
+"""The adaptive pass: what each method computes, and that no score depends on later tokens.
 
-The rules are those of the challenge's issue 1017: C1 a score depends on the tokens before it alone;
-C2 it comes from a full normalised distribution; C3 it stands before anything learns from it; C4
-there is one pass from left to right.
+The rules are those of issue #1017 of openai/parameter-golf: C1 a score depends on earlier tokens
+only; C2 it comes from a full normalized distribution; C3 it is fixed before anything is learned
+from its target; C4 there is one pass from left to right.
 """
 
 from __future__ import annotations

@@ -1,0 +1,139 @@
+"""The demo (`make run`): the whole job on a corpus that needs no download.
+
+The stages follow the data: corpus, training and scoring, yardstick, plot, record. Each one says
+what it does and about how long that takes; the first one that fails ends the demo.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+import train_gpt
+from records import ROOT
+from records.build import build_record
+from records.compressors import YARDSTICKS, yardstick_run
+from records.logs import LOG, METRICS, RunLog
+from records.plots import STAGES, draw_plot
+from train_gpt import Config
+
+DEMO_DATA = "data/demo"
+DEMO_COMMAND = (
+    f"python data/prepare.py --source stdlib --out {DEMO_DATA} --vocab-size 1024 --write-val-text"
+)
+NUM_DEMO_STAGES = 5
+STOP_PATIENCE_S = 60  # a run that is told to stop finishes its step and saves a checkpoint
+
+
+class StageFailed(RuntimeError):
+    """A stage of the demo ended with another exit status than 0."""
+
+    def __init__(self, what: str, status: int):
+        super().__init__(f"{what} ended with exit status {status}")
+        self.status = status if status > 0 else 128 - status
+
+
+def announce(number: int, text: str) -> None:
+    """The progress line of a stage."""
+    print(f"\n[{number}/{NUM_DEMO_STAGES}] {text}", flush=True)
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Ask `process` to stop, wait for it, then end all that it started."""
+    process.terminate()
+    try:
+        process.wait(STOP_PATIENCE_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        print("still running; ending it now", file=sys.stderr)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # nothing is left of the group
+    process.wait()
+
+
+def run_command(command: Sequence[str], what: str, env: Mapping[str, str]) -> None:
+    """Run a stage as a process of its own, its output passing through; StageFailed if it fails."""
+    # A session of its own: Ctrl-C reaches this process alone, which then stops the stage in order.
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(env), start_new_session=True)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        stop_group(process)
+        raise
+    if status:
+        raise StageFailed(what, status)
+
+
+def print_summary(folder: Path, elapsed_s: float) -> None:
+    """The table at the end of the demo."""
+    log = RunLog.read(folder / METRICS)
+    end, size, mark = log.need("train_end"), log.need("size"), log.need("yardstick")
+    rows = {
+        "parameters": f"{log.need('model')['params']:,}",
+        "steps": f"{end['steps']:,}",
+        "tokens/s": f"{end['tokens_per_s']:,.0f}",
+        **{f"bpb, {STAGES[n].replace(chr(10), ' ')}": f"{log.last(n)['val_bpb']:.4f}"
+           for n in STAGES if log.last(n)},
+        **{f"bpb, {name}": f"{mark[key]:.4f}" for key, name in YARDSTICKS.items()},
+        "artifact bytes": f"{size['artifact_bytes']:,}",
+        "counted bytes (with code)": f"{size['total_bytes']:,} of {size['budget_bytes']:,}",
+    }  # fmt: skip
+    files = {"log": LOG, "submission": "submission.json", "plot": "plot.png", "record": "record/"}
+    rows |= {name: f"{folder}/{file}" for name, file in files.items()}
+    rows["seconds in total"] = f"{elapsed_s:.0f}"
+    width = max(map(len, rows))
+    print("\n" + "\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+    best, bpb = min(mark["xz_bpb"], mark["zstd_bpb"]), log.score["val_bpb"]
+    print(f"The model {'beats' if bpb < best else 'does not beat'} both compressors.", flush=True)
+
+
+def demo_stages(folder: Path, env: Mapping[str, str], cfg: Config) -> None:
+    """Corpus, run, yardstick, plot and record of the demo run in `folder`."""
+    python, uses_demo = sys.executable, Path(cfg.data_path) == Path(DEMO_DATA)
+    if uses_demo:
+        announce(1, f"corpus and tokenizer in {DEMO_DATA} (about a minute, the first time only)")
+        run_command([python, *shlex.split(DEMO_COMMAND)[1:]], "data/prepare.py", env)
+    else:
+        announce(1, f"the data set is DATA_PATH={cfg.data_path}")
+    most = f"at most {cfg.max_wallclock_seconds:.0f} s" if cfg.max_wallclock_seconds else "no limit"
+    announce(2, f"train, write the artifact, read it back, score it; recipe {env['RECIPE']}")
+    print(f"      training takes {most}, the rest about half as long", flush=True)
+    run_command([python, "train_gpt.py"], "train_gpt.py", env)
+    announce(3, "compress the same text by xz and zstd (seconds)")
+    mark = yardstick_run(folder)
+    print(" ".join(f"{key}:{value}" for key, value in mark.items()))
+    announce(4, f"plot {folder}/plot.png (seconds)")
+    draw_plot([RunLog.read(folder / METRICS)], folder / "plot.png")
+    announce(5, f"record folder {folder}/record (seconds)")
+    data_command = DEMO_COMMAND if uses_demo else ""
+    build_record(folder / "record", [folder], data_command=data_command)
+
+
+def run_demo() -> None:
+    """`make run`: the whole job on the embedded corpus, on the hardware that is there."""
+    started_s = time.perf_counter()
+    os.chdir(ROOT)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the same orderly end as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    recipe = f"records/demo/{'gpu' if torch.cuda.is_available() else 'cpu'}.env"
+    folder = Path("logs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    env = {"RECIPE": recipe, "RUN_DIR": str(folder), **os.environ}
+    folder = Path(env["RUN_DIR"])
+    cfg = train_gpt.config_from_env(env)
+    try:
+        demo_stages(folder, env, cfg)
+    except KeyboardInterrupt:
+        if (folder / "checkpoint").exists():
+            print(f"\nTo go on: RECIPE={env['RECIPE']} RUN_DIR={folder} make run", file=sys.stderr)
+        raise
+    print_summary(folder, time.perf_counter() - started_s)

@@ -1,0 +1,115 @@
+"""Scores the artifacts of a record again, with the record's own script, and compares.
+
+This runs the record's train_gpt.py: use it on records whose source you have read, or in a sandbox.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from records import ROOT
+from records.check import Verdict, read_logs
+from records.logs import FINAL_SCORES, METRICS, RunLog, run_settings
+from train_gpt import InputError
+
+DEFAULT_TOLERANCE_BPB = 0.001  # other hardware and precision add up in another order
+MAX_ERROR_CHARACTERS = 500
+
+
+class Inputs(NamedTuple):
+    """What is needed to score one run of a record again."""
+
+    artifact: Path
+    data_path: Path
+
+
+def find_inputs(folder: Path, log: RunLog, data_path: Path | None) -> Inputs:
+    """Return artifact and data set of a run; raise InputError if one of them is not there.
+
+    The artifact is artifact_seed<seed>.bin in the record, else that of the run's own folder.
+    """
+    run_dir = log.last("run").get("run_dir") or log.config["values"].get("RUN_DIR") or ""
+    own, kept = ROOT / str(run_dir) / "artifact.bin", folder / f"artifact_seed{log.seed}.bin"
+    artifact = kept if kept.is_file() else own
+    data = data_path or ROOT / str(log.knob("DATA_PATH"))
+    if not artifact.is_file():
+        raise InputError(f"seed {log.seed}: neither {kept} nor {own} is there")
+    if not data.is_dir():
+        raise InputError(f"seed {log.seed}: the data set {data} is not there; set --data-path")
+    size = log.need("size", "artifact_bytes")["artifact_bytes"]
+    if artifact.stat().st_size != size:
+        raise InputError(f"{artifact} has {artifact.stat().st_size:,} bytes, the record's {size:,}")
+    return Inputs(artifact.absolute(), data.absolute())
+
+
+def score_again(folder: Path, log: RunLog, inputs: Inputs, run_dir: Path) -> RunLog:
+    """Run the record's script in MODE=eval; return its log, or raise InputError if it fails."""
+    knobs = {*log.config["values"], "RECIPE"}
+    environment = {name: value for name, value in os.environ.items() if name not in knobs}
+    own = {
+        "MODE": "eval",
+        "ARTIFACT": str(inputs.artifact),
+        "DATA_PATH": str(inputs.data_path),
+        "RUN_DIR": str(run_dir),
+        "SEED": log.seed,
+        "EVAL_MAX_SECONDS": "0",  # a slower machine must not learn less
+    }
+    done = subprocess.run(
+        [sys.executable, str((folder / "train_gpt.py").absolute())],
+        env={**environment, **run_settings(log), **own},
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode:
+        said = done.stdout.decode("utf-8", errors="replace")[-MAX_ERROR_CHARACTERS:].strip()
+        raise InputError(f"seed {log.seed}: train_gpt.py ended with {done.returncode}: {said}")
+    return RunLog.read(run_dir / METRICS)
+
+
+def compare_scores(log: RunLog, again: RunLog, tolerance_bpb: float) -> Verdict:
+    """Return where scores or sizes differ, and a line for each score."""
+    problems, notes = list[str](), list[str]()
+    for name in FINAL_SCORES:
+        logged, new = log.last(name), again.last(name)
+        if bool(logged) != bool(new):
+            problems.append(f"seed {log.seed}: {name} was {'not ' * bool(logged)}scored again")
+            continue
+        if not logged:
+            continue
+        change = new["val_bpb"] - logged["val_bpb"]
+        text = (
+            f"seed {log.seed}: {name} {logged['val_bpb']}, scored again {new['val_bpb']} "
+            f"({change:+.6f})"
+        )
+        is_same_text = all(logged[key] == new[key] for key in ("tokens", "bytes"))
+        within = abs(change) <= tolerance_bpb
+        (notes if is_same_text and within else problems).append(text)
+        if not is_same_text:
+            problems.append(f"seed {log.seed}: {name} was scored on another text")
+    sizes = [run.need("size")["code_bytes"] for run in (log, again)]
+    if sizes[0] != sizes[1]:
+        problems.append(f"code_bytes is {sizes[0]:,}, the script packs itself into {sizes[1]:,}")
+    return Verdict(problems, notes)
+
+
+def rescore_record(folder: Path, data_path: Path | None, tolerance_bpb: float) -> Verdict:
+    """Score every artifact of the record again; what cannot be scored is a problem."""
+    verdict = Verdict([], [])
+    for log in read_logs(folder):
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                inputs = find_inputs(folder, log, data_path)
+                again = score_again(folder, log, inputs, Path(scratch) / "run")
+                found = compare_scores(log, again, tolerance_bpb)
+        except InputError as error:
+            found = Verdict([f"not scored again: {error}"], [])
+        verdict.problems.extend(found.problems)
+        verdict.notes.extend(found.notes)
+    return verdict

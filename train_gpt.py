@@ -4281,6 +4281,8 @@ def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
     return -(mass_LIV / 2).clamp_min(1e-9).log2()
 
 
+# Two implementations: on the CPU viterbi_on_device takes twice as long as this one (3.8 and 2.0 s for
+# a matrix of 2048 x 512 on one core), and on a GPU this one's launches of tiny kernels would dominate.
 def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
     """Subset of each row on the cheapest path from state 0, for N segments (Viterbi), on the CPU.
 
@@ -4356,9 +4358,9 @@ def four_row_paths(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 # --- 8. Artifact ---------------------------------------------------------------------------------
-# One file: magic, version, length of the header; a compressed JSON header (model shape, tokenizer,
-# tensors, streams); the compressed streams; SHA-256 of all before it. Reading checks the checksum
-# first and every length before anything is allocated. Nothing is ever unpickled.
+# One file: magic, version and header length; a zlib-compressed JSON header (model shape, tokenizer,
+# tensors, streams); the compressed streams; the SHA-256 of everything before it. Reading checks the
+# checksum first, and every size before memory is allocated. No pickle is read.
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION, CHECKSUM_BYTES = b"PGOLFART", 2, 32
 ARTIFACT_PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of the compressed header
@@ -4366,406 +4368,64 @@ MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
 # Bound of the memory that reading takes, about 12 bytes per weight at its peak: a model that is not
 # small has at least an eighth of a bit per weight.
 SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 2**24, 64
-
-
-def decompress_brotli(module: Any, packed: bytes, limit: int) -> bytes:
-    """At most `limit` bytes of a brotli stream, whose decoder gives them piece by piece."""
-    decoder, raw = module.Decompressor(), b""
-    while len(raw) < limit and (more := decoder.process(packed, output_buffer_limit=limit)):
-        raw, packed = raw + more, b""
-    return raw[:limit]
-
-
-def unshuffle_bytes(raw: bytes) -> bytes:
-    """The bytes of which `raw` holds those at even places before those at odd ones."""
-    return np.frombuffer(raw + bytes(len(raw) % 2), "u1").reshape(2, -1).T.tobytes()[: len(raw)]
-
-
-# Name: module, how it packs, how it unpacks at most so many bytes (at least 1).
-ZLIB: Any = (
-    "zlib",
-    lambda m, raw: m.compress(raw, 9),
-    lambda m, packed, limit: m.decompressobj().decompress(packed, limit),
-)
-COMPRESSORS: dict[str, tuple[str, Callable[..., bytes], Callable[..., bytes]]] = {
-    "ans": ZLIB,
-    "zlib": ZLIB,  # ans: for what is not coded by itself
-    "lzma": (
-        "lzma",
-        lambda m, raw: m.compress(raw, preset=9 | m.PRESET_EXTREME),
-        lambda m, packed, limit: m.LZMADecompressor(memlimit=2**28).decompress(packed, limit),
-    ),
-    "zstd": (
-        "zstandard",
-        lambda m, raw: m.ZstdCompressor(level=22).compress(raw),
-        lambda m, packed, limit: (
-            m.ZstdDecompressor(max_window_size=2**27).stream_reader(packed).read(limit)
-        ),
-    ),
-    "brotli": ("brotli", lambda m, raw: m.compress(raw, quality=11, lgwin=24), decompress_brotli),
-    "brotli_shuffled": (  # high and low bytes of fp16 part (#1394)
-        "brotli",
-        lambda m, raw: m.compress(raw[::2] + raw[1::2], quality=11, lgwin=24),
-        lambda m, packed, limit: unshuffle_bytes(decompress_brotli(m, packed, limit)),
-    ),
-}
-
-
-def find_compressor(name: str) -> Sequence[Callable[..., bytes]]:
-    """How the coder packs and unpacks; InputError if its package is missing (never another)."""
-    module_name, *functions = COMPRESSORS[name]
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            f"COMPRESSOR={name}: {error}; pip install -r requirements.txt, or choose another"
-        ) from error
-    return [functools.partial(function, module) for function in functions]
-
-
-# Entropy coder of codes (asymmetric numeral systems, arXiv:1311.2540, by the library constriction).
-# A code's class is how large it should be: its column's magnitude, learnt from earlier rows, times
-# its row's gain, which is written; and its quantiser. How frequent each code is in a class is
-# learnt, too. Contexts are integers, and floats see only + - * / and roots, so that every machine
-# rebuilds the same models.
-# Tensor suffixes: M matrices, C columns of all matrices, L lanes, N columns of all lanes,
-#                  K classes, W symbols of the alphabet, O x I a matrix.
-
-MAGNITUDE_ONE, FREQUENCY_ONE = 2**12, 1024  # 1.0 of magnitudes; 1.0 of frequency
-PRIOR_ROWS, PRIOR_CODES, MEMORY_CODES = 32, 128, 2**16  # what a model's start is worth, and its end
-MAGNITUDES = np.array(
-    [round(MAGNITUDE_ONE * 2 ** (j / 8 - 7)) for j in range(128)]
-)  # 1/8 octave apart
-MAGNITUDE_EDGES = np.array([round(MAGNITUDE_ONE * 2 ** (j / 8 - 7 + 1 / 16)) for j in range(127)])
-GAIN_CLASS, NUMBERS_PER_ROW = 64, 64  # gains are as large as in this class
-
-
-class CodeGrid(NamedTuple):
-    """Shape of a matrix of codes, and what its reader knows of them beforehand."""
-
-    rows: int
-    columns: int
-    trellis: bool = False
-    column_log_scale_I: np.ndarray | int = 0  # a column's codes are larger by so many 1/8 octaves
-
-
-def code_symbols(
-    coder: Any, all_KW: np.ndarray, kind_N: np.ndarray, symbol_N: np.ndarray
-) -> np.ndarray:
-    """Add symbols to a list of what is to be written, or read as many; and return them.
-    Their frequencies, from -half to half - 1, are learnt by 128 * quantiser + magnitude. They are
-    symmetric: about 0, or in the other quantiser, whose level is code + 1/2, about -1/2.
-    """
-    order, number_K, half = kind_N.argsort(kind="stable"), np.bincount(kind_N), len(all_KW[0]) // 2
-    flat_N = symbol_N[order].astype(np.int32) + np.int32(half)
-    kinds = number_K.nonzero()[0]
-    for kind in kinds[all_KW[kinds, 0] == 0].tolist():  # a new one: two-sided geometric
-        mean = MAGNITUDES[kind % 128] / MAGNITUDE_ONE
-        power_W = np.full(half + 1, mean / (1 + math.sqrt(1 + mean * mean))).cumprod()
-        weight_W = power_W[abs(2 * np.arange(-half, half) + kind // 128) // 2]
-        weight_W *= PRIOR_CODES * FREQUENCY_ONE / math.fsum(weight_W)
-        all_KW[kind] = weight_W.astype(np.int64) + 1
-    counts_KW, number_K = all_KW[kinds], number_K[kinds]
-    ends = number_K.cumsum().tolist()
-    for counts_W, start, end in zip(counts_KW * 1.0, [0, *ends[:-1]], ends, strict=True):
-        model = constriction.stream.model.Categorical(counts_W, perfect=False)  # wrong for float32
-        if isinstance(coder, list):
-            coder.append((flat_N[start:end], model))
-        else:
-            flat_N[start:end] = coder.decode(model, end - start)
-    place_N = np.repeat(np.arange(len(kinds)) * 2 * half, number_K) + flat_N
-    seen_KW = np.bincount(place_N, minlength=counts_KW.size).reshape(counts_KW.shape)
-    mirrored_KW = seen_KW[:, ::-1].copy()
-    mirrored_KW[kinds < 128] = np.roll(mirrored_KW[kinds < 128], 1, axis=1)
-    counts_KW += (seen_KW + mirrored_KW) * (FREQUENCY_ONE // 2)
-    counts_KW -= counts_KW // 2 * (counts_KW.sum(axis=1) > MEMORY_CODES * FREQUENCY_ONE)[:, None]
-    all_KW[kinds] = counts_KW
-    symbol_N = np.empty_like(flat_N)
-    symbol_N[order] = flat_N - np.int32(half)
-    return symbol_N
-
-
-def code_lanes(
-    coder: Any, codes: np.ndarray, peak: int, grids: Sequence[CodeGrid], means: bytes
-) -> None:
-    """Write the codes of all matrices, or read them into their array: a row of each lane at a time.
-    Lanes are segments; the longest come first, so that those which have a row are the first ones.
-    """
-    lanes = sorted(
-        (
-            (min(TRELLIS_SEGMENT, grid.rows - first), matrix, first)
-            for matrix, grid in enumerate(grids)
-            if grid.columns
-            for first in range(0, grid.rows, TRELLIS_SEGMENT)
-        ),
-        reverse=True,
-    )
-    rows_L, matrix_L, first_L = np.array(lanes, np.int64).reshape(-1, 3).T
-    rows_M, columns_M, trellis_M = np.array([g[:3] for g in grids], np.int64).reshape(-1, 3).T
-    end_L = columns_M[matrix_L].cumsum()
-    start_L = end_L - columns_M[matrix_L]
-    lane_N = np.arange(len(lanes)).repeat(columns_M[matrix_L])
-    matrix_N, within_N = matrix_L[lane_N], np.arange(len(lane_N)) - start_L[lane_N]
-    column_N = within_N + (columns_M.cumsum() - columns_M)[matrix_N]
-    width_N, size_M = columns_M[matrix_N], rows_M * columns_M
-    place_N = within_N + (size_M.cumsum() - size_M)[matrix_N] + first_L[lane_N] * width_N
-    whole_5N = np.stack([lane_N, column_N, place_N, width_N, trellis_M[matrix_N]])
-    class_C = np.concatenate(
-        [
-            [],
-            *(
-                np.zeros(grid.columns) + mean + grid.column_log_scale_I
-                for grid, mean in zip(grids, means, strict=True)
-            ),
-        ]
-    )
-    sum_C = PRIOR_ROWS * MAGNITUDES[class_C.astype(np.int64).clip(0, 127)]
-    seen_C, state_N = np.full(len(class_C), PRIOR_ROWS), np.zeros(len(lane_N), np.int8)
-    codes_KW, gains_KW = np.zeros((256, 2 * peak + 2), np.int64), np.zeros((256, 34), np.int64)
-    for step in range(rows_L.max(initial=0)):
-        count = int((rows_L > step).sum())
-        lane_N, column_N, place_N, width_N, trellis_N = whole_5N[:, : end_L[count - 1]]
-        state_N = state_N[: end_L[count - 1]]
-        codes_N, expected_C = codes[place_N], sum_C // seen_C
-        # The writer's gains, in 1/4 octaves; a reader has zeros here, and ignores them.
-        size_L, expected_L = (
-            np.add.reduceat(x_N, start_L[:count])
-            for x_N in (abs(codes_N) * float(MAGNITUDE_ONE), expected_C[column_N])
-        )
-        gain_L = np.rint(4 * np.log2((size_L + 1) / (expected_L + 1))).clip(-16, 16)
-        gain_L = code_symbols(coder, gains_KW, np.full(count, GAIN_CLASS), gain_L)
-        kind_N = MAGNITUDE_EDGES.searchsorted(expected_C)[column_N] + 2 * gain_L[lane_N]
-        kind_N = kind_N.clip(0, 127).astype(np.uint8) | (state_N & 1) << np.uint8(7)
-        codes_N = codes[place_N] = code_symbols(coder, codes_KW, kind_N, codes_N)
-        state_N = NEXT_STATES[2 * state_N + (codes_N & trellis_N)]  # odd: the other quantiser
-        size_N = abs(codes_N) * MAGNITUDES[56 - 2 * gain_L][lane_N]  # [56]: 1.0
-        sum_C += np.bincount(column_N, size_N, len(sum_C)).astype(np.int64)
-        seen_C += np.bincount(column_N, minlength=len(sum_C))
-        place_N += width_N  # of whole_5N
-
-
-def encode_codes(codes: Sequence[np.ndarray], grids: Sequence[CodeGrid]) -> bytes:
-    """Matrices of integers of magnitude up to MAX_CODE, as bytes that depend on nothing else."""
-    flat = np.concatenate([np.zeros(0, np.int32), *(c.ravel().astype(np.int32) for c in codes)])
-    peak = int(abs(flat).max(initial=0))
-    require(peak <= MAX_CODE, f"a code of magnitude {peak} exceeds {MAX_CODE}")
-    sizes = (
-        abs(c.reshape(grid[:2]) * 2.0 ** (-grid.column_log_scale_I / 8))
-        for c, grid in zip(codes, grids, strict=True)
-    )
-    means = bytes(
-        int(MAGNITUDE_EDGES.searchsorted(s.sum() / max(s.size, 1) * MAGNITUDE_ONE)) for s in sizes
-    )
-    coder, calls = constriction.stream.stack.AnsCoder(), list[tuple[np.ndarray, Any]]()
-    code_lanes(calls, flat, peak, grids, means)
-    for symbols, model in reversed(calls):  # a stack: what goes in last is read first
-        coder.encode_reverse(symbols, model)
-    return peak.to_bytes(2, "little") + means + coder.get_compressed().astype("<u4").tobytes()
-
-
-def decode_codes(payload: bytes, grids: Sequence[CodeGrid]) -> list[np.ndarray]:
-    """What encode_codes was given; ValueError if these bytes cannot be of its making."""
-    peak, head = int.from_bytes(payload[:2], "little"), 2 + len(grids)
-    require(len(payload) >= head and peak <= MAX_CODE, "damaged codes: wrong head")
-    sizes = [grid.rows * grid.columns for grid in grids]
-    flat = np.zeros(sum(sizes), np.int32)
-    try:
-        words = np.frombuffer(payload[head:], "<u4").astype(np.uint32)
-        coder = constriction.stream.stack.AnsCoder(words)
-        code_lanes(coder, flat, peak, grids, payload[2:head])
-        require(coder.is_empty(), "more bytes than the codes need")
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library's panics are no Exceptions
-        raise ValueError(f"damaged codes: {error}") from error
-    parts = np.split(flat.astype(np.int16), np.cumsum(sizes))
-    return [part.reshape(grid[:2]) for part, grid in zip(parts, grids, strict=False)]
-
-
-def number_grid(length: int) -> CodeGrid:
-    rows = max(-(-length // NUMBERS_PER_ROW), 1)
-    return CodeGrid(rows, -(-length // rows))
-
-
-def encode_numbers(arrays: Sequence[np.ndarray]) -> bytes:
-    """Vectors of integers within MAX_CODE of their median, coded as one matrix of differences."""
-    centres = np.array([np.median(a) if a.size else 0 for a in arrays]).astype("<i2")
-    differences = np.concatenate([*map(np.subtract, arrays, centres)])
-    grid = number_grid(len(differences))
-    return centres.tobytes() + encode_codes([np.resize(differences, grid[:2])], [grid])
-
-
-def decode_numbers(payload: bytes, lengths: Sequence[int]) -> list[np.ndarray]:
-    """What encode_numbers was given; ValueError if these bytes cannot be of its making."""
-    head = 2 * len(lengths)
-    (matrix_OI,) = decode_codes(payload[head:], [number_grid(sum(lengths))])
-    parts = np.split(matrix_OI.ravel().astype(np.int64), np.cumsum(lengths))  # the last: padding
-    return list(map(np.add, parts, np.frombuffer(payload[:head], "<i2")))
-
-
 SHAPE_KNOBS = [f.name for f in fields(Config) if f.metadata["shape"]]
 
 
-def storage_spec(tensor: Quantized) -> list[int]:
-    """How a tensor is stored, as the header says it: bits, number of steps (0: plain fp16), flags
-    (factors a column 1, trellis 2, two-byte codes 4, steps 2^(n/8) 8).
-    """
-    if tensor.scales is None:
-        return [PLAIN_BITS, 0, 0]
-    flags = [
-        tensor.columns is not None,
-        tensor.trellis,
-        tensor.values.itemsize == 2,
-        tensor.scales.itemsize == 4,
-    ]
-    return [tensor.bits, len(tensor.scales), sum(flag << i for i, flag in enumerate(flags))]
-
-
-def empty_tensor(name: str, spec: Sequence[int], shape: Sequence[int], coder: str) -> Quantized:
-    """A tensor stored so, of zeros that take no memory; refuses what none of this shape can be."""
-    (bits, num_scales, flags), size = spec, math.prod(shape)
-    sound = all(type(x) is int for x in spec) and (
-        spec == [PLAIN_BITS, 0, 0]
-        or (
-            0 < num_scales <= size
-            and size % num_scales == 0
-            and bits in {*BITS} - {PLAIN_BITS}
-            and 0 <= flags < (16 if coder == "ans" else 8)
-            and (not flags & 3 or (len(shape) == 2 and num_scales == shape[0]))
-        )
-    )
-    require(sound, f"{name} of shape {tuple(shape)} cannot be stored as {spec}")
-    if not num_scales:
-        return Quantized(bits, np.broadcast_to(np.float16(0), shape), None)
-    codes = np.broadcast_to(np.zeros((), np.int16 if flags & 4 else np.int8), shape)
-    steps = np.broadcast_to(np.zeros((), np.float32 if flags & 8 else np.float16), size)
-    return Quantized(
-        bits, codes, steps[:num_scales], steps[: shape[1]] if flags & 1 else None, bool(flags & 2)
-    )
-
-
-def model_layout(cfg: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shape and group of tensors of every parameter of a model, which is not made."""
-    with torch.device("meta"):
-        model = GPT(cfg, ATTENTION_BACKENDS["sdpa"](), torch.float32)
-    return (
-        {name: tuple(p.shape) for name, p in model.named_parameters()},
-        {name: role.quant_group for name, role in parameter_roles(model).items()},
-    )
-
-
-def group_names(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
-    """The stored names by group, in order."""
-    members: dict[str, list[str]] = {}
-    for name in sorted(names):
-        members.setdefault(groups[name], []).append(name)
-    return dict(sorted(members.items()))
-
-
-def stream_slots(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]]:
-    """The tensor's number and field of every array in each stream of a group of tensors."""
-    slots: dict[str, list[tuple[int, str]]] = {"half": [], "codes": [], "steps": []}
-    for i, (_, _, scales, columns, _) in enumerate(stored):
-        if scales is not None:
-            steps = "half" if scales.itemsize == 2 else "steps"
-            slots[steps] += [(i, "scales"), (i, "columns")][: 1 + (columns is not None)]
-        slots["half" if scales is None else "codes"].append((i, "values"))
-    return {kind: found for kind, found in slots.items() if found}
-
-
-def code_grids(stored: Sequence[Quantized]) -> list[CodeGrid]:
-    """What the coder of codes knows of a group of tensors."""
-    rows = [(t, len(t.values if t.trellis else t.scales)) for t in stored if t.scales is not None]
-    return [
-        CodeGrid(
-            n,
-            t.values.size // n,
-            t.trellis,
-            0 if t.columns is None else MAX_SCALE_INDEX - SCALES.searchsorted(t.columns),
-        )
-        for t, n in rows
-    ]
-
-
-def pack_group(stored: Sequence[Quantized], coder: str) -> dict[str, bytes]:
-    """The streams of a group of tensors: its fp16 numbers, its codes, its coarse steps."""
-    packed, (pack, _) = dict[str, bytes](), find_compressor(coder)
-    for kind, slots in stream_slots(stored).items():
-        arrays = [getattr(stored[i], name) for i, name in slots]
-        if kind == "steps":
-            packed[kind] = encode_numbers(
-                [SCALES.searchsorted(a) - MAX_SCALE_INDEX for a in arrays]
-            )
-        elif kind == "codes" and coder == "ans":
-            packed[kind] = encode_codes(arrays, code_grids(stored))
-        else:
-            packed[kind] = pack(b"".join(array.tobytes() for array in arrays))
-    return packed
-
-
-def unpack_stream(
-    kind: str, packed: bytes, arrays: Sequence[np.ndarray], coder: str, grids: Sequence[CodeGrid]
-) -> Sequence[np.ndarray]:
-    """What a stream holds for blank arrays; refuses what they cannot be."""
-    if kind == "steps":
-        steps = decode_numbers(packed, [a.size for a in arrays])
-        require(all(abs(index).max() <= MAX_SCALE_INDEX for index in steps), "steps out of range")
-        return [SCALES[index + MAX_SCALE_INDEX] for index in steps]
-    if kind == "codes" and coder == "ans":
-        return decode_codes(packed, grids)
-    ends = [0, *itertools.accumulate(a.nbytes for a in arrays)]
-    raw = find_compressor(coder)[1](packed, ends[-1] + 1)
-    require(
-        len(raw) == ends[-1],
-        f"stream {kind} does not hold the {ends[-1]} bytes that its tensors need",
-    )
-    found = [np.frombuffer(raw, a.dtype, a.size, n) for a, n in zip(arrays, ends, strict=False)]
-    require(all(np.isfinite(a).all() for a in found), "numbers that are not finite")
-    return found
-
-
-def unpack_group(packed: Mapping[str, bytes], stored: list[Quantized], coder: str) -> None:
-    """Fill in the blank tensors of a group; refuses streams that cannot hold them."""
-    streams = stream_slots(stored)
-    for kind in packed:
-        require(kind in streams, f"a stream {kind} that no tensor needs")
-    for kind in sorted(streams, reverse=True):  # codes are last: their coder knows the columns
-        blanks = [getattr(stored[i], name) for i, name in streams[kind]]
-        found = unpack_stream(kind, packed[kind], blanks, coder, code_grids(stored))
-        for (i, name), x, like in zip(streams[kind], found, blanks, strict=True):
-            largest = MAX_CODE if like.itemsize == 2 else 2 ** (stored[i].bits - 1) - 1
-            require(
-                kind != "codes" or abs(x.astype(np.int32)).max() <= largest,
-                f"codes beyond {stored[i].bits} bits",
-            )
-            filled: dict[str, Any] = {name: x.astype(like.dtype).reshape(like.shape)}
-            stored[i] = stored[i]._replace(**filled)
-
-
 def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha256: str) -> bytes:
-    """The artifact file's content; a function of its arguments to the byte."""
-    members = group_names(list(tensors), model_layout(cfg)[1])
-    packed = {
-        f"{kind}/{group}": stream
-        for group, names in members.items()
-        for kind, stream in pack_group([tensors[name] for name in names], cfg.compressor).items()
-    }
+    """The bytes of the artifact file; equal arguments give equal bytes."""
+    streams: dict[str, bytes] = {}
+    for group, names in group_names(list(tensors), model_layout(cfg)[1]).items():
+        packed = pack_group([tensors[name] for name in names], cfg.compressor)
+        streams |= {f"{kind}/{group}": stream for kind, stream in packed.items()}
     header = {
         "model": {name: getattr(cfg, name) for name in SHAPE_KNOBS},
         "tokenizer_sha256": tokenizer_sha256,
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
-        "streams": [[kind, len(stream)] for kind, stream in packed.items()],
+        "streams": [[key, len(stream)] for key, stream in streams.items()],
     }
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = b"".join(
-        [ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)), head, *packed.values()]
-    )
+    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head))
+    body = b"".join([prefix, head, *streams.values()])
     return body + hashlib.sha256(body).digest()
 
 
+def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
+    """The model stored in a file, on the run's device; run.cfg takes the shape of that model.
+
+    Raises InputError if the file is damaged, belongs to another tokenizer or is too large.
+    """
+    try:
+        header, body = decode_header(run.run_on_rank0(path.read_bytes))
+        require(
+            header["tokenizer_sha256"] == tokenizer_sha256,
+            "it was trained with another tokenizer than the data set's",
+        )
+        check_shape_knobs(header["model"])
+        run.cfg = dataclasses.replace(run.cfg, **header["model"])
+        problems = check_eval_context(run.cfg)
+        require(not problems, "; ".join(problems))
+        weights = dequantize_all(decode_tensors(header, body, *model_layout(run.cfg)))
+    except Exception as error:  # strange bytes raise errors of all kinds: of numpy, JSON, coders
+        raise InputError(f"cannot use the artifact {path}: {error}") from error
+    return build_model(run, weights)
+
+
+def check_shape_knobs(knobs: Mapping[str, Any]) -> None:
+    """Refuse a header whose knobs are not exactly those of a model, each of its type."""
+    types = get_type_hints(Config)
+    differences = sorted(knobs.keys() ^ set(SHAPE_KNOBS))
+    require(not differences, f"its knobs are not the model's: {differences}")
+    for name, value in knobs.items():
+        is_finite = type(value) is not float or math.isfinite(value)
+        require(
+            type(value) is types[name] and is_finite,
+            f"{name.upper()}={value!r} is not a valid {types[name].__name__}",
+        )
+
+
 def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and streams of an artifact whose checksum, magic and lengths are right."""
+    """Header and streams of an artifact; InputError if checksum, magic or version is wrong."""
     require(
         len(payload) >= ARTIFACT_PREFIX.size + CHECKSUM_BYTES,
         f"{len(payload)} bytes are too few for an artifact",
@@ -4794,7 +4454,7 @@ def decode_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     groups: Mapping[str, str],
 ) -> dict[str, Quantized]:
-    """The stored tensors by name; names and shapes must be exactly the model's."""
+    """The stored tensors by name; InputError unless they are exactly those of the model."""
     specs, coder = {name: spec for name, *spec in header["tensors"]}, header["compressor"]
     require(
         specs.keys() == shapes.keys(),
@@ -4803,58 +4463,542 @@ def decode_tensors(
     size = sum(math.prod(shape) for shape in shapes.values())
     limit = min(MAX_WEIGHTS, max(SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE * len(body)))
     require(size <= limit, f"{size} weights; {len(body)} bytes may hold at most {limit}")
+    packed = split_streams(header["streams"], body)
+    members, tensors = group_names(list(specs), groups), dict[str, Quantized]()
+    require(packed.keys() == members.keys(), f"streams of {[*packed]} for {[*members]}")
+    for group, names in members.items():
+        stored = [empty_tensor(name, specs[name], shapes[name], coder) for name in names]
+        unpack_group(packed[group], stored, coder)
+        tensors |= zip(names, stored, strict=True)
+    return tensors
+
+
+def split_streams(entries: Sequence[Any], body: bytes) -> dict[str, dict[str, bytes]]:
+    """The streams by group and kind, for entries [kind/group, number of bytes]."""
     packed: dict[str, dict[str, bytes]] = {}
     position = 0
-    for key, num_bytes in header["streams"]:
+    for key, num_bytes in entries:
         kind, _, group = key.partition("/")
         require(type(num_bytes) is int and num_bytes > 0, f"stream {key} of {num_bytes} bytes")
         packed.setdefault(group, {})[kind] = body[position : position + num_bytes]
         position += num_bytes
     require(position == len(body), f"{len(body)} bytes of streams, {position} declared")
-    members, tensors = group_names(list(specs), groups), dict[str, Quantized]()
-    require(packed.keys() == members.keys(), f"streams of {[*packed]} for {[*members]}")
-    for group, names in members.items():
-        blanks = [empty_tensor(name, specs[name], shapes[name], coder) for name in names]
-        unpack_group(packed[group], blanks, coder)
-        tensors |= zip(names, blanks, strict=True)
-    return tensors
+    return packed
 
 
 def dequantize_all(tensors: Mapping[str, Quantized]) -> dict[str, Tensor]:
-    """The weights by name."""
+    """The weights by name, in float32."""
     return {name: tensor.dequantized() for name, tensor in tensors.items()}
 
 
 def artifact_sizes(payload: bytes) -> dict[str, int]:
-    """Bytes of an artifact by group of tensors, codes and steps apart, and what frames them."""
+    """Bytes of an artifact by tensor group and kind of stream, and those of header and checksum."""
     header, body = decode_header(payload)
-    sizes = {"_".join([*key.split("/")[::-1], "bytes"]): size for key, size in header["streams"]}
-    return {**sizes, "frame_bytes": len(payload) - len(body)}
+    sizes = {"frame_bytes": len(payload) - len(body)}
+    streams = {"_".join([*key.split("/")[::-1], "bytes"]): size for key, size in header["streams"]}
+    return {**streams, **sizes}
 
 
-def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
-    """The model that a file holds, whose shape run.cfg takes on; InputError unless it is sound."""
-    try:
-        header, body = decode_header(run.run_on_rank0(path.read_bytes))
-        require(
-            header["tokenizer_sha256"] == tokenizer_sha256,
-            "it was trained with another tokenizer than the data set's",
-        )
-        knobs, kinds = header["model"], get_type_hints(Config)
-        strangers = sorted(knobs.keys() ^ set(SHAPE_KNOBS))
-        require(not strangers, f"its knobs are not the model's: {strangers}")
-        for name, value in knobs.items():
-            finite = type(value) is not float or math.isfinite(value)
-            require(
-                type(value) is kinds[name] and finite,
-                f"{name.upper()}={value!r} is not a valid {kinds[name].__name__}",
+def model_layout(cfg: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shape and quantization group of every parameter of a model, without allocating it."""
+    with torch.device("meta"):
+        model = GPT(cfg, ATTENTION_BACKENDS["sdpa"](), torch.float32)
+    return (
+        {name: tuple(p.shape) for name, p in model.named_parameters()},
+        {name: role.quant_group for name, role in parameter_roles(model).items()},
+    )
+
+
+def group_names(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
+    """The stored names by quantization group; both are sorted."""
+    members: dict[str, list[str]] = {}
+    for name in sorted(names):
+        members.setdefault(groups[name], []).append(name)
+    return dict(sorted(members.items()))
+
+
+# Flags of a stored tensor: it has column scales, is on the trellis grid, has int16 codes, and has
+# scales from SCALES instead of fp16.
+COLUMN_SCALES, TRELLIS_GRID, INT16_CODES, INDEXED_SCALES = 1, 2, 4, 8
+
+
+def storage_spec(tensor: Quantized) -> list[int]:
+    """How the header describes a tensor: bits, number of row scales (0: plain fp16), flags."""
+    if tensor.scales is None:
+        return [PLAIN_BITS, 0, 0]
+    flags = (
+        COLUMN_SCALES * (tensor.columns is not None)
+        + TRELLIS_GRID * tensor.trellis
+        + INT16_CODES * (tensor.values.itemsize == 2)
+        + INDEXED_SCALES * (tensor.scales.itemsize == 4)
+    )
+    return [tensor.bits, len(tensor.scales), flags]
+
+
+def empty_tensor(name: str, spec: Sequence[int], shape: Sequence[int], coder: str) -> Quantized:
+    """A placeholder of the described storage, which takes no memory; InputError if impossible."""
+    is_possible = is_storage_spec(spec, shape, coder)
+    require(is_possible, f"{name} of shape {tuple(shape)} cannot be stored as {spec}")
+    bits, num_scales, flags = spec
+    if not num_scales:
+        return Quantized(bits, np.broadcast_to(np.float16(0), shape), None)
+    code_type = np.int16 if flags & INT16_CODES else np.int8
+    scale_type = np.float32 if flags & INDEXED_SCALES else np.float16
+    scales = np.broadcast_to(np.zeros((), scale_type), math.prod(shape))
+    return Quantized(
+        bits,
+        np.broadcast_to(np.zeros((), code_type), shape),
+        scales[:num_scales],
+        scales[: shape[1]] if flags & COLUMN_SCALES else None,
+        bool(flags & TRELLIS_GRID),
+    )
+
+
+def is_storage_spec(spec: Sequence[Any], shape: Sequence[int], coder: str) -> bool:
+    """Whether a tensor of this shape can be stored as [bits, number of scales, flags]."""
+    bits, num_scales, flags = spec
+    if not all(type(x) is int for x in spec):
+        return False
+    if bits == PLAIN_BITS:
+        return num_scales == 0 and flags == 0
+    size, num_flags = math.prod(shape), 16 if coder == "ans" else 8
+    divides = 0 < num_scales <= size and size % num_scales == 0
+    is_matrix = len(shape) == 2 and num_scales == shape[0]
+    needs_matrix = bool(flags & (COLUMN_SCALES | TRELLIS_GRID))
+    return bits in BITS and divides and 0 <= flags < num_flags and (is_matrix or not needs_matrix)
+
+
+def stream_slots(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]]:
+    """The arrays of each stream of a group: (index of the tensor, field of Quantized).
+
+    Streams: half (fp16 values and scales), codes, steps (scales from SCALES).
+    """
+    slots: dict[str, list[tuple[int, str]]] = {"half": [], "codes": [], "steps": []}
+    for i, tensor in enumerate(stored):
+        if tensor.scales is None:
+            slots["half"].append((i, "values"))
+            continue
+        scale_slots = slots["half" if tensor.scales.itemsize == 2 else "steps"]
+        scale_slots.append((i, "scales"))
+        if tensor.columns is not None:
+            scale_slots.append((i, "columns"))
+        slots["codes"].append((i, "values"))
+    return {kind: arrays for kind, arrays in slots.items() if arrays}
+
+
+def pack_group(stored: Sequence[Quantized], coder: str) -> dict[str, bytes]:
+    """The compressed streams of a group of tensors, by kind."""
+    packed, (compress, _) = dict[str, bytes](), find_compressor(coder)
+    for kind, slots in stream_slots(stored).items():
+        arrays = [getattr(stored[i], name) for i, name in slots]
+        if kind == "steps":
+            packed[kind] = encode_numbers(
+                [SCALES.searchsorted(scales) - MAX_SCALE_INDEX for scales in arrays]
             )
-        run.cfg = dataclasses.replace(run.cfg, **knobs)
-        require(not (problems := check_eval_context(run.cfg)), "; ".join(problems))
-        weights = dequantize_all(decode_tensors(header, body, *model_layout(run.cfg)))
-    except Exception as error:  # of the coders, of JSON, of numpy: whatever strange bytes lead to
-        raise InputError(f"cannot use the artifact {path}: {error}") from error
-    return build_model(run, weights)
+        elif kind == "codes" and coder == "ans":
+            packed[kind] = CodeCodec(code_grids(stored)).encode(arrays)
+        else:
+            packed[kind] = compress(b"".join(array.tobytes() for array in arrays))
+    return packed
+
+
+def unpack_group(packed: Mapping[str, bytes], stored: list[Quantized], coder: str) -> None:
+    """Replace the empty arrays of a group of tensors by those of its streams."""
+    streams = stream_slots(stored)
+    for kind in packed:
+        require(kind in streams, f"a stream {kind} that no tensor needs")
+    for kind in sorted(streams, reverse=True):  # codes come last: their contexts need the columns
+        empty = [getattr(stored[i], name) for i, name in streams[kind]]
+        arrays = unpack_stream(kind, packed[kind], empty, coder, code_grids(stored))
+        for (i, name), x, like in zip(streams[kind], arrays, empty, strict=True):
+            largest = MAX_CODE if like.itemsize == 2 else 2 ** (stored[i].bits - 1) - 1
+            require(
+                kind != "codes" or abs(x.astype(np.int32)).max() <= largest,
+                f"codes beyond {stored[i].bits} bits",
+            )
+            filled: dict[str, Any] = {name: x.astype(like.dtype).reshape(like.shape)}
+            stored[i] = stored[i]._replace(**filled)
+
+
+def unpack_stream(
+    kind: str, packed: bytes, empty: Sequence[np.ndarray], coder: str, grids: Sequence[CodeGrid]
+) -> Sequence[np.ndarray]:
+    """The arrays of a stream, of the sizes and types of `empty`; raises ValueError on damage."""
+    if kind == "steps":
+        indices = decode_numbers(packed, [array.size for array in empty])
+        in_range = all(abs(index).max() <= MAX_SCALE_INDEX for index in indices)
+        require(in_range, "scales out of range")
+        return [SCALES[index + MAX_SCALE_INDEX] for index in indices]
+    if kind == "codes" and coder == "ans":
+        return CodeCodec(grids).decode(packed)
+    offsets = [0, *itertools.accumulate(array.nbytes for array in empty)]
+    num_bytes = offsets.pop()
+    _, decompress = find_compressor(coder)
+    raw = decompress(packed, num_bytes + 1)
+    require(
+        len(raw) == num_bytes,
+        f"stream {kind} does not hold the {num_bytes} bytes that its tensors need",
+    )
+    arrays = [
+        np.frombuffer(raw, array.dtype, array.size, offset)
+        for array, offset in zip(empty, offsets, strict=True)
+    ]
+    require(all(np.isfinite(array).all() for array in arrays), "numbers that are not finite")
+    return arrays
+
+
+def find_compressor(name: str) -> Sequence[Callable[..., bytes]]:
+    """compress(raw) and decompress(packed, max_bytes); InputError if the package is missing."""
+    module_name, *functions = COMPRESSORS[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(
+            f"COMPRESSOR={name}: {error}; pip install -r requirements.txt, or choose another"
+        ) from error
+    return [functools.partial(function, module) for function in functions]
+
+
+def decompress_brotli(module: Any, packed: bytes, limit: int) -> bytes:
+    """At most `limit` bytes of a brotli stream."""
+    decoder, raw = module.Decompressor(), b""
+    while len(raw) < limit:
+        piece = decoder.process(packed, output_buffer_limit=limit)
+        if not piece:
+            break
+        raw, packed = raw + piece, b""
+    return raw[:limit]
+
+
+def unshuffle_bytes(raw: bytes) -> bytes:
+    """Undo raw[::2] + raw[1::2]: the first half of `raw` holds the bytes at even positions."""
+    return np.frombuffer(raw + bytes(len(raw) % 2), "u1").reshape(2, -1).T.tobytes()[: len(raw)]
+
+
+# Module, compress(module, raw), decompress(module, packed, max_bytes).
+ZLIB: Any = (
+    "zlib",
+    lambda m, raw: m.compress(raw, 9),
+    lambda m, packed, limit: m.decompressobj().decompress(packed, limit),
+)
+COMPRESSORS: dict[str, tuple[str, Callable[..., bytes], Callable[..., bytes]]] = {
+    "ans": ZLIB,  # for fp16 numbers; codes and indexed scales have a coder of their own
+    "zlib": ZLIB,
+    "lzma": (
+        "lzma",
+        lambda m, raw: m.compress(raw, preset=9 | m.PRESET_EXTREME),
+        lambda m, packed, limit: m.LZMADecompressor(memlimit=2**28).decompress(packed, limit),
+    ),
+    "zstd": (
+        "zstandard",
+        lambda m, raw: m.ZstdCompressor(level=22).compress(raw),
+        lambda m, packed, limit: (
+            m.ZstdDecompressor(max_window_size=2**27).stream_reader(packed).read(limit)
+        ),
+    ),
+    "brotli": ("brotli", lambda m, raw: m.compress(raw, quality=11, lgwin=24), decompress_brotli),
+    "brotli_shuffled": (  # separates the bytes of fp16 numbers (openai/parameter-golf#1394)
+        "brotli",
+        lambda m, raw: m.compress(raw[::2] + raw[1::2], quality=11, lgwin=24),
+        lambda m, packed, limit: unshuffle_bytes(decompress_brotli(m, packed, limit)),
+    ),
+}
+
+# Entropy coder of codes: asymmetric numeral systems (arXiv:1311.2540) of the library constriction,
+# with adaptive frequencies. The context of a code is its expected magnitude and its trellis
+# quantizer. The expected magnitude is the mean magnitude of its column so far, times a gain of its
+# row segment, which is stored. Contexts are integers, and floats see only + - * / and square roots,
+# so that every machine computes the same models.
+# Tensor suffixes: M matrices, C columns of all matrices, L segments (up to TRELLIS_SEGMENT rows of
+#                  a matrix), N columns of all segments, K contexts, W symbols, O x I a matrix.
+MAGNITUDE_ONE, FREQUENCY_ONE = 2**12, 1024  # fixed-point 1.0 of magnitudes and of frequencies
+PRIOR_ROWS, PRIOR_CODES = 32, 128  # weight of the initial column means and frequencies
+MEMORY_CODES = 2**16  # frequencies are halved beyond so many codes
+NUM_MAGNITUDES, UNIT_MAGNITUDE = 128, 56  # magnitude classes, 1/8 octave apart; the class of 1.0
+MAGNITUDES = np.array(
+    [round(MAGNITUDE_ONE * 2 ** ((j - UNIT_MAGNITUDE) / 8)) for j in range(NUM_MAGNITUDES)]
+)
+MAGNITUDE_EDGES = np.array(
+    [
+        round(MAGNITUDE_ONE * 2 ** ((j - UNIT_MAGNITUDE) / 8 + 1 / 16))
+        for j in range(NUM_MAGNITUDES - 1)
+    ]
+)
+MAX_GAIN, GAIN_CONTEXT = 16, 64  # gains in 1/4 octaves; they are coded like codes of this context
+NUMBERS_PER_ROW = 64  # of the matrix that encode_numbers makes
+
+
+class CodeGrid(NamedTuple):
+    """Shape of a matrix of codes, and what its reader knows before decoding."""
+
+    rows: int
+    columns: int
+    trellis: bool = False
+    column_log_scale_I: np.ndarray | int = 0  # expected magnitude of columns, in 1/8 octaves
+
+
+def code_grids(stored: Sequence[Quantized]) -> list[CodeGrid]:
+    """The grids of the coded tensors of a group."""
+    grids = []
+    for tensor in stored:
+        if tensor.scales is None:
+            continue
+        rows, log_scale_I = len(tensor.values if tensor.trellis else tensor.scales), 0
+        if tensor.columns is not None:
+            log_scale_I = MAX_SCALE_INDEX - SCALES.searchsorted(tensor.columns)
+        grids.append(CodeGrid(rows, tensor.values.size // rows, tensor.trellis, log_scale_I))
+    return grids
+
+
+class CodeCodec:
+    """Encoder and decoder of matrices of integers up to MAX_CODE, over one model of contexts.
+
+    The bytes are: the largest magnitude (2), the class of each matrix's mean magnitude (1 each),
+    the words of the ANS coder.
+    """
+
+    def __init__(self, grids: Sequence[CodeGrid]):
+        self.grids = grids
+
+    def encode(self, codes: Sequence[np.ndarray]) -> bytes:
+        """The bytes of the matrices; equal matrices give equal bytes on every machine."""
+        flat = np.concatenate([np.zeros(0, np.int32), *(c.ravel().astype(np.int32) for c in codes)])
+        largest = int(abs(flat).max(initial=0))
+        require(largest <= MAX_CODE, f"a code of magnitude {largest} exceeds {MAX_CODE}")
+        means = bytes(map(mean_magnitude_class, codes, self.grids))
+        model, messages = CodeModel(self.grids, largest, means), list[tuple[np.ndarray, Any]]()
+        for row in model.rows():
+            codes_N = flat[row.position_N]
+            gain_L = row.best_gains(codes_N)
+            messages += model.gains.encode(row.gain_context_L, gain_L)
+            messages += model.codes.encode(row.code_contexts(gain_L), codes_N)
+            model.update(row, gain_L, codes_N)
+        coder = constriction.stream.stack.AnsCoder()
+        for symbols, frequencies in reversed(messages):  # a stack: the last one in is read first
+            coder.encode_reverse(symbols, frequencies)
+        words = coder.get_compressed().astype("<u4")
+        return largest.to_bytes(2, "little") + means + words.tobytes()
+
+    def decode(self, payload: bytes) -> list[np.ndarray]:
+        """The int16 matrices that were encoded; ValueError if the bytes are damaged."""
+        largest, start = int.from_bytes(payload[:2], "little"), 2 + len(self.grids)
+        require(len(payload) >= start and largest <= MAX_CODE, "damaged codes: wrong head")
+        sizes = [grid.rows * grid.columns for grid in self.grids]
+        try:
+            flat = self.decode_flat(payload[2:start], payload[start:], largest, sum(sizes))
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
+            raise ValueError(f"damaged codes: {error}") from error
+        parts = np.split(flat.astype(np.int16), np.cumsum(sizes))
+        return [part.reshape(g[:2]) for part, g in zip(parts, self.grids, strict=False)]
+
+    def decode_flat(self, means: bytes, words: bytes, largest: int, size: int) -> np.ndarray:
+        """All codes in one array."""
+        coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
+        model, flat = CodeModel(self.grids, largest, means), np.zeros(size, np.int32)
+        for row in model.rows():
+            gain_L = model.gains.decode(row.gain_context_L, coder)
+            codes_N = model.codes.decode(row.code_contexts(gain_L), coder)
+            flat[row.position_N] = codes_N
+            model.update(row, gain_L, codes_N)
+        require(coder.is_empty(), "more bytes than the codes need")
+        return flat
+
+
+def mean_magnitude_class(codes: np.ndarray, grid: CodeGrid) -> int:
+    """Class of a matrix's mean magnitude, relative to the known magnitudes of its columns."""
+    size_OI = abs(codes.reshape(grid[:2]) * 2.0 ** (-grid.column_log_scale_I / 8))
+    mean = size_OI.sum() / max(size_OI.size, 1) * MAGNITUDE_ONE
+    return int(MAGNITUDE_EDGES.searchsorted(mean))
+
+
+class CodeRow(NamedTuple):
+    """One row of every segment that has it, and what the model expects of its codes."""
+
+    first_L: np.ndarray  # index of each segment's first code in arrays over N
+    segment_N: np.ndarray
+    column_N: np.ndarray
+    position_N: np.ndarray  # in the array of all codes
+    state_N: np.ndarray  # of the trellis
+    expected_C: np.ndarray  # mean magnitude of each column, in fixed point
+
+    @property
+    def gain_context_L(self) -> np.ndarray:
+        return np.full(len(self.first_L), GAIN_CONTEXT)
+
+    def best_gains(self, codes_N: np.ndarray) -> np.ndarray:
+        """The gain of each segment, in 1/4 octaves, which makes its expected magnitudes right."""
+        size_L = np.add.reduceat(abs(codes_N) * float(MAGNITUDE_ONE), self.first_L)
+        expected_L = np.add.reduceat(self.expected_C[self.column_N], self.first_L)
+        gain_L = np.rint(4 * np.log2((size_L + 1) / (expected_L + 1)))
+        return gain_L.clip(-MAX_GAIN, MAX_GAIN).astype(np.int32)
+
+    def code_contexts(self, gain_L: np.ndarray) -> np.ndarray:
+        """Context of each code: 128 * quantizer + class of its expected magnitude."""
+        class_N = MAGNITUDE_EDGES.searchsorted(self.expected_C)[self.column_N]
+        class_N = (class_N + 2 * gain_L[self.segment_N]).clip(0, NUM_MAGNITUDES - 1)
+        return class_N.astype(np.uint8) | (self.state_N & 1) << np.uint8(7)
+
+
+class CodeModel:
+    """Contexts and frequencies, which encoder and decoder update with the same codes."""
+
+    def __init__(self, grids: Sequence[CodeGrid], largest: int, means: bytes):
+        # Longer segments come first, so that the segments that have a row are the first ones.
+        segments = sorted(
+            (
+                (min(TRELLIS_SEGMENT, grid.rows - first_row), matrix, first_row)
+                for matrix, grid in enumerate(grids)
+                if grid.columns
+                for first_row in range(0, grid.rows, TRELLIS_SEGMENT)
+            ),
+            reverse=True,
+        )
+        self.rows_L, matrix_L, first_row_L = np.array(segments, np.int64).reshape(-1, 3).T
+        rows_M, columns_M, trellis_M = np.array([g[:3] for g in grids], np.int64).reshape(-1, 3).T
+        self.end_L = columns_M[matrix_L].cumsum()
+        self.first_L = self.end_L - columns_M[matrix_L]
+        self.segment_N = np.arange(len(segments)).repeat(columns_M[matrix_L])
+        matrix_N = matrix_L[self.segment_N]
+        within_N = np.arange(len(matrix_N)) - self.first_L[self.segment_N]
+        self.column_N = within_N + (columns_M.cumsum() - columns_M)[matrix_N]
+        self.width_N, self.trellis_N = columns_M[matrix_N], trellis_M[matrix_N]
+        first_code_M = (rows_M * columns_M).cumsum() - rows_M * columns_M
+        row_start_N = first_row_L[self.segment_N] * self.width_N
+        self.position_N = within_N + first_code_M[matrix_N] + row_start_N
+        self.state_N = np.zeros(len(matrix_N), np.int8)
+        class_C = initial_classes(grids, means)
+        self.sum_C, self.count_C = (
+            PRIOR_ROWS * MAGNITUDES[class_C],
+            np.full(len(class_C), PRIOR_ROWS),
+        )
+        self.codes, self.gains = FrequencyTables(largest + 1), FrequencyTables(MAX_GAIN + 1)
+
+    def rows(self) -> Iterator[CodeRow]:
+        """The rows in coding order; `update` must be called before the next one is taken."""
+        for row in range(self.rows_L.max(initial=0)):
+            num_segments = int((self.rows_L > row).sum())
+            end = self.end_L[num_segments - 1]
+            yield CodeRow(
+                self.first_L[:num_segments],
+                self.segment_N[:end],
+                self.column_N[:end],
+                self.position_N[:end] + row * self.width_N[:end],
+                self.state_N[:end],
+                self.sum_C // self.count_C,
+            )
+
+    def update(self, row: CodeRow, gain_L: np.ndarray, codes_N: np.ndarray) -> None:
+        """Advance trellis states and column means by a row of codes."""
+        parity_N = codes_N & self.trellis_N[: len(codes_N)]  # 0 on a uniform grid
+        self.state_N = NEXT_STATES[2 * row.state_N + parity_N]
+        unit_N = MAGNITUDES[UNIT_MAGNITUDE - 2 * gain_L][row.segment_N]
+        size_C = np.bincount(row.column_N, abs(codes_N) * unit_N, len(self.sum_C))
+        self.sum_C += size_C.astype(np.int64)
+        self.count_C += np.bincount(row.column_N, minlength=len(self.sum_C))
+
+
+def initial_classes(grids: Sequence[CodeGrid], means: bytes) -> np.ndarray:
+    """Class of the expected magnitude of every column of all matrices, before any code."""
+    classes = [np.zeros(0)]
+    for grid, mean in zip(grids, means, strict=True):
+        classes.append(np.zeros(grid.columns) + mean + grid.column_log_scale_I)
+    return np.concatenate(classes).astype(np.int64).clip(0, NUM_MAGNITUDES - 1)
+
+
+class FrequencyTables:
+    """Adaptive frequencies of the symbols -half to half - 1, by context.
+
+    They are symmetric about 0; in contexts of the quantizer Q1, whose value is code + 1/2, about
+    -1/2.
+    """
+
+    def __init__(self, half: int):
+        self.half, self.counts_KW = half, np.zeros((2 * NUM_MAGNITUDES, 2 * half), np.int64)
+
+    def encode(self, context_N: np.ndarray, symbol_N: np.ndarray) -> list[tuple[np.ndarray, Any]]:
+        """Symbols and entropy model of each context, in the order in which they are decoded."""
+        order_N, contexts_K, number_K = sort_contexts(context_N)
+        index_N = symbol_N[order_N].astype(np.int32) + np.int32(self.half)
+        messages = zip(
+            np.split(index_N, number_K.cumsum()[:-1]), self.entropy_models(contexts_K), strict=True
+        )
+        self.update(contexts_K, number_K, index_N)
+        return list(messages)
+
+    def decode(self, context_N: np.ndarray, coder: Any) -> np.ndarray:
+        """The symbols that the coder holds for these contexts."""
+        order_N, contexts_K, number_K = sort_contexts(context_N)
+        models = self.entropy_models(contexts_K)
+        index_N = np.concatenate(
+            [coder.decode(model, n) for model, n in zip(models, number_K.tolist(), strict=True)]
+        )
+        self.update(contexts_K, number_K, index_N)
+        symbol_N = np.empty_like(index_N)
+        symbol_N[order_N] = index_N - np.int32(self.half)
+        return symbol_N
+
+    def entropy_models(self, contexts_K: np.ndarray) -> list[Any]:
+        """The current distribution of each context."""
+        is_new_K = self.counts_KW[contexts_K, 0] == 0
+        for context in contexts_K[is_new_K].tolist():
+            self.counts_KW[context] = self.initial_counts(context)
+        return [
+            constriction.stream.model.Categorical(counts_W, perfect=False)
+            for counts_W in self.counts_KW[contexts_K].astype(np.float64)  # float32 is rounded
+        ]
+
+    def initial_counts(self, context: int) -> np.ndarray:
+        """A two-sided geometric distribution with the mean magnitude of the context."""
+        quantizer, magnitude_class = divmod(context, NUM_MAGNITUDES)
+        mean = MAGNITUDES[magnitude_class] / MAGNITUDE_ONE
+        power_W = np.full(self.half + 1, mean / (1 + math.sqrt(1 + mean * mean))).cumprod()
+        weight_W = power_W[abs(2 * np.arange(-self.half, self.half) + quantizer) // 2]
+        weight_W *= PRIOR_CODES * FREQUENCY_ONE / math.fsum(weight_W)
+        return weight_W.astype(np.int64) + 1
+
+    def update(self, contexts_K: np.ndarray, number_K: np.ndarray, index_N: np.ndarray) -> None:
+        """Count symbols, sorted by context, and their mirror images."""
+        counts_KW, width = self.counts_KW[contexts_K], 2 * self.half
+        cell_N = np.repeat(np.arange(len(contexts_K)) * width, number_K) + index_N
+        seen_KW = np.bincount(cell_N, minlength=counts_KW.size).reshape(counts_KW.shape)
+        mirrored_KW = seen_KW[:, ::-1].copy()
+        is_q0_K = contexts_K < NUM_MAGNITUDES
+        mirrored_KW[is_q0_K] = np.roll(mirrored_KW[is_q0_K], 1, axis=1)
+        counts_KW += (seen_KW + mirrored_KW) * (FREQUENCY_ONE // 2)
+        is_full_K1 = counts_KW.sum(axis=1, keepdims=True) > MEMORY_CODES * FREQUENCY_ONE
+        self.counts_KW[contexts_K] = counts_KW - counts_KW // 2 * is_full_K1
+
+
+def sort_contexts(context_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A stable order by context, the contexts that occur, and how often each one does."""
+    number_K = np.bincount(context_N)
+    contexts_K = number_K.nonzero()[0]
+    return context_N.argsort(kind="stable"), contexts_K, number_K[contexts_K]
+
+
+def number_grid(length: int) -> CodeGrid:
+    rows = max(-(-length // NUMBERS_PER_ROW), 1)
+    return CodeGrid(rows, -(-length // rows))
+
+
+def encode_numbers(arrays: Sequence[np.ndarray]) -> bytes:
+    """Vectors of integers within MAX_CODE of their median, coded as one matrix of differences."""
+    medians = np.array([np.median(a) if a.size else 0 for a in arrays]).astype("<i2")
+    differences = np.concatenate([a - median for a, median in zip(arrays, medians, strict=True)])
+    grid = number_grid(len(differences))
+    matrix_OI = np.resize(differences, grid[:2])  # padded by repeating
+    return medians.tobytes() + CodeCodec([grid]).encode([matrix_OI])
+
+
+def decode_numbers(payload: bytes, lengths: Sequence[int]) -> list[np.ndarray]:
+    """The vectors that encode_numbers was given; ValueError if the bytes are damaged."""
+    start = 2 * len(lengths)
+    (matrix_OI,) = CodeCodec([number_grid(sum(lengths))]).decode(payload[start:])
+    parts = np.split(matrix_OI.ravel().astype(np.int64), np.cumsum(lengths))  # the last: padding
+    medians = np.frombuffer(payload[:start], "<i2")
+    return [part + median for part, median in zip(parts, medians, strict=False)]
 
 
 @functools.cache  # an edit during the run must not change what ran

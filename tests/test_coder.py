@@ -1,5 +1,6 @@
 """The entropy coder gives back what it was given, near its entropy, and refuses damaged bytes."""
 
+import hashlib
 import math
 import time
 
@@ -8,6 +9,14 @@ import pytest
 
 import train_gpt as coder
 from train_gpt import CodeGrid
+
+
+def encode_codes(codes, grids):
+    return coder.CodeCodec(grids).encode(codes)
+
+
+def decode_codes(payload, grids):
+    return coder.CodeCodec(grids).decode(payload)
 
 
 def matrix(rows, columns, seed=0, spread=0.0, limit=127):
@@ -37,9 +46,9 @@ SHAPES = [(1, 1), (1, 70), (70, 1), (256, 3), (257, 5), (0, 4), (3, 0), (600, 17
 def test_codes_come_back_and_are_the_same_bytes_twice(shapes, trellis):
     codes = [matrix(*shape)[0] for shape in shapes]
     grids = [CodeGrid(rows, columns, trellis) for rows, columns in shapes]
-    payload = coder.encode_codes(codes, grids)
-    assert payload == coder.encode_codes(codes, grids)
-    decoded = coder.decode_codes(payload, grids)
+    payload = encode_codes(codes, grids)
+    assert payload == encode_codes(codes, grids)
+    decoded = decode_codes(payload, grids)
     assert len(decoded) == len(codes)
     assert all(map(np.array_equal, decoded, codes))
 
@@ -49,28 +58,60 @@ def test_codes_up_to_the_limit_come_back(limit):
     codes_OI = np.random.default_rng(0).integers(-limit, limit + 1, (200, 9))
     codes_OI[0, 0] = limit
     grids = [CodeGrid(200, 9)]
-    (decoded_OI,) = coder.decode_codes(coder.encode_codes([codes_OI], grids), grids)
+    (decoded_OI,) = decode_codes(encode_codes([codes_OI], grids), grids)
     assert np.array_equal(decoded_OI, codes_OI)
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_encoder_and_decoder_drive_the_same_model(trellis, monkeypatch):
+    # Every context, every distribution and every update, in order.
+    events = []
+    models, update = coder.FrequencyTables.entropy_models, coder.CodeModel.update
+
+    def entropy_models(tables, contexts_K):
+        found = models(tables, contexts_K)
+        events.append((contexts_K.tolist(), tables.counts_KW.tobytes()))
+        return found
+
+    def update_model(model, row, gain_L, codes_N):
+        update(model, row, gain_L, codes_N)
+        events.append((gain_L.tolist(), codes_N.tolist(), model.sum_C.tolist()))
+
+    monkeypatch.setattr(coder.FrequencyTables, "entropy_models", entropy_models)
+    monkeypatch.setattr(coder.CodeModel, "update", update_model)
+    shapes = [(300, 5), (7, 3), (1, 20)]
+    grids = [CodeGrid(*shape, trellis) for shape in shapes]
+    payload = encode_codes([matrix(*shape)[0] for shape in shapes], grids)
+    written = events.copy()
+    events.clear()
+    decode_codes(payload, grids)
+    assert len(written) == 3 * 256 and events == written
+
+
+def test_the_bytes_are_those_of_the_format():
+    codes_OI, _ = matrix(300, 40, spread=0.5)
+    payload = encode_codes([codes_OI, codes_OI[:9]], [CodeGrid(300, 40, True), CodeGrid(9, 40)])
+    assert hashlib.sha256(payload).hexdigest()[:16] == "@@"
 
 
 def test_a_code_beyond_the_limit_is_refused():
     with pytest.raises(ValueError, match="1024 exceeds 1023"):
-        coder.encode_codes([np.full((2, 2), 1024)], [CodeGrid(2, 2)])
+        encode_codes([np.full((2, 2), 1024)], [CodeGrid(2, 2)])
 
 
 @pytest.mark.parametrize(("spread", "excess"), [(0.0, 1.002), (0.3, 1.005), (1.0, 1.015)])
 def test_codes_take_little_more_than_if_their_columns_were_known(spread, excess):
     codes_OI, deviation_I = matrix(2048, 256, spread=spread)
-    payload = coder.encode_codes([codes_OI], [CodeGrid(*codes_OI.shape)])
+    payload = encode_codes([codes_OI], [CodeGrid(*codes_OI.shape)])
     assert 8 * len(payload) < excess * exact_bits(codes_OI, deviation_I)
 
 
-def test_known_loudness_of_columns_saves_learning_it():
+def test_known_magnitudes_of_columns_save_learning_them():
     codes_OI, deviation_I = matrix(64, 512, spread=1.0)
     eighths_I = np.rint(8 * np.log2(deviation_I / 2.4)).astype(np.int64)
     blind, told = (
-        len(coder.encode_codes([codes_OI], [CodeGrid(64, 512, column_log_scale_I=loudness_I)]))
-        for loudness_I in (0, eighths_I)
+        len(encode_codes([codes_OI], [CodeGrid(64, 512, column_log_scale_I=log_scale_I)]))
+        for log_scale_I in (0, eighths_I)
     )
     assert 8 * told < 1.015 * exact_bits(codes_OI, deviation_I)
     assert told < 0.985 * blind
@@ -80,7 +121,7 @@ def test_a_gain_for_each_row_saves_when_rows_differ():
     codes_OI, _ = matrix(512, 256)
     mixed_OI = np.where(np.arange(512)[:, None] % 2, codes_OI, codes_OI // 4)
     whole, even, odd = (
-        len(coder.encode_codes([c], [CodeGrid(*c.shape)]))
+        len(encode_codes([c], [CodeGrid(*c.shape)]))
         for c in (mixed_OI, mixed_OI[::2], mixed_OI[1::2])
     )
     assert whole < 1.01 * (even + odd)
@@ -94,8 +135,7 @@ def test_the_state_of_the_trellis_is_a_context():
         parity_I = codes_OI[row::256] & 1
         state_I = coder.NEXT_STATES[2 * state_I + parity_I]
     plain, walked = (
-        len(coder.encode_codes([codes_OI], [CodeGrid(1024, 64, trellis)]))
-        for trellis in (False, True)
+        len(encode_codes([codes_OI], [CodeGrid(1024, 64, trellis)])) for trellis in (False, True)
     )
     assert walked < 0.97 * plain
 
@@ -103,8 +143,8 @@ def test_the_state_of_the_trellis_is_a_context():
 def test_matrices_of_both_grids_share_their_tables():
     codes = [matrix(200, 32, seed)[0] for seed in range(8)]
     grids = [CodeGrid(200, 32, trellis) for trellis in [False, True] * 4]
-    together = len(coder.encode_codes(codes, grids))
-    apart = sum(len(coder.encode_codes([c], [g])) for c, g in zip(codes, grids, strict=True))
+    together = len(encode_codes(codes, grids))
+    apart = sum(len(encode_codes([c], [g])) for c, g in zip(codes, grids, strict=True))
     assert together < apart
 
 
@@ -127,12 +167,12 @@ def damaged(payload, rng):
 def test_damaged_bytes_raise_value_error_or_give_the_shapes():
     shapes, rng = [(150, 20), (3, 7), (40, 33)], np.random.default_rng(0)
     grids = [CodeGrid(*shape, trellis=shape != (3, 7)) for shape in shapes]
-    payload = coder.encode_codes([matrix(*shape)[0] for shape in shapes], grids)
+    payload = encode_codes([matrix(*shape)[0] for shape in shapes], grids)
     numbers = coder.encode_numbers([np.arange(50) % 7, np.arange(9)])
     started_s = time.monotonic()
     for _ in range(300):
         try:
-            assert [c.shape for c in coder.decode_codes(damaged(payload, rng), grids)] == shapes
+            assert [c.shape for c in decode_codes(damaged(payload, rng), grids)] == shapes
         except ValueError:
             pass
         try:
@@ -146,7 +186,7 @@ def test_damaged_bytes_raise_value_error_or_give_the_shapes():
 @pytest.mark.parametrize("payload", [b"", b"\0", bytes(6), b"\xff" * 64, bytes(64)])
 def test_bytes_that_are_no_codes_are_refused(payload):
     with pytest.raises(ValueError, match="damaged"):
-        coder.decode_codes(payload, [CodeGrid(5, 5)])
+        decode_codes(payload, [CodeGrid(5, 5)])
 
 
 def test_numbers_come_back_near_their_entropy():

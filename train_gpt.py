@@ -1128,7 +1128,12 @@ def write_atomic(path: Path, *pieces: bytes) -> None:
 
 
 def format_event(event: str, **values: Any) -> str:
-    """One log line `event key:value ...`; a key with a unit ends in it (_s, _ms, _bytes)."""
+    """One log line `event key:value ...`; a key with a unit ends in it (_s, _ms, _bytes).
+
+    A single pass is called legal: whether the run is compliant shows at its end.
+    """
+    if event.startswith("final_"):
+        values = {("legal" if key == "compliant" else key): v for key, v in values.items()}
     return " ".join([event, *(f"{key}:{format_value(value)}" for key, value in values.items())])
 
 

@@ -1239,7 +1239,12 @@ def write_atomic(path: Path, *pieces: bytes) -> None:
 
 
 def format_event(event: str, **values: Any) -> str:
-    """One log line `event key:value ...`; a key with a unit ends in it (_s, _ms, _bytes)."""
+    """One log line `event key:value ...`; a key with a unit ends in it (_s, _ms, _bytes).
+
+    A single pass is called legal: whether the run is compliant shows at its end.
+    """
+    if event.startswith("final_"):
+        values = {("legal" if key == "compliant" else key): v for key, v in values.items()}
     return " ".join([event, *(f"{key}:{format_value(value)}" for key, value in values.items())])
 
 
@@ -1312,6 +1317,16 @@ def log_setup(run: Run) -> None:
     run.append("train.log", f"{'=' * 30} source {'=' * 30}\n{source}\n{'=' * 68}")
     if run.is_main:
         write_atomic(run.directory / "train_gpt_source.py", source.encode())
+
+
+def data_identity(cfg: Config) -> dict[str, Any]:
+    """SHA-256 of the tokenizer and of the validation shards: what a resumed run compares."""
+    shards = [*find_shards(cfg, "val"), *find_shards(cfg, "val_bytes")]
+    hashes = "".join(hash_bytes(path.read_bytes()) for path in shards)
+    return {
+        "tokenizer_sha256": load_tokenizer(cfg)[1],
+        "val_sha256": hash_bytes(hashes.encode()),
+    }
 
 
 # --- 3. Data -------------------------------------------------------------------------------------
@@ -4281,8 +4296,8 @@ def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
     return -(mass_LIV / 2).clamp_min(1e-9).log2()
 
 
-# Two implementations: on the CPU viterbi_on_device takes twice as long as this one (3.8 and 2.0 s for
-# a matrix of 2048 x 512 on one core), and on a GPU this one's launches of tiny kernels would dominate.
+# Two implementations: on the CPU viterbi_on_device takes twice as long as this one (3.8 and 2.0 s
+# for a matrix of 2048 x 512 on one core), and on a GPU this one would launch too many tiny kernels.
 def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
     """Subset of each row on the cheapest path from state 0, for N segments (Viterbi), on the CPU.
 
@@ -4743,7 +4758,8 @@ def code_grids(stored: Sequence[Quantized]) -> list[CodeGrid]:
     for tensor in stored:
         if tensor.scales is None:
             continue
-        rows, log_scale_I = len(tensor.values if tensor.trellis else tensor.scales), 0
+        rows = len(tensor.values if tensor.trellis else tensor.scales)
+        log_scale_I: np.ndarray | int = 0
         if tensor.columns is not None:
             log_scale_I = MAX_SCALE_INDEX - SCALES.searchsorted(tensor.columns)
         grids.append(CodeGrid(rows, tensor.values.size // rows, tensor.trellis, log_scale_I))
@@ -6135,123 +6151,389 @@ class Mixer:
 
 
 # --- main ----------------------------------------------------------------------------------------
-def describe(cfg: Config) -> str:
-    """What a run with these knobs would train: shape, plan, groups and sizes; needs no data."""
-    with torch.device("meta"):
-        model = GPT(cfg, ATTENTION_BACKENDS["sdpa"](), torch.float32)
-    changed, knobs = changed_knobs(cfg), dataclasses.asdict(cfg)
-    sizes, groups = Counter[str](), Counter[str]()
-    for name, role in parameter_roles(model).items():
-        sizes[role.quant_group] += (count := model.get_parameter(name).numel())
-        groups[role.optim_group] += count
-    code, coded = len(pack_source(script_source())), sizes.keys() - {"gate", "control"}
-    solved = {group for group in coded if cfg.solves_scales and cfg.bits[group] < PLAIN_BITS}
-    bits = {**cfg.bits, **dict.fromkeys(solved, MAX_BITS_PER_WEIGHT)}
-    weights = int(sum(count * bits[group] for group, count in sizes.items()) / 8)
-    most = cfg.artifact_budget_bytes - code if cfg.solves_scales else weights
-    stored = {"weights": min(weights, most), "code": code}
-    stored |= {"total": sum(stored.values()), "budget": cfg.artifact_budget_bytes}
-    matrices, attention = flops_per_token(cfg)
-    return "\n".join(
-        [
-            *(f"{' *'[k.upper() in changed]} {k.upper()}={value}" for k, value in knobs.items()),
-            "",
-            format_event("model", params=sizes.total(), **sizes),
-            format_event("groups", **groups),
-            format_event("flops_per_token", matrices=matrices, attention=attention),
-            "plan block(skip row)>: " + format_schedule(model.schedule),
-            format_event("bytes_before_compression", **stored),
-        ]
+# main() reports errors and chooses the exit status; execute() is a run from start to end.
+
+
+def main() -> int:
+    """Run as the environment says; 0, or 1 (failed), 2 (bad input), 143 (stopped by a signal).
+
+    SIGTERM and SIGINT are ignored from its end on, so that the process ends with this status.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, raise_interrupted)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may be unable to encode a name
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        run_mode(os.environ)
+        ignore_signals()
+        return 0
+    except Exception as error:
+        expected = explain_error(error)
+        if expected is None:
+            raise
+        ignore_signals()
+        return report_error(expected)
+
+
+def run_mode(env: Mapping[str, str]) -> None:
+    """Print a description for MODE=describe; else start the run that the environment describes."""
+    cfg = config_from_env(env)
+    if cfg.mode == "describe":
+        if env.get("RANK", "0") == "0":
+            print(describe(cfg), flush=True)
+        return
+    with start_run(cfg, env) as run:
+        execute(run)
+
+
+def execute(run: Run) -> None:
+    """Train and export unless the artifact exists; read the artifact back, score it, report."""
+    cfg, trains = run.cfg, run.cfg.trains
+    artifact = artifact_path(run)
+    has_artifact = run.run_on_rank0(artifact.exists)
+    require(trains or has_artifact, f"ARTIFACT={artifact} does not exist; MODE=train makes one")
+    processor, tokenizer_sha256 = load_tokenizer(cfg)
+    validation = load_validation(cfg, processor) if trains else None
+    find_compressor(cfg.compressor)  # a missing package must not be found after the training
+    prepare_directory(run, artifact)
+    if validation is not None and not has_artifact:
+        train_and_write(run, artifact, validation, tokenizer_sha256)
+    sizes = check_sizes(run, artifact)
+    if cfg.mode == "train":
+        fail_over_budget(find_overruns(log_budget(run, sizes)))
+        return
+    with run.stage("read_artifact", "evaluation"):
+        model = read_artifact(artifact, run, tokenizer_sha256)
+    groups = run.run_on_rank0(lambda: artifact_sizes(artifact.read_bytes()))
+    run.log("bytes", **groups)
+    if validation is None:  # the artifact, not the environment, has the vocabulary's size
+        validation = load_validation(run.cfg, processor)
+    evaluate_and_log(run, model, validation, "quantized")
+    if cfg.eval_stride:
+        evaluate_and_log(run, model, validation, "sliding")
+    if cfg.adapts:
+        evaluate_and_log(run, model, validation, "ttt")
+    finish(run, sizes, groups)
+
+
+def artifact_path(run: Run) -> Path:
+    """The artifact that the run writes and scores; MODE=eval can score any."""
+    if run.cfg.artifact and not run.cfg.trains:
+        return Path(run.cfg.artifact)
+    return run.directory / "artifact.bin"
+
+
+# --- RUN_DIR: what a run finds there, and what it records
+
+
+def prepare_directory(run: Run, artifact: Path) -> None:
+    """Restore what this run has done in RUN_DIR before, write the packed script, open the log.
+
+    InputError if the folder holds a finished run, another run or files that no run has written.
+    """
+    state, identity = run.run_on_rank0(lambda: claim_directory(run, artifact))
+    run.ledger.update(state.get("ledger", {}))
+    run.scores.update(state.get("scores", {}))
+    log_setup(run)
+    run.log("data_identity", **identity["data"])
+
+
+def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rank 0: check RUN_DIR and write the packed script; the earlier state and the identity."""
+    cfg, directory = run.cfg, run.directory
+    check_own_files(directory)
+    require(
+        not (cfg.trains and (directory / "submission.json").exists()),
+        f"{directory} holds a finished run; set another RUN_ID or RUN_DIR",
+    )
+    code = pack_source(script_source())
+    identity = {
+        "config": dataclasses.asdict(cfg),
+        "code_sha256": hashlib.sha256(code).hexdigest(),
+        "data": data_identity(cfg),
+    }
+    state = find_earlier_state(run, artifact, identity)
+    write_atomic(directory / "train_gpt.py", code)
+    if cfg.trains and "artifact_sha256" not in state:
+        write_atomic(directory / "run_state.json", json.dumps(identity).encode())
+    for path in (directory / "train.log", directory / "metrics.jsonl"):
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            run.append(path.name, "")  # end the line that a kill cut short
+    return state, identity
+
+
+def check_own_files(directory: Path) -> None:
+    """Raise InputError if RUN_DIR holds foreign files under the names that a run writes."""
+    require_regular_file(directory / "train_gpt.py", PACKED_STUB.partition("lzma.dec")[0])
+    require_regular_file(directory / "train_gpt_source.py", '"""Train', "from __future__")
+    require_regular_file(directory / "train.log", "config ")
+    require_regular_file(directory / "metrics.jsonl", '{"event": ')
+    require_regular_file(directory / "run_state.json", "{")
+    submission, checkpoints = directory / "submission.json", directory / "checkpoint"
+    require_regular_file(submission, "{")
+    is_own = not submission.exists() or b'"source_sha256"' in submission.read_bytes()
+    require(is_own, f"{submission} was not written by a run; move it away")
+    if not os.path.lexists(checkpoints):
+        return
+    is_folder = checkpoints.is_dir() and not checkpoints.is_symlink()
+    require(is_folder, f"{checkpoints} is not a folder; move it away, or set another RUN_DIR")
+    for path in checkpoints.iterdir():
+        has_name = re.fullmatch(r"step_[0-9]{9,}(\.[0-9a-f]{32}\.tmp)?", path.name)
+        require(
+            has_name and path.is_dir() and not path.is_symlink(),
+            f"{path} is not a checkpoint of a run; move it away, or set another RUN_DIR",
+        )
+
+
+def find_earlier_state(run: Run, artifact: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Ledger and scores of the training that made RUN_DIR's artifact; empty if there is none.
+
+    InputError if the artifact or the checkpoints there are of another run.
+    """
+    cfg, path = run.cfg, run.directory / "run_state.json"
+    remedy = "set another RUN_ID or RUN_DIR"
+    is_own = artifact.resolve().parent == run.directory.resolve()
+    require(
+        is_own or not (run.directory / "artifact.bin").exists(),
+        f"{run.directory} holds another artifact than ARTIFACT={artifact}; {remedy}",
+    )
+    has_artifact = is_own and artifact.exists()
+    if has_artifact and cfg.trains:
+        require(cfg.resume, f"{artifact} exists; set RESUME=1 to score it, or another RUN_ID")
+        require(path.exists(), f"{artifact} exists, but not {path}; {remedy}")
+    is_continued = has_artifact or (cfg.resume and bool(checkpoint_folders(run)))
+    if not path.exists() or not is_continued:
+        return {}
+    try:
+        state = json.loads(read_regular_file(path, MAX_META_BYTES))
+        check_same_inputs(state, identity)
+        if has_artifact:
+            check_state(state, run)
+    except READ_ERRORS as error:
+        raise InputError(f"{path} does not fit this run: {error!s:.300}; {remedy}") from error
+    if not has_artifact:
+        return {}
+    if cfg.trains:
+        check_same_run(state["config"], cfg, artifact)
+    require(
+        hash_bytes(artifact.read_bytes()) == state["artifact_sha256"],
+        f"{artifact} is not the artifact that {path} records; {remedy}",
+    )
+    return state
+
+
+def check_same_inputs(state: Any, identity: Mapping[str, Any]) -> None:
+    """Raise InputError if an earlier state is of another script or another data set."""
+    require(isinstance(state, dict), "it is not an object")
+    is_same = state["code_sha256"] == identity["code_sha256"]
+    require(is_same, "it was written by another version of the script")
+    earlier, data = state["data"], identity["data"]
+    changed = [key for key in sorted(data.keys() & earlier.keys()) if data[key] != earlier[key]]
+    require(not changed, f"DATA_PATH or TOKENIZER_PATH now holds other data ({', '.join(changed)})")
+
+
+def check_state(state: Mapping[str, Any], run: Run) -> None:
+    """Raise InputError unless the entries of run_state.json have the right types and ranges.
+
+    The only score in it is that of the training: passes over the artifact are always run again.
+    """
+    ledger, scores = state["ledger"], state["scores"]
+    require(
+        ledger.keys() == run.ledger.keys() and all(map(is_duration, ledger.values())),
+        f"ledger does not hold the seconds of {', '.join(run.ledger)}",
+    )
+    require(scores.keys() == {"train_end"}, "scores must be those of train_end alone")
+    steps, train_s = scores["train_end"]["steps"], scores["train_end"]["train_s"]
+    is_count = type(steps) is int and 0 < steps <= state["config"]["iterations"]
+    require(is_count, f"steps {steps!r:.40} are not in [1, ITERATIONS]")
+    require(
+        is_duration(train_s) and train_s <= ledger["training"] + 1e-3,
+        f"train_s {train_s!r:.40} is not within the training's {ledger['training']} s",
     )
 
 
-def train_and_write(run: Run, artifact: Path, validation: Validation, tokenizer_sha: str) -> None:
-    """Train a model, score it as it is, quantise it and write the artifact."""
+def hash_bytes(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()
+
+
+# --- Training and export
+
+
+def train_and_write(
+    run: Run, artifact: Path, validation: Validation, tokenizer_sha256: str
+) -> None:
+    """Train a model, score its float weights, quantize it and write the artifact."""
     cfg = run.cfg
     stream = TokenStream(find_shards(cfg, "train"), cfg.vocab_size)
     loader = BatchLoader(cfg, stream, rank=run.rank, world_size=run.world_size)
     model = build_model(run)
-    num_params = sum(p.numel() for p in model.parameters())
+    num_params = sum(parameter.numel() for parameter in model.parameters())
     run.log("model", params=num_params, plan=format_schedule(model.schedule))
     run.log("data", train_tokens=stream.num_tokens, val_targets=validation.num_targets)
     trainer = train(run, model, loader, lambda: evaluate(run, model, validation, cfg.score_seq_len))
     evaluate_and_log(run, model, validation, "prequant")
-    found = dict[str, KroneckerHessian]()
+    hessians = dict[str, KroneckerHessian]()
     if cfg.quantizer == "gptq":
         with run.stage("calibrate", "training"):
-            found = calibrate(run, model, loader, trainer.progress)
-
-    def write() -> None:  # the state first: a continuation that finds the artifact needs it
-        payload = quantize_and_encode(run, model, found, tokenizer_sha)
-        state = {"ledger": run.ledger, "scores": run.scores, "config": dataclasses.asdict(cfg)}
-        write_atomic(run.directory / "run_state.json", json.dumps(state).encode())
-        write_atomic(artifact, payload)
-
+            hessians = calibrate(run, model, loader, trainer.progress)
     with run.stage("write_artifact"):
-        run.run_on_rank0(write)
+        run.run_on_rank0(lambda: write_artifact(run, artifact, model, hessians, tokenizer_sha256))
 
 
-def encode_model(
-    run: Run, model: GPT, stacks: Sequence[MatrixGroup], tokenizer_sha: str, multiplier: float
-) -> bytes:
-    """The artifact of the model with steps by this multiplier."""
-    run.check_signal()
-    tensors = quantize_model(run.cfg, model, stacks, multiplier)
-    payload = encode_artifact(run.cfg, tensors, tokenizer_sha)
-    run.log(
-        "quantized", multiplier=multiplier, artifact_bytes=len(payload), **code_statistics(tensors)
-    )
-    return payload
+def write_artifact(
+    run: Run,
+    artifact: Path,
+    model: GPT,
+    hessians: Mapping[str, KroneckerHessian],
+    tokenizer_sha256: str,
+) -> None:
+    """Rank 0: write the artifact, and before it the state that a restart then needs."""
+    payload = quantize_and_encode(run, model, hessians, tokenizer_sha256)
+    path = run.directory / "run_state.json"
+    state = json.loads(path.read_bytes()) | {
+        "ledger": run.ledger,
+        "scores": {"train_end": run.scores["train_end"]},
+        "artifact_sha256": hash_bytes(payload),
+    }
+    write_atomic(path, json.dumps(state).encode())
+    write_atomic(artifact, payload)
 
 
 def quantize_and_encode(
-    run: Run, model: GPT, found: Mapping[str, KroneckerHessian], tokenizer_sha: str
+    run: Run, model: GPT, hessians: Mapping[str, KroneckerHessian], tokenizer_sha256: str
 ) -> bytes:
-    """Rank 0: the artifact of the model, by steps that fill the byte budget if they are solved."""
-    cfg, stacks = run.cfg, group_matrices(run.cfg, model, found)
-    encode = functools.partial(encode_model, run, model, stacks, tokenizer_sha)
+    """Rank 0: the bytes of the artifact; solved scales are set so that it fills the budget."""
+    cfg, stacks = run.cfg, group_matrices(run.cfg, model, hessians)
+    encode = functools.partial(encode_model, run, model, stacks, tokenizer_sha256)
     if not cfg.solves_scales or not stacks:
         return encode(1.0)
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
     return fill_budget(stacks, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
 
 
-def close_ledger(run: Run) -> tuple[dict[str, float], list[str]]:
-    """Log the seconds spent and their bounds; return both, and which bounds were passed."""
-    cfg, spent = run.cfg, {name: round(elapsed_s, 3) for name, elapsed_s in run.ledger.items()}
-    limits = {"training": cfg.max_wallclock_seconds, "evaluation": cfg.eval_max_seconds}  # 0 = none
+def encode_model(
+    run: Run, model: GPT, stacks: Sequence[MatrixGroup], tokenizer_sha256: str, multiplier: float
+) -> bytes:
+    """The bytes of the artifact with all quantization scales times `multiplier`."""
+    run.check_signal()
+    tensors = quantize_model(run.cfg, model, stacks, multiplier)
+    payload = encode_artifact(run.cfg, tensors, tokenizer_sha256)
+    run.log(
+        "quantized", multiplier=multiplier, artifact_bytes=len(payload), **code_statistics(tensors)
+    )
+    return payload
+
+
+# --- Rules and results
+
+
+class Track(NamedTuple):
+    """The largest budgets that a competition track allows."""
+
+    total_bytes: int  # packed script and artifact
+    training_s: float
+    evaluation_s: float
+
+
+TRACKS = {  # a run under another name, such as demo, has only its own budgets
+    "track_10min_16mb": Track(16_000_000, 600.0, 600.0),
+    "track_h200_10min_16mb": Track(16_000_000, 600.0, 600.0),
+    "track_cpu_10min_1mb": Track(1_000_000, 600.0, 600.0),
+}
+FINAL_SCORES = ("final_ttt", "final_sliding", "final_quantized")  # the first one is the result
+
+
+class Verdict(NamedTuple):
+    """What the rules say of a run."""
+
+    final: str  # log event of the score that counts
+    overruns: list[str]  # budgets that the run has exceeded: it fails
+    reasons: list[str]  # why the run is not compliant; empty if it is
+
+
+def judge(
+    track: str, scores: Mapping[str, Mapping[str, Any]], budget: Mapping[str, Any]
+) -> Verdict:
+    """Choose the final score, and compare a run with its own budgets and with its track's.
+
+    `scores` are the values of the log events final_*, `budget` is that of submission.json.
+    """
+    final = next(name for name in FINAL_SCORES if name in scores)
+    score, overruns = scores[final], find_overruns(budget)
+    reasons = [*overruns, *find_loose_budgets(track, budget)]
+    if score["partial"]:
+        reasons.append("the score covers only a part of the validation text")
+    elif not score["compliant"]:
+        reasons.append("the score is by a method that the rules forbid (ALLOW_NONCOMPLIANT=1)")
+    return Verdict(final, overruns, reasons)
+
+
+def find_overruns(budget: Mapping[str, Any]) -> list[str]:
+    """The budgets that were exceeded; a budget of 0 is no limit."""
+    times, sizes = budget["time"], budget["bytes"]
+    amounts = {
+        "training took": (times["training_s"], times["training_budget_s"], "s"),
+        "evaluation took": (times["evaluation_s"], times["evaluation_budget_s"], "s"),
+        "code and artifact take": (sizes["total_bytes_max"], sizes["budget_bytes"], "bytes"),
+    }
+    return [
+        f"{name} {used:,} {unit} of {limit:,}"
+        for name, (used, limit, unit) in amounts.items()
+        if not 0 <= used <= (limit or math.inf)  # also for nan
+    ]
+
+
+def find_loose_budgets(track: str, budget: Mapping[str, Any]) -> list[str]:
+    """The budgets that are looser than the track allows."""
+    if track not in TRACKS:
+        return []
+    limits, times = TRACKS[track], budget["time"]
+    amounts = {
+        "ARTIFACT_BUDGET_BYTES": (budget["bytes"]["budget_bytes"], limits.total_bytes),
+        "MAX_WALLCLOCK_SECONDS": (times["training_budget_s"], limits.training_s),
+        "EVAL_MAX_SECONDS": (times["evaluation_budget_s"], limits.evaluation_s),
+    }
+    return [
+        f"{name}={value:g} is looser than the {limit:,} of {track}"
+        for name, (value, limit) in amounts.items()
+        if not 0 < value <= limit
+    ]
+
+
+def log_budget(run: Run, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Log the seconds spent; the entry `budget` of submission.json."""
+    spent = {name: round(elapsed_s, 3) for name, elapsed_s in run.ledger.items()}
     times = {
-        **{f"{name}_s": spent[name] for name in limits},
-        **{f"{name}_budget_s": limit for name, limit in limits.items()},
+        "training_s": spent["training"],
+        "evaluation_s": spent["evaluation"],
+        "training_budget_s": run.cfg.max_wallclock_seconds,
+        "evaluation_budget_s": run.cfg.eval_max_seconds,
     }
     run.log("ledger", **times, other_s=spent["other"])
-    return times, [
-        f"{name} took {spent[name]:.1f} s of {limit:.1f}"
-        for name, limit in limits.items()
-        if 0 < limit < spent[name]
-    ]
+    total = {"total_bytes_max": sizes["total_bytes"], "budget_bytes": sizes["budget_bytes"]}
+    return {"time": times, "bytes": total}
 
 
-def finish(run: Run, sizes: Mapping[str, Any]) -> None:
-    """Write submission.json; RunFailed for every bound passed."""
-    cfg, (times, problems) = run.cfg, close_ledger(run)
-    score = run.scores[
-        next(
-            name for name in ("final_ttt", "final_sliding", "final_quantized") if name in run.scores
-        )
-    ]
+def fail_over_budget(problems: Sequence[str]) -> None:
+    if problems:
+        raise RunFailed("; ".join(problems))
+
+
+def finish(run: Run, sizes: Mapping[str, int], groups: Mapping[str, int]) -> None:
+    """Write submission.json; RunFailed if a budget or TARGET_VAL_BPB was exceeded."""
+    cfg, budget = run.cfg, log_budget(run, sizes)
+    verdict = judge(cfg.track, run.scores, budget)
+    budget["bytes"]["groups"] = groups
+    score = run.scores[verdict.final]
     train_end = run.scores.get("train_end", {"steps": 0, "train_s": 0.0})
     result = {
         "val_bpb": score["val_bpb"],
         "val_loss": score["val_loss"],
         "steps": train_end["steps"],
         "train_s": train_end["train_s"],
-        "eval_s": times["evaluation_s"],
+        "eval_s": budget["time"]["evaluation_s"],
         "artifact_bytes": sizes["artifact_bytes"],
-    }
-    total = {
-        "total_bytes_max": sizes["total_bytes"],
-        **{key: sizes[key] for key in ("budget_bytes", "groups")},
     }
     report = {
         "author": cfg.submission_author,
@@ -6263,110 +6545,147 @@ def finish(run: Run, sizes: Mapping[str, Any]) -> None:
         "seeds": {str(cfg.seed): result},
         "artifact_bytes_max": sizes["artifact_bytes"],
         "code_bytes": sizes["code_bytes"],
-        "source_sha256": hashlib.sha256(script_source().encode()).hexdigest(),
+        "source_sha256": hash_bytes(script_source().encode()),
         "hardware": describe_hardware(run),
         "versions": VERSIONS,
         "previous": "",
-        "compliant": score["compliant"] and not problems,
-        "budget": {"time": times, "bytes": total},
+        "compliant": not verdict.reasons,
+        "budget": budget,
     }
     text = json.dumps(report, indent=2).encode()
     run.run_on_rank0(lambda: write_atomic(run.directory / "submission.json", text))
+    reasons = "; ".join(verdict.reasons) or "none"
+    run.log("submission", compliant=not verdict.reasons, reasons=reasons)
+    problems = verdict.overruns
     if 0 < cfg.target_val_bpb < score["val_bpb"]:
-        problems += [f"val_bpb {score['val_bpb']} is above TARGET_VAL_BPB={cfg.target_val_bpb}"]
-    if problems:
-        raise RunFailed("; ".join(problems))
+        problems.append(f"val_bpb {score['val_bpb']} is above TARGET_VAL_BPB={cfg.target_val_bpb}")
+    fail_over_budget(problems)
 
 
-def prepare_directory(run: Run, artifact: Path) -> None:
-    """Refuse a finished run's folder, recall what a run cut short there has done, open the log."""
-    cfg, folder, trains = run.cfg, run.directory, run.cfg.trains
-    code, state_path = folder / "train_gpt.py", folder / "run_state.json"
-    require(
-        not (run.broadcast_object((folder / "submission.json").exists()) and trains),
-        f"{folder} holds a finished run; set another RUN_ID or RUN_DIR",
-    )
-    own = artifact.resolve().parent == folder.resolve() and state_path.exists()
-    if run.broadcast_object(artifact.exists()) and (trains or run.broadcast_object(own)):
-        require(
-            cfg.resume or not trains,
-            f"{artifact} exists; set RESUME=1 to score it, or another RUN_ID",
+def describe(cfg: Config) -> str:
+    """Knobs, shape, layer schedule and sizes of the model that a run would train; needs no data."""
+    with torch.device("meta"):
+        model = GPT(cfg, ATTENTION_BACKENDS["sdpa"](), torch.float32)
+    sizes, groups = Counter[str](), Counter[str]()
+    for name, role in parameter_roles(model).items():
+        count = model.get_parameter(name).numel()
+        sizes[role.quant_group] += count
+        groups[role.optim_group] += count
+    matrices, attention = flops_per_token(cfg)
+    changed, lines = changed_knobs(cfg), list[str]()
+    for name, value in dataclasses.asdict(cfg).items():
+        mark = "*" if name.upper() in changed else " "
+        lines.append(f"{mark} {name.upper()}={format_line(str(value))}")
+    lines += [
+        "",
+        format_event("model", params=sizes.total(), **sizes),
+        format_event("groups", **groups),
+        format_event("flops_per_token", matrices=matrices, attention=attention),
+        "plan block(skip row)>: " + format_schedule(model.schedule),
+        format_event("bytes_before_compression", **estimate_bytes(cfg, sizes)),
+    ]
+    return "\n".join(lines)
+
+
+def estimate_bytes(cfg: Config, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of weights (by quantization group before compression) and code, and the budget."""
+    code_bytes = len(pack_source(script_source()))
+    bits: dict[str, float] = {**cfg.bits}
+    for group in sizes.keys() - {"gate", "control"}:
+        if cfg.solves_scales and cfg.bits[group] < PLAIN_BITS:
+            bits[group] = MAX_BITS_PER_WEIGHT
+    weight_bytes = int(sum(count * bits[group] for group, count in sizes.items()) / 8)
+    if cfg.solves_scales:
+        weight_bytes = min(weight_bytes, cfg.artifact_budget_bytes - code_bytes)
+    return {
+        "weights": weight_bytes,
+        "code": code_bytes,
+        "total": weight_bytes + code_bytes,
+        "budget": cfg.artifact_budget_bytes,
+    }
+
+
+# --- Signals and errors
+
+
+def raise_interrupted(number: int, frame: Any) -> None:
+    """Signal handler outside of a run's loops, where nothing has to be saved."""
+    ignore_signals()
+    raise Interrupted("stopped by a signal")
+
+
+def ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def explain_error(error: Exception) -> Exception | None:
+    """The error to report without a traceback; None for an error of the program itself."""
+    if isinstance(error, InputError | RunFailed | Interrupted | OSError):
+        return error
+    text = str(error).partition("\n")[0][:300]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return RunFailed(
+            f"out of memory ({text}); lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE, TTT_BATCH_SIZE "
+            "or the model's shape"
         )
-        try:
-            state = run.run_on_rank0(lambda: json.loads(state_path.read_bytes()))
-            whole = isinstance(state, dict) and state.keys() >= {"ledger", "scores", "config"}
-            require(whole, "ledger, scores or config is missing")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{artifact} exists, but not a whole {state_path}: {error}; set another RUN_ID"
-            ) from error
-        if trains:
-            check_same_run(state["config"], cfg, artifact)
-        run.ledger.update(state["ledger"])
-        run.scores.update(state["scores"])
-
-    def write_code() -> None:
-        is_own = code.exists() and code.samefile(__file__) and "PACKED_SOURCE" not in globals()
-        require(not is_own, f"RUN_DIR={folder} holds the running script; choose another folder")
-        write_atomic(code, pack_source(script_source()))
-
-    run.run_on_rank0(write_code)
-    for path in (folder / "train.log", folder / "metrics.jsonl"):
-        if run.is_main and path.exists() and not path.read_bytes().endswith(b"\n"):
-            run.append(path.name, "")  # end the line that a kill cut short
-    log_setup(run)
+    if dist.is_initialized() and re.search("gloo|NCCL|Connection (closed|reset)", str(error)):
+        if posted(PEER_MET_BAD_INPUT):
+            return InputError("another rank has met bad input, see its message")
+        return RunFailed(f"the connection to another rank is lost ({text})")
+    return None
 
 
-def execute(run: Run) -> None:
-    """The run as a table of contents."""
-    cfg, trains = run.cfg, run.cfg.trains
-    artifact = Path(cfg.artifact) if cfg.artifact and not trains else run.directory / "artifact.bin"
-    require(
-        trains or run.broadcast_object(artifact.exists()),
-        f"ARTIFACT={artifact} does not exist; MODE=train makes one",
-    )
-    processor, tokenizer_sha = load_tokenizer(cfg)
-    validation = load_validation(cfg, processor) if trains else None
-    find_compressor(cfg.compressor)  # a missing package must not be found after the training
-    prepare_directory(run, artifact)
-    if validation is not None and not run.broadcast_object(artifact.exists()):
-        train_and_write(run, artifact, validation, tokenizer_sha)
-    sizes = check_sizes(run, artifact)
-    if cfg.mode == "train":
-        if problems := close_ledger(run)[1]:
-            raise RunFailed("; ".join(problems))
-        return
-    with run.stage("read_artifact", "evaluation"):
-        model = read_artifact(artifact, run, tokenizer_sha)
-    sizes["groups"] = run.run_on_rank0(lambda: artifact_sizes(artifact.read_bytes()))
-    run.log("bytes", **sizes["groups"])
-    if validation is None:  # the artifact, not the environment, says which vocabulary it is
-        validation = load_validation(run.cfg, processor)
-    kinds = {"quantized": True, "sliding": cfg.eval_stride > 0, "ttt": cfg.adapts}
-    for kind in (kind for kind, is_on in kinds.items() if is_on):
-        evaluate_and_log(run, model, validation, kind)
-    finish(run, sizes)
+def report_error(error: Exception) -> int:
+    """Print an error once for all ranks that have it, and return the exit status.
+
+    A rank above 0 waits, and prints its error if rank 0 has reported none.
+    """
+    status = {InputError: 2, Interrupted: 143}.get(type(error), 1)
+    text, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK") or "0"
+    if rank == "0" or not (os.environ.get("WORLD_SIZE") or "").isdecimal():
+        print(text, file=sys.stderr, flush=True)
+        post(RANK0_REPORTED)
+    elif not rank0_reports(status):
+        print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        if status == 2:
+            post(PEER_MET_BAD_INPUT)
+    return status
 
 
-def main() -> int:
-    """Run as the environment says; the exit status is 0, 1 (failed), 2 (bad input) or 143."""
-    is_main = (env := os.environ).get("RANK", "0") == "0"
+# Keys in the store of the process group, which outlives a broken connection between two ranks.
+RANK0_REPORTED, PEER_MET_BAD_INPUT = "rank0_reported", "peer_met_bad_input"
+REPORT_WAIT_S = 5.0
+
+
+def rank0_reports(status: int) -> bool:
+    """Wait for rank 0's report. torchrun ends this process when rank 0 has ended with an error."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
+    deadline_s = time.monotonic() + REPORT_WAIT_S
+    reported = posted(RANK0_REPORTED)
+    while not reported and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+        reported = posted(RANK0_REPORTED)
+    ignore_signals()
+    return reported
+
+
+def post(key: str) -> None:
+    """Tell the other ranks, if there is a process group, that `key` holds."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.distributed_c10d._get_default_store().set(key, "1")
+
+
+def posted(key: str) -> bool:
+    """Whether a rank has posted `key`; also if rank 0, which may hold the store, has ended."""
+    if not dist.is_initialized():
+        return False
     try:
-        cfg = config_from_env(env)
-        if cfg.mode != "describe":
-            with start_run(cfg, env) as run:
-                execute(run)
-        elif is_main:
-            print(describe(cfg), flush=True)
-        return 0
-    except (InputError, RunFailed, Interrupted, OSError) as error:
-        if is_main:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # torchrun ends all ranks when the first has ended: rank 0 is to speak
-        return {InputError: 2, Interrupted: 143}.get(type(error), 1)
+        return bool(dist.distributed_c10d._get_default_store().check([key]))
+    except RuntimeError:
+        return True
 
 
 if __name__ == "__main__":
-    leave: Any = os._exit if dist.is_torchelastic_launched() else sys.exit
-    leave(main())  # gloo's threads may abort a rank whose interpreter is taken down as usual
+    os._exit(main())  # without the interpreter's teardown, which signals and gloo can abort

@@ -169,9 +169,9 @@ def run_script(
 
 def start_ranks(envs: list[dict[str, str]], cwd: Path, script: Path = SCRIPT) -> list[Process]:
     """Start one process a rank, joined as torchrun joins them; rank r has the variables envs[r]."""
-    with socket.socket() as check_normalization:
-        check_normalization.bind(("127.0.0.1", 0))
-        port = check_normalization.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     group = {"WORLD_SIZE": str(len(envs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         start({**env, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd, script)
@@ -241,11 +241,11 @@ def metrics(folder: Path, event: str) -> list[dict[str, Any]]:
 
 def losses(folder: Path) -> dict[int, float]:
     """Training loss by step; a step that was done again must have had the same loss."""
-    found: dict[int, float] = {}
+    by_step: dict[int, float] = {}
     for record in metrics(folder, "step"):
-        loss = found.setdefault(record["step"], record["train_loss"])
+        loss = by_step.setdefault(record["step"], record["train_loss"])
         assert loss == record["train_loss"], f"step {record['step']} had another loss before"
-    return found
+    return by_step
 
 
 def submission(folder: Path) -> dict[str, Any]:

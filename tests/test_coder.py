@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_codes_up_to_the_limit_come_back(limit):
 @pytest.mark.parametrize("trellis", [False, True])
 def test_encoder_and_decoder_drive_the_same_model(trellis, monkeypatch):
     # Every context, every distribution and every update, in order.
-    events = []
+    events: list[tuple[Any, ...]] = []
     models, update = coder.FrequencyTables.entropy_models, coder.CodeModel.update
 
     def entropy_models(tables, contexts_K):

@@ -15,7 +15,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -508,17 +507,69 @@ def assert_refused(results: list[Result], problem: str) -> None:
     assert problem in results[0].err and "InputError" not in results[1].err
 
 
-def test_a_rank_that_meets_bad_input_leaves_rank_0_the_time_to_say_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    waits = list[float]()
-    monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setenv("SEED", "x")
-    for rank, said in ("0", 1), ("1", 0):
-        monkeypatch.setenv("RANK", rank)
-        assert train_gpt.main() == 2
-        assert capsys.readouterr().err.count("SEED='x' is not a valid int") == said
-    assert len(waits) == 1 and waits[0] >= 1
+BAD_INPUT_OF_RANK_1 = {
+    "missing data set": ({"DATA_PATH": "nowhere"}, "no tokenizer at nowhere/tokenizer.model"),
+    "missing tokenizer": ({"TOKENIZER_PATH": "t.model"}, "no tokenizer at t.model"),
+    "vocabulary": ({"VOCAB_SIZE": "500"}, "VOCAB_SIZE=500 does not match the tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT_OF_RANK_1)
+def test_bad_input_of_one_rank_is_named_by_that_rank(data: TinyData, work: Path, name: str):
+    knobs, problem = BAD_INPUT_OF_RANK_1[name]
+    env = run_environment(data)
+    results = run_ranks([env, {**env, **knobs}], work)
+    assert [result.status for result in results] == [2, 2], results[0].err
+    assert f"rank 1: InputError: {problem}" in said(results[1])
+    assert "InputError: another rank has met bad input" in said(results[0])
+    assert "Traceback" not in results[0].err + results[1].err
+
+
+WRONG_RANKS = [
+    {"RANK": "abc", "WORLD_SIZE": "2"},
+    {"RANK": "1"},
+    {"RANK": "0", "WORLD_SIZE": "0"},
+    {"WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "2"},
+    {"RANK": "-1", "WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"},
+]
+
+
+@pytest.mark.parametrize("ranks", WRONG_RANKS)
+def test_rank_variables_that_describe_no_group_are_refused(ranks: dict[str, str]):
+    with pytest.raises(train_gpt.InputError, match="start with torchrun, or unset RANK"):
+        train_gpt.parse_ranks(ranks)
+
+
+@pytest.mark.parametrize(
+    "ranks", [{}, {"RANK": "0"}, {"WORLD_SIZE": "", "RANK": ""}, {"RANK": "0", "WORLD_SIZE": "1"}]
+)
+def test_rank_variables_of_a_single_process_need_no_address(ranks: dict[str, str]):
+    assert train_gpt.parse_ranks(ranks) == (0, 1, 0)
+
+
+def test_leftover_rank_variables_end_with_2_and_one_line(data: TinyData, work: Path):
+    result = run_script({**run_environment(data), "RANK": "1"}, work)
+    assert result.status == 2 and len(result.err.splitlines()) == 1, result.err
+    assert "RANK=1: RANK must be below WORLD_SIZE (1)" in result.err
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 EiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"
+                     " memory: you tried to allocate 99 bytes"),
+    ],
+)  # fmt: skip
+def test_out_of_memory_is_one_message_of_a_failed_run(error: Exception):
+    reported = train_gpt.explain_error(error)
+    assert isinstance(reported, train_gpt.RunFailed)
+    assert "out of memory" in str(reported) and "MICRO_BATCH_TOKENS" in str(reported)
+    assert train_gpt.explain_error(RuntimeError("shapes differ")) is None
 
 
 def test_describe_speaks_once(work: Path):

@@ -90,6 +90,7 @@ def test_console_lines_parse_as_events_in_the_order_of_the_run(done: Done):
     events = [event for event, _ in log_events(done.result.out)]
     first = {event: events.index(event) for event in events}
     expected = ["run", "model", "step", "val", "checkpoint", "train_end", *FINAL, "ledger"]
+    expected.append("submission")
     assert sorted(expected, key=first.__getitem__) == expected
     assert events.count("step") == 6 and events.count("val") == 1
     assert events.index("size") < events.index("final_quantized")
@@ -132,6 +133,8 @@ def test_metrics_repeat_every_event_of_the_log_with_equal_values(done: Done):
     lines = log_events(done.result.out)
     assert [r.pop("event") for r in records] == [event for event, _ in lines]
     for record, (event, values) in zip(records, lines, strict=True):
+        if event in FINAL:  # a line calls a pass legal, for only the run can be compliant
+            record["legal"] = record.pop("compliant")
         assert list(record) == list(values), event
         for key, value in record.items():
             if isinstance(value, float):  # the log shows 8 digits
@@ -168,6 +171,10 @@ def test_submission_has_the_fixed_schema_and_the_numbers_of_the_log(done: Done):
     assert seed["eval_s"] == report["budget"]["time"]["evaluation_s"] == ledger["evaluation_s"]
     assert report["budget"]["time"]["training_s"] == ledger["training_s"] == end["train_s"]
     assert report["author"] == "A. Golfer" and report["compliant"] is True
+    verdicts = metrics(done.folder, "submission")
+    assert verdicts == [{"event": "submission", "compliant": True, "reasons": "none"}]
+    assert done.result.out.splitlines()[-1] == "submission compliant:True reasons:none"
+    assert done.result.out.count("compliant") == 1
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", report["date"])
     source_sha = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
     assert report["source_sha256"] == metrics(done.folder, "versions")[0]["source_sha256"]
@@ -519,7 +526,7 @@ def test_evaluation_over_its_time_fails_the_run_and_is_not_called_compliant(
     done: Done, trained: Path
 ):
     result = run_script({**done.env, "EVAL_MAX_SECONDS": "0.001"}, trained.parent)
-    assert_failed(result, "evaluation took", "of 0.0")
+    assert_failed(result, "evaluation took", "s of 0.001")
     assert not (trained / "submission.json").exists() or not submission(trained)["compliant"]
 
 

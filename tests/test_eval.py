@@ -429,7 +429,7 @@ def test_limited_run_is_marked_partial_in_every_line_and_file(data: TinyData, tm
     assert {event for event, _ in scored} == names
     for event, values in scored:
         assert values["partial"] == "True", event
-        assert event == "val" or values["compliant"] == "False", event
+        assert event == "val" or values["legal"] == "False", event
     folder = tmp_path / "work" / "run"
     records: list[dict[str, Any]] = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()

@@ -1150,7 +1150,7 @@ def test_line_that_a_kill_cut_short_does_not_spoil_the_next(crash: Crash, work: 
     result = run_script(environment(crash.cfg), work)
     assert result.status == 0, result.err
     added = (folder / "metrics.jsonl").read_bytes()[size:].decode().strip().splitlines()
-    assert [json.loads(line)["event"] for line in added][-1] == "ledger"
+    assert [json.loads(line)["event"] for line in added][-1] == "submission"
     log = (folder / "train.log").read_text()
     assert "\n" + result.out.splitlines()[-1] + "\n" in log
     assert log.count("\nconfig ") == 2 * len(Config.__dataclass_fields__) - 1  # one opens the log

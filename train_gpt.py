@@ -5143,11 +5143,11 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
 # before the pass starts: which windows to score, what to train on, and in which order. Every target
 # is scored once, before anything is trained on it.
 
-Span = tuple[int, int]  # of targets: the first, and one past the last
+Span = tuple[int, int]  # targets: the first, and one past the last
 
 
 class Window(NamedTuple):
-    """A stretch of inputs, of which the targets from `first` on are scored or learned."""
+    """Inputs `start` to `end` of the text; the targets from `first` on are scored or trained on."""
 
     start: int
     end: int
@@ -5155,25 +5155,30 @@ class Window(NamedTuple):
 
 
 class EvalStep(NamedTuple):
-    """What one rank does at one tick of a pass. Ranks have equally many; some may be idle."""
+    """One step of a pass on one rank; all ranks have as many steps, some of them empty."""
 
-    action: str  # score; adapt: score, then train each row's adapter; train: the weights; absorb
+    # score: score the windows. adapt: score them, then train each row's adapter on them.
+    # train: train the weights on them. update_ngrams: count the n-grams of `text`.
+    action: str
     windows: Sequence[Window] = ()
-    resets: bool = False  # with new adapters, or a new optimizer of the weights
-    num_learning_rows: int = 0  # adapt: how many of the rows, the first ones, have more to score
-    width: int = 0  # adapt: least positions, so that no document's end tells in what is kept
+    resets: bool = False  # start with new adapters, or with a new optimizer of the weights
+    num_learning_rows: int = 0  # adapt: the first rows, whose documents have more to score
+    width: int = 0  # adapt: minimum padded length, so that the KV cache hides document ends
     progress: float = 0.0  # train: from 0 at the first chunk to 1 at the last trained one
     chunk_frac: float = 0.0  # train: index of the chunk / number of chunks
-    text: Span = (0, 0)  # train, absorb: what all ranks together learn from
+    text: Span = (0, 0)  # train, update_ngrams: the targets that all ranks together learn from
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and positions of the padded batch."""
         return len(self.windows), max([self.width, *(w.end - w.start for w in self.windows)])
 
 
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
-    """Windows at 0, S, 2S, ... while there is something to score (w + T - S < N): the first scores
-    all of its targets, each later one its last S. With S = T it is the plain evaluation.
+    """Sliding windows that score each target exactly once, including the tail.
+
+    Windows start at 0, S, 2S, ... as long as start + T - S < N. The first one scores all of its
+    targets, each later one its last S. With S = T the windows are disjoint.
     """
     context = seq_len - stride
     return [
@@ -5183,12 +5188,12 @@ def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
 
 
 def rank_slice(items: Sequence[Any], rank: int, world_size: int) -> Sequence[Any]:
-    """The contiguous share of `items` that `rank` works on; shares differ by at most one item."""
+    """The contiguous slice of `items` for `rank`; the lengths of slices differ by at most one."""
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 class EvalPlanner:
-    """The steps of one rank, for each kind of pass."""
+    """Plans the steps of one rank for each kind of pass; pure functions of integers."""
 
     def __init__(self, cfg: Config, rank: int, world_size: int):
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
@@ -5196,21 +5201,20 @@ class EvalPlanner:
         self.chunk_sizes = [*parse_schedule(cfg.ttt_short_chunks), (cfg.ttt_chunk_size, math.inf)]
 
     def split_over_ranks(self, step: EvalStep, windows: Sequence[Window]) -> list[EvalStep]:
-        """Steps like `step` over this rank's share of the windows, as many as on every rank."""
-        rows = (
-            self.cfg.ttt_batch_seqs
-            if step.action == "train"
-            else max(1, self.cfg.val_batch_size // self.world_size // self.seq_len)
-        )
-        own = rank_slice(windows, self.rank, self.world_size)
-        most = -(-len(windows) // self.world_size)
-        return [step._replace(windows=own[i : i + rows]) for i in range(0, most, rows)]
+        """Copies of `step` over this rank's windows; every rank gets the same number of steps."""
+        rows = max(1, self.cfg.val_batch_size // self.world_size // self.seq_len)
+        if step.action == "train":
+            rows = self.cfg.ttt_batch_seqs
+        local_windows = rank_slice(windows, self.rank, self.world_size)
+        max_windows = -(-len(windows) // self.world_size)
+        return [
+            step._replace(windows=local_windows[i : i + rows]) for i in range(0, max_windows, rows)
+        ]
 
     def score(self, num_targets: int, stride: int) -> list[EvalStep]:
-        """A pass that only scores."""
-        return self.split_over_ranks(
-            EvalStep("score"), plan_windows(num_targets, self.seq_len, stride)
-        )
+        """A pass without adaptation, by windows of `stride`."""
+        windows = plan_windows(num_targets, self.seq_len, stride)
+        return self.split_over_ranks(EvalStep("score"), windows)
 
     def train(self, span: Span, chunk: int, num_chunks: int, resets: bool) -> list[EvalStep]:
         """One epoch over the targets of `span`, chunk `chunk` of `num_chunks`, in full rows."""
@@ -5221,7 +5225,7 @@ class EvalPlanner:
         return [steps[0]._replace(resets=resets), *steps[1:]]
 
     def epochs(self, stop: int) -> list[EvalStep]:
-        """All epochs over the text before `stop`, chunk by chunk: a global phase."""
+        """A global phase: TTT_EPOCHS of weight training on all text before `stop`, by chunks."""
         chunks = [*range(0, stop, self.cfg.ttt_chunk_tokens), stop]
         spans = [*itertools.pairwise(chunks)] * self.cfg.ttt_epochs
         return [
@@ -5231,49 +5235,63 @@ class EvalPlanner:
         ]
 
     def chunks(self, num_targets: int) -> list[EvalStep]:
-        """Score each chunk by sliding windows, then train on it (#461, #1413); the last is not."""
+        """Score each chunk with sliding windows, then train the weights on it, but for the last.
+
+        Score-first training by chunks is from openai/parameter-golf#461 and #1413.
+        """
         cfg, K, steps = self.cfg, self.cfg.ttt_chunk_tokens, list[EvalStep]()
-        last, epochs = (num_targets - 1) // K, cfg.ttt_epochs if cfg.ttt_method == "chunk" else 0
+        last_chunk = (num_targets - 1) // K
+        num_epochs = cfg.ttt_epochs if cfg.ttt_method == "chunk" else 0
         windows = plan_windows(num_targets, self.seq_len, self.stride)
-        # A window belongs to the chunk of its first scored target.
-        for chunk, own in itertools.groupby(windows, lambda w: w.first // K):
-            steps += self.split_over_ranks(EvalStep("score"), [*own])
+        # A window belongs to the chunk of its first scored target. TTT_CHUNK_TOKENS is a multiple
+        # of the context, so that no window of a later chunk scores targets of this one.
+        for chunk, chunk_windows in itertools.groupby(windows, lambda w: w.first // K):
+            steps += self.split_over_ranks(EvalStep("score"), [*chunk_windows])
             span = chunk * K, (chunk + 1) * K
-            if chunk == last:
+            if chunk == last_chunk:
                 break
-            for epoch in range(epochs):
-                steps += self.train(span, chunk, last + 1, resets=chunk == epoch == 0)
+            for epoch in range(num_epochs):
+                steps += self.train(span, chunk, last_chunk + 1, resets=chunk == epoch == 0)
             if cfg.needs_mixer:
                 steps.append(EvalStep("update_ngrams", text=span))
         return steps
 
     def documents(self, bounds: Sequence[int]) -> list[EvalStep]:
-        """Score each document in chunks and train its adapter on each but the last (#77, #1530);
-        after as many documents as TTT_PHASES lists, train the weights on all that is scored.
+        """Score each document in chunks and train its adapter on each chunk but the last.
+
+        After the numbers of documents in TTT_PHASES, all weights are trained on all text scored so
+        far. Per-document LoRA is from openai/parameter-golf#77 and #1530, phases from #1610.
+
+        Legality: all ranks finish the documents of a group before anything is learned from the
+        group that other documents see (n-grams, weights).
         """
-        documents, steps, K = (
-            [*itertools.pairwise(bounds)],
-            list[EvalStep](),
-            self.cfg.ttt_chunk_tokens,
-        )
+        documents, steps = [*itertools.pairwise(bounds)], list[EvalStep]()
         phase_ends = {n for n in parse_int_list(self.cfg.ttt_phases) if n < len(documents)}
-        ends = {0, *phase_ends, len(documents)}
-        if self.cfg.needs_mixer:  # whenever there is text enough for it
-            ends |= {n for n, (a, b) in enumerate(documents, start=1) if b // K > a // K}
-        for first, last in itertools.pairwise(sorted(ends)):
-            shares = self.batches(documents[first:last])
-            own = [step for batch in shares[self.rank] for step in self.batch(batch)]
-            longest = max(sum(len(self.chunk_bounds(*d)) for d, *_ in share) for share in shares)
-            steps += own + [EvalStep("score")] * (longest - len(own))
+        group_ends = {0, *phase_ends, len(documents)}
+        if self.cfg.needs_mixer:  # n-grams are counted whenever a chunk of text is complete
+            K = self.cfg.ttt_chunk_tokens
+            ends = enumerate(documents, start=1)
+            group_ends |= {n for n, (first, stop) in ends if stop // K > first // K}
+        for first, last in itertools.pairwise(sorted(group_ends)):
+            by_rank = self.batches(documents[first:last])
+            rank_steps = [step for batch in by_rank[self.rank] for step in self.batch(batch)]
+            # A batch has as many steps as its longest document, the first one, has chunks.
+            max_steps = max(
+                sum(len(self.chunk_bounds(*batch[0])) for batch in batches) for batches in by_rank
+            )
+            steps += rank_steps + [EvalStep("score")] * (max_steps - len(rank_steps))
             if self.cfg.needs_mixer and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
                 steps += self.epochs(bounds[last])
         return steps
 
-    def chunk_size(self, place: int) -> int:
-        """Targets of a chunk by its place in the document, whose length would tell of its end."""
-        return next(n for n, until in self.chunk_sizes if place < until)
+    def chunk_size(self, offset: int) -> int:
+        """Number of targets of the chunk that starts `offset` targets into its document.
+
+        Legality: it depends on the offset only; the document's length is not known yet.
+        """
+        return next(size for size, until in self.chunk_sizes if offset < until)
 
     def chunk_bounds(self, first: int, stop: int) -> list[Span]:
         """The chunks of a document."""
@@ -5283,56 +5301,76 @@ class EvalPlanner:
         return [*itertools.pairwise(cuts)]
 
     def batches(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
-        """The batches of documents of each rank: of like length, or in order if A is kept."""
+        """Batches of documents for each rank, the longest document of a batch first.
 
-        def longest_first(spans: Sequence[Span]) -> list[Span]:
-            return sorted(spans, key=lambda span: span[0] - span[1])
-
+        Documents are independent, so that their order is free: similar lengths go together. With
+        TTT_WARM_START_A a batch's adapters depend on the batch before; then, for legality, batches
+        keep the order of the text and their size does not depend on later documents.
+        """
         rows, order = self.cfg.ttt_batch_size, documents
-        if not self.cfg.ttt_warm_start_a:  # else what a batch learns from must not tell of others
+        if not self.cfg.ttt_warm_start_a:
             rows = min(rows, -(-len(documents) // self.world_size))
             order = longest_first(documents)
-        shares: list[list[Sequence[Span]]] = [[] for _ in range(self.world_size)]
+        by_rank: list[list[Sequence[Span]]] = [[] for _ in range(self.world_size)]
         load = [0] * self.world_size
-        for batch in (longest_first(order[i : i + rows]) for i in range(0, len(order), rows)):
-            rank = load.index(min(load))  # with the least to do: steps, and rows in them
-            shares[rank].append(batch)
+        for start in range(0, len(order), rows):
+            batch = longest_first(order[start : start + rows])
+            rank = load.index(min(load))
+            by_rank[rank].append(batch)
+            # A step costs about as much as 16 positions, for the longest document of the batch.
             load[rank] += 16 * (batch[0][1] - batch[0][0]) + sum(b - a for a, b in batch)
-        return shares
+        return by_rank
 
     def batch(self, documents: Sequence[Span]) -> list[EvalStep]:
-        """The chunks of some documents, the longest first, side by side from their beginnings."""
+        """Steps over the chunks of some documents side by side, the longest document first.
+
+        TTT_CONTEXT decides what a chunk reads: `window`, up to EVAL_SEQ_LEN tokens of its document;
+        `text`, the same, also from earlier documents; `incremental`, itself and the KV cache.
+
+        Legality: a window starts where it would if its chunk were full, so that its context does
+        not depend on where the document ends.
+        """
+        is_incremental = self.cfg.ttt_context == "incremental"
 
         def window(document: Span, first: int, stop: int) -> Window:
             earliest = {"window": document[0], "text": 0, "incremental": first}
-            full = first + self.chunk_size(first - document[0])  # `stop` may be the end
-            return Window(max(earliest[self.cfg.ttt_context], full - self.seq_len), stop, first)
+            full_stop = first + self.chunk_size(first - document[0])
+            start = max(earliest[self.cfg.ttt_context], full_stop - self.seq_len)
+            return Window(start, stop, first)
 
         rows = [
             [window(document, *chunk) for chunk in self.chunk_bounds(*document)]
             for document in documents
         ]
-        steps, kept = list[EvalStep](), self.cfg.ttt_context == "incremental"
-        for c, (_, _, first) in enumerate(rows[0]):
-            steps.append(
-                EvalStep(
-                    "adapt",
-                    [row[c] for row in rows if c < len(row)],
-                    resets=c == 0,
-                    num_learning_rows=sum(c + 1 < len(row) for row in rows),
-                    width=kept * self.chunk_size(first - documents[0][0]),
-                )
+        steps = list[EvalStep]()
+        for index, longest in enumerate(rows[0]):
+            min_width = self.chunk_size(longest.first - documents[0][0]) if is_incremental else 0
+            step = EvalStep(
+                "adapt",
+                [row[index] for row in rows if index < len(row)],
+                resets=index == 0,
+                num_learning_rows=sum(index + 1 < len(row) for row in rows),
+                width=min_width,
             )
+            steps.append(step)
         return steps
 
 
+def longest_first(spans: Sequence[Span]) -> list[Span]:
+    """The spans by falling length; equal ones keep their order."""
+    return sorted(spans, key=lambda span: span[0] - span[1])
+
+
 def document_bounds(ids: np.ndarray) -> list[int]:
-    """The first target of each document, and the end; a document's last target is the next BOS."""
+    """The first target of each document, and the end of the text.
+
+    A document's last target is the BOS of the next one.
+    """
     return [0, *(1 + np.flatnonzero(ids[1:-1] == BOS_ID)).tolist(), len(ids) - 1]
 
 
 def plan_adaptive(planner: EvalPlanner, ids: np.ndarray) -> list[EvalStep]:
-    """The adaptive pass that TTT_METHOD names."""
+    """The steps of the adaptive pass of TTT_METHOD."""
     num_targets = len(ids) - 1
     if planner.cfg.ttt_method == "lora":
         return planner.documents(document_bounds(ids))
@@ -5359,7 +5397,7 @@ class Score(NamedTuple):
     nll_T: np.ndarray = np.zeros(0)  # nats of the targets that this rank scored, 0 elsewhere
 
     def summary(self) -> dict[str, Any]:
-        """Loss in nats a token, bits per byte, and what they were measured on."""
+        """Loss in nats per token, bits per byte, and the amounts they were measured on."""
         return {
             "val_loss": round(self.nats / self.tokens, 8),
             "val_bpb": round(self.nats / math.log(2) / max(1, self.num_bytes), 8),
@@ -5371,48 +5409,53 @@ class Score(NamedTuple):
 
 
 class StateUpdate(NamedTuple):
-    """What an update read, and which targets it concerns if they are scored later."""
+    """An update of adapters, weights or n-gram counts, for the trace of a pass."""
 
     step_index: int
-    reads: Span
-    affects: Span
-    shared: bool  # with all ranks, or only with targets that the same rank scores
+    reads: Span  # targets that it learned from
+    affects: Span  # targets whose scores it changes if they are scored later
+    shared: bool  # it changes scores on all ranks, or only on its own
 
 
 def rule_violations(
     updates: Sequence[StateUpdate], scored_at: np.ndarray, own_at: np.ndarray
 ) -> list[str]:
-    """What a trace lacks of score-first in one pass: an update reads what was scored before it, and
-    each stream of targets is scored with states that only ever get newer from left to right.
+    """Messages about violations of score-first in the trace of a pass; empty if it is legal.
+
+    An update must only read targets that were scored at its step or before, and the targets that an
+    update affects must be scored from left to right. `scored_at` has the step at which any rank
+    scored each target, `own_at` the same for this rank, 0 where it did not.
     """
-    problems, streams = [], dict[tuple[Span, bool], list[int]]()
-    for tick, (first, stop), feeds, shared in updates:
-        if (latest := int(scored_at[first:stop].max(initial=0))) > tick:
+    problems, update_steps = [], dict[tuple[Span, bool], list[int]]()
+    for step_index, (first, stop), affects, shared in updates:
+        last_scored = int(scored_at[first:stop].max(initial=0))
+        if last_scored > step_index:
             problems.append(
-                f"the update at step {tick} read targets of {first} to {stop} that "
-                f"were scored at step {latest}"
+                f"the update at step {step_index} read targets {first} to {stop}, which "
+                f"were scored at step {last_scored}"
             )
-        if not feeds[0] <= first <= stop <= feeds[1]:
-            problems.append(f"targets {feeds} learned from {first} to {stop} of another stream")
-        streams.setdefault((feeds, shared), []).append(tick)
-    for ((first, stop), shared), ticks in streams.items():
-        ticks_T = (scored_at if shared else own_at)[first:stop]
-        if (np.diff(np.searchsorted(ticks, ticks_T[ticks_T > 0])) < 0).any():
+        if not affects[0] <= first <= stop <= affects[1]:
+            problems.append(f"targets {affects} learned from targets {first} to {stop} outside")
+        update_steps.setdefault((affects, shared), []).append(step_index)
+    for ((first, stop), shared), steps in update_steps.items():
+        scored_T = (scored_at if shared else own_at)[first:stop]
+        num_updates_before_T = np.searchsorted(steps, scored_T[scored_T > 0])
+        if (np.diff(num_updates_before_T) < 0).any():
             problems.append(f"targets {first} to {stop} were not scored from left to right")
     return problems
 
 
 class Scorer:
-    """Adds up nats and bytes in float64; every target must come exactly once, over all ranks."""
+    """Sums nats and bytes in float64; each target must be recorded once over all ranks."""
 
     def __init__(self, run: Run, validation: Validation):
         self.run, self.validation, self.step_index = run, validation, 1
-        self.scored_at = np.zeros(validation.num_targets, dtype=np.int32)  # tick; 0 = not yet
+        self.scored_at = np.zeros(validation.num_targets, dtype=np.int32)  # step; 0 = not yet
         self.nll_T = np.zeros(validation.num_targets, dtype=np.float32)
         self.nats, self.num_bytes, self.updates = 0.0, 0, list[StateUpdate]()
 
     def record(self, first: int, nll: np.ndarray) -> None:
-        """Take the nats of targets first, first + 1, ...; each must be new."""
+        """Add the nats of targets first, first + 1, ..., none of which was recorded before."""
         span = slice(first, first + len(nll))
         assert first >= 0 and span.stop <= len(self.scored_at), f"no targets {span}"
         assert not self.scored_at[span].any(), f"a target in {span} was scored before"
@@ -5421,7 +5464,7 @@ class Scorer:
         self.num_bytes += int(self.validation.target_bytes[span].sum())
 
     def finish(self, eval_s: float) -> Score:
-        """The sums over all ranks; raises if a target was missed or scored by two ranks."""
+        """The sums over all ranks; AssertionError if a target was missed or scored twice."""
         device, run = self.run.device, self.run
         sums = torch.tensor([self.nats, self.num_bytes], dtype=torch.float64, device=device)
         nats, num_bytes = run.all_reduce_sum(sums).tolist()
@@ -5429,59 +5472,71 @@ class Scorer:
         scored_at, times = run.all_reduce_sum(both).cpu().numpy()
         assert (times == 1).all(), f"{(times != 1).sum()} targets not scored once"
         problems = rule_violations(self.updates, scored_at, self.scored_at)
-        found = run.all_reduce_max(torch.tensor(float(bool(problems)), device=device))
-        problems = problems or ["a rule was broken on another rank"] * int(found)
-        return Score(
-            nats,
-            len(times),
-            int(num_bytes),
-            self.validation.partial,
-            eval_s,
-            tuple(problems),
-            self.nll_T,
-        )
+        any_problem = run.all_reduce_max(torch.tensor(float(bool(problems)), device=device))
+        if any_problem and not problems:
+            problems = ["a rule was broken on another rank"]
+        partial, num_tokens = self.validation.partial, len(times)
+        return Score(nats, num_tokens, int(num_bytes), partial, eval_s, tuple(problems), self.nll_T)
+
+
+# Seconds are estimated from a measurement before the pass. Until the pass itself has shown its
+# pace, the measurement counts like this part of the pass.
+PRIOR_FRAC = 0.1
+# Remaining scoring is assumed to take this much longer than estimated.
+SAFETY_FACTOR = 1.1
+# A training step costs as much as three forward passes: its backward pass costs two.
+TRAIN_COST = 3.0
 
 
 class EvalBudget:
-    """What a pass of limited time can still afford. Learning goes before scoring does."""
+    """Time budget of an adaptive pass: adaptation is dropped before scoring would not fit.
+
+    `cost` holds the seconds of a scoring step and of one position in it.
+    """
 
     def __init__(
         self, run: Run, plan: Sequence[EvalStep], limit_s: float, cost: tuple[float, float]
     ):
         self.run, self.limit_s, self.started_s = run, limit_s, time.perf_counter()
         self.cost, self.num_dropped = cost, 0
-        scoring = [self.seconds(step) * (step.action != "train") for step in plan]
-        self.to_score = [*np.cumsum(scoring[::-1])[::-1].tolist(), 0.0]
-        # What calibration says counts as a tenth of the pass, until the pass says more.
-        self.spent_s = self.work = 0.1 * self.to_score[0] + 1e-9
+        scoring_s = [self.seconds(step) * (step.action != "train") for step in plan]
+        # Estimated seconds to score everything from each step on.
+        self.to_score = [*np.cumsum(scoring_s[::-1])[::-1].tolist(), 0.0]
+        self.spent_s = self.work = PRIOR_FRAC * self.to_score[0] + 1e-9
 
     def seconds(self, step: EvalStep) -> float:
-        """What the step takes without learning, by calibration."""
+        """Estimated seconds of the step without training."""
         step_s, position_s = self.cost
         return step_s * (len(step.windows) > 0) + position_s * math.prod(step.shape)
 
-    def drop_learning_if_late(self, step: EvalStep, tick: int) -> EvalStep:
-        """The step, without its learning if there is no time for it and then to score the rest."""
-        # A backward pass costs as much as two forward ones.
-        share, steps = (
-            step.num_learning_rows / max(1, len(step.windows)),
-            self.run.cfg.ttt_grad_steps,
-        )
-        factor = 3.0 if step.action == "train" else share * (3 * steps - 1)
-        learning, elapsed_s = factor * self.seconds(step), time.perf_counter() - self.started_s
-        pace_s = (self.spent_s + elapsed_s) / self.work
-        left_s = self.limit_s - elapsed_s - 1.1 * pace_s * (self.to_score[tick - 1] + learning)
-        drop = left_s < 0 and (step.num_learning_rows > 0 or step.action == "train")
-        if step.action == "train":  # ranks learn together or not at all
+    def training_seconds(self, step: EvalStep) -> float:
+        """Estimated seconds that training adds to the step."""
+        if step.action == "train":
+            return TRAIN_COST * self.seconds(step)
+        learning_frac = step.num_learning_rows / max(1, len(step.windows))
+        num_steps = self.run.cfg.ttt_grad_steps  # the first one reuses the scoring forward pass
+        return learning_frac * (TRAIN_COST * num_steps - 1) * self.seconds(step)
+
+    def drop_learning_if_late(self, step: EvalStep, step_index: int) -> EvalStep:
+        """The step, without its training if the rest of the text could not be scored after it."""
+        training_s = self.training_seconds(step)
+        elapsed_s = time.perf_counter() - self.started_s
+        pace = (self.spent_s + elapsed_s) / self.work  # actual seconds per estimated second
+        needed_s = SAFETY_FACTOR * pace * (self.to_score[step_index - 1] + training_s)
+        is_late = elapsed_s + needed_s > self.limit_s
+        drop = is_late and (step.num_learning_rows > 0 or step.action == "train")
+        if step.action == "train":  # ranks train together or not at all
             drop = bool(self.run.all_reduce_max(torch.tensor(float(drop), device=self.run.device)))
-        self.num_dropped += drop
-        self.work += self.to_score[tick - 1] - self.to_score[tick] + (0.0 if drop else learning)
-        idle = step._replace(num_learning_rows=0) if step.action == "adapt" else EvalStep("score")
-        return idle if drop else step
+        scored_s = self.to_score[step_index - 1] - self.to_score[step_index]
+        self.work += scored_s + (0.0 if drop else training_s)
+        if not drop:
+            return step
+        self.num_dropped += 1
+        return step._replace(num_learning_rows=0) if step.action == "adapt" else EvalStep("score")
 
 
 class Batch(NamedTuple):
-    """Windows as tensors, zeros to the right of each, where nothing attends to them."""
+    """Windows as tensors, padded with zeros on the right, where no real position attends."""
 
     ids_BT: Tensor
     target_BT: Tensor
@@ -5491,7 +5546,7 @@ class Batch(NamedTuple):
 
 
 class EvalRunner:
-    """Runs a plan: a model, what learns on the way, and the trace of it."""
+    """Runs the steps of a plan, with the model, adapters or optimizer, mixer, and the trace."""
 
     def __init__(
         self,
@@ -5505,40 +5560,49 @@ class EvalRunner:
         self.run, self.model, self.validation, self.plan = run, model, validation, plan
         self.scorer, self.seq_len = Scorer(run, validation), run.cfg.score_seq_len
         self.mixer = Mixer(run) if adaptive and run.cfg.needs_mixer else None
-        self.bounds, self.whole = document_bounds(validation.ids), (0, validation.num_targets)
+        self.bounds = document_bounds(validation.ids)
+        self.all_targets = (0, validation.num_targets)
         self.rows = max((len(step.windows) for step in plan if step.action == "score"), default=0)
         self.weights: WeightTrainer | None = None
         self.adapters: AdapterTrainer | None = None
         self.extents: list[Span] = []  # of the documents that the adapters belong to
 
     def run_steps(self, budget: EvalBudget | None = None) -> Score:
-        """Every step in order; a budget may drop the learning of some."""
+        """Run all steps in order; `budget` may drop the training of some of them."""
         started_s = time.perf_counter()
-        for tick, planned in enumerate(self.plan, start=1):
+        actions: dict[str, Callable[[EvalStep], None]] = {
+            "score": self.score,
+            "adapt": self.adapt,
+            "train": self.train,
+            "update_ngrams": self.update_ngrams,
+        }
+        for step_index, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
-            self.scorer.step_index = tick
-            step = budget.drop_learning_if_late(planned, tick) if budget else planned
+            self.scorer.step_index = step_index
+            step = budget.drop_learning_if_late(planned, step_index) if budget else planned
             if planned.action == "train" and planned.resets:
-                self.weights = None  # on every rank, even if there is no time for this step
-            getattr(self, step.action)(step)
+                self.weights = None  # on every rank, also if this step is dropped
+            actions[step.action](step)
             if step.text[1]:
-                self.scorer.updates.append(StateUpdate(tick, step.text, self.whole, True))
+                self.scorer.updates.append(
+                    StateUpdate(step_index, step.text, self.all_targets, True)
+                )
         self.run.synchronize()
         return self.scorer.finish(time.perf_counter() - started_s)
 
     def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
-        """The tensors of some windows, padded to rows x seq_len."""
+        """The windows as tensors of `rows` x `seq_len`."""
         device, (ids, target_bytes, _), mixed = self.run.device, self.validation, None
         padded = [*windows, *[Window(0, -1, seq_len)] * (rows - len(windows))]
         start_B1, end_B1, first_B1 = np.array(padded).T[..., None]
-        place_BT = start_B1 + np.arange(seq_len + 1)
-        ids_BT = np.where(place_BT <= end_B1, ids.take(place_BT, mode="clip"), 0)
-        keep_BT = ((place_BT >= first_B1) & (place_BT < end_B1))[:, :-1]
+        position_BT = start_B1 + np.arange(seq_len + 1)
+        ids_BT = np.where(position_BT <= end_B1, ids.take(position_BT, mode="clip"), 0)
+        keep_BT = ((position_BT >= first_B1) & (position_BT < end_B1))[:, :-1]
         weight_BT = keep_BT.astype(np.float32)
         if self.run.cfg.ttt_byte_weighted:
-            weight_BT *= target_bytes.take(place_BT[:, :-1], mode="clip")
+            weight_BT *= target_bytes.take(position_BT[:, :-1], mode="clip")
         if self.mixer is not None:  # the last tokens up to each input, zeros before the text
-            past_BTK = place_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
+            past_BTK = position_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
             context_BTK = np.where(past_BTK < 0, 0, ids.take(past_BTK, mode="clip"))
             mixed = MixerInputs(
                 self.mixer,
@@ -5555,13 +5619,13 @@ class EvalRunner:
         )
 
     def record(self, windows: Sequence[Window], nll_BT: Tensor, first: int) -> None:
-        """Hand the nats of each row's scored targets to the scorer."""
+        """Record the nats of each row's scored targets; column 0 is position `first` of a row."""
         for window, nll_T in zip(windows, nll_BT.cpu().numpy(), strict=False):
-            begin = window.start + first  # what the row's first number belongs to
-            self.scorer.record(window.first, nll_T[window.first - begin : window.end - begin])
+            offset = window.start + first
+            self.scorer.record(window.first, nll_T[window.first - offset : window.end - offset])
 
     def score(self, step: EvalStep) -> None:
-        """Score windows; one shape for all, so that compiled code is compiled once."""
+        """Score windows, in batches of one shape, so that the model is compiled once."""
         if step.windows:
             batch = self.batch(step.windows, self.rows, self.seq_len)
             with self.weights.scoring() if self.weights else contextlib.nullcontext():
@@ -5578,41 +5642,41 @@ class EvalRunner:
 
     def adapt(self, step: EvalStep) -> None:
         """Score the next chunk of each document, then train its adapter on it."""
-        updates, tick = self.scorer.updates, self.scorer.step_index
+        updates, step_index = self.scorer.updates, self.scorer.step_index
         if self.adapters is None or step.resets:
             starts = self.adapters.starts if self.adapters else []
             if self.adapters and self.run.cfg.ttt_warm_start_a:
                 starts, reads = self.adapters.mean(), (min(self.extents)[0], max(self.extents)[1])
-                updates.append(StateUpdate(tick - 1, reads, self.whole, False))
+                updates.append(StateUpdate(step_index - 1, reads, self.all_targets, False))
             self.extents = [
                 (w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
                 for w in step.windows
             ]
             self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), starts)
-            self.weights = None  # their gradients are off now
+            self.weights = None  # new adapters turn off the gradients of the weights
         batch = self.batch(step.windows, *step.shape)
         self.record(step.windows, self.adapters.step(batch, step.num_learning_rows), batch.first)
         updates += [
-            StateUpdate(tick, (window.first, window.end), extent, False)
+            StateUpdate(step_index, (window.first, window.end), extent, False)
             for window, extent in zip(
                 step.windows[: step.num_learning_rows], self.extents, strict=False
             )
         ]
 
     def update_ngrams(self, step: EvalStep) -> None:
-        """Show the mixer a text that is scored."""
+        """Let the mixer count the n-grams of scored text."""
         assert self.mixer is not None, "no mixer"
-        first, stop = step.text  # the text's very first token is no target
+        first, stop = step.text  # the first token of the text is not a target
         ids = self.validation.ids[first + (first > 0) : stop + 1]
         self.mixer.update(torch.tensor(ids, dtype=torch.int64, device=self.run.device))
 
 
 @contextlib.contextmanager
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
-    """Let a pass change the model; in the end it is again what it was, to the bit."""
+    """Context in which a pass may change the model; afterwards it is restored to the bit."""
     before = [(param, param.detach().clone()) for param in model.parameters()]
     hashes, compiled = model.hashes, (model.run_block, model.nll)
-    if cfg.ttt_method == "lora":  # chunks have too many lengths to compile for
+    if cfg.ttt_method == "lora":  # chunks have too many different lengths for compilation
         model.run_block, model.nll = run_block, softcapped_cross_entropy
     if cfg.eval_hash_rows:
         model.hashes = nn.ModuleList(
@@ -5629,11 +5693,12 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
 
 
 def measure_step_cost(run: Run, model: GPT, plan: Sequence[EvalStep]) -> tuple[float, float]:
-    """Seconds of a step without learning and of each position in it, on the slowest rank: measured
-    on zeros in the longest steps of the plan, those of the fewest and of the most rows.
+    """Seconds of a scoring step and of each position in it, on the slowest rank.
+
+    Measured on zeros in the longest steps of the plan, with the fewest and with the most rows.
     """
     trained = [step.shape for step in plan if step.windows and step.action == "train"]
-    if trained and model.run_block is not run_block:  # compiling is not what a step costs
+    if trained and model.run_block is not run_block:  # compile now, not during the measurement
         ids_BT = torch.zeros(max(trained), dtype=torch.int64, device=run.device)
         model.loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
@@ -5645,7 +5710,7 @@ def measure_step_cost(run: Run, model: GPT, plan: Sequence[EvalStep]) -> tuple[f
         ids_BT, elapsed_s = torch.zeros(size, length, dtype=torch.int64, device=run.device), 0.0
         batch = Batch(ids_BT, ids_BT, 0, None, ids_BT.float())
         adapters = AdapterTrainer(run, model, size) if run.cfg.ttt_method == "lora" else None
-        # Until all is compiled, and the past as long as it gets.
+        # Repeat until everything is compiled and the KV cache is full.
         for _ in range(2 + run.cfg.score_seq_len // length if size else 0):
             run.synchronize()
             started_s = time.perf_counter()
@@ -5661,13 +5726,17 @@ def measure_step_cost(run: Run, model: GPT, plan: Sequence[EvalStep]) -> tuple[f
     return step_s, position_s
 
 
-USABLE_BUDGET_FRAC = (
-    0.98  # share of EVAL_MAX_SECONDS to plan for: the trace is checked after the pass
-)
+# Fraction of EVAL_MAX_SECONDS to plan for: the trace is checked after the pass.
+USABLE_BUDGET_FRAC = 0.98
+# A plan fits if its estimated seconds times this are left.
+PLANNING_FACTOR = 1.2
 
 
 def plan_within_budget(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[EvalStep], EvalBudget]:
-    """The adaptive pass; in longer chunks and strides if it could not even score in time."""
+    """The steps of the adaptive pass and their budget.
+
+    TTT_CHUNK_SIZE or EVAL_STRIDE is doubled until scoring alone fits into the time left.
+    """
     cfg, end_s, cost = run.cfg, math.inf, (0.0, 1.0)
     if cfg.eval_max_seconds:
         left_s = USABLE_BUDGET_FRAC * cfg.eval_max_seconds - run.ledger["evaluation"]
@@ -5681,7 +5750,7 @@ def plan_within_budget(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[Eval
         most_s = float(run.all_reduce_max(torch.tensor(budget.to_score[0], device=run.device)))
         name = "ttt_chunk_size" if cfg.ttt_method == "lora" else "eval_stride"
         size = min(2 * (now := getattr(cfg, name)), (cfg.score_seq_len - EMBEDDING_CONTEXT) // 2)
-        if 1.2 * most_s <= limit_s or size <= now:
+        if PLANNING_FACTOR * most_s <= limit_s or size <= now:
             return plan, budget
         cfg = dataclasses.replace(cfg, **{name: size})
 
@@ -5695,7 +5764,10 @@ def evaluate(
     adaptive: bool = False,
     learns: bool = True,
 ) -> Score:
-    """Score every target once, by windows of `stride` or a pass that learns and leaves no trace."""
+    """Score every target once: with windows of `stride`, or in the adaptive pass.
+
+    The adaptive pass restores the model afterwards; with learns=False it trains nothing.
+    """
     model.schedule = model.schedules[-1]
     if not adaptive:
         plan = EvalPlanner(run.cfg, run.rank, run.world_size).score(validation.num_targets, stride)
@@ -5707,8 +5779,8 @@ def evaluate(
     if budget.num_dropped and learns:
         run.log(
             "warning",
-            text=f"{budget.num_dropped} of {len(plan)} steps learned nothing, for "
-            f"EVAL_MAX_SECONDS={run.cfg.eval_max_seconds}",
+            text=f"{budget.num_dropped} of {len(plan)} steps were scored without training, to stay "
+            f"within EVAL_MAX_SECONDS={run.cfg.eval_max_seconds}",
         )
     return score
 

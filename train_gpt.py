@@ -5835,13 +5835,13 @@ def ttt_parameters(cfg: Config, model: GPT) -> dict[str, nn.Parameter]:
 
 
 class WeightTrainer:
-    """Trains the model's own weights on scored text, data-parallel: the sum over all ranks."""
+    """Trains the model's weights on scored text, data-parallel over all ranks."""
 
     def __init__(self, run: Run, model: GPT):
         self.run, self.model, cfg = run, model, run.cfg
         params, groups = ttt_parameters(cfg, model.requires_grad_(True)), dict[float, Any]()
         model.requires_grad_(False)
-        # The hash table made for the pass has a learning rate of its own.
+        # The hash table created for this pass has its own learning rate.
         table = f"hashes.{len(model.hashes) - 1}." if cfg.eval_hash_rows else "none"
         for name, param in params.items():
             lr = cfg.ttt_lr * (cfg.eval_hash_lr_mult if name.startswith(table) else 1.0)
@@ -5885,7 +5885,7 @@ class WeightTrainer:
 
     @contextlib.contextmanager
     def scoring(self) -> Generator[None]:
-        """Within it the model holds the averaged weights, if there are any."""
+        """Context in which the model holds the Polyak average of its weights, if TTT_POLYAK."""
         weights = [param.data for param in self.params]
         for param, average in zip(self.params, self.shadow, strict=False):
             param.data = average
@@ -5925,7 +5925,10 @@ def lora_sizes(module: AdaptedModule) -> tuple[int, int]:
 
 
 class AdapterTrainer:
-    """One adapter a document and visit, all documents of a batch at once; the weights stay."""
+    """Trains one LoRA per document and layer call, for all documents of a batch at once.
+
+    The weights of the model do not change.
+    """
 
     def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
         self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
@@ -5964,7 +5967,7 @@ class AdapterTrainer:
         model.set_adapters(self.visits)
 
     def drop_finished_rows(self, rows: int) -> None:
-        """Keep the first rows; the documents of the others have ended."""
+        """Keep the first rows of adapters and optimizer; the other documents have ended."""
         for adapter, sum_RI in zip(self.adapters, self.sums, strict=True):
             sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
         for param in self.params:
@@ -5974,12 +5977,12 @@ class AdapterTrainer:
         self.rows = rows
 
     def mean(self) -> list[Tensor]:
-        """The mean A of the documents, all of which have ended."""
+        """The mean A of all documents of the batch, all of which have ended."""
         self.drop_finished_rows(0)
         return [sum_RI / self.num_documents for sum_RI in self.sums]
 
     def step(self, batch: Batch, learns: int) -> Tensor:
-        """Nats of the batch before any update; then train the first `learns` rows on them."""
+        """Nats of the batch before any update (B, T - first), then train the first rows."""
         if len(batch.ids_BT) <= 0.75 * self.rows:  # a copy of all has to pay
             self.drop_finished_rows(len(batch.ids_BT))
         weight_BT = batch.weight_BT[:learns, batch.first :]
@@ -6007,16 +6010,18 @@ class AdapterTrainer:
 
 
 def mix_bits(bits: Tensor) -> Tensor:
-    """A bijection of 64-bit integers that spreads every bit, by odd factors and shifts."""
+    """Hash finalizer: a bijection of int64 in which every input bit affects all output bits."""
     bits = bits * -7046029254386353131
     bits = (bits ^ ((bits >> 29) & (2**35 - 1))) * -4417276706812531889  # >> copies the sign bit
     return bits ^ ((bits >> 32) & (2**32 - 1))
 
 
 class NgramCounts:
-    """How often which token followed which context, for contexts of some lengths: a hash table of
-    contexts and of contexts with their continuation. A row stores its 63-bit key, which tells it
-    from others of the same slot. A table that becomes half full is emptied.
+    """Counts of n-grams: how often each token followed each context of the lengths `orders`.
+
+    An open-addressing hash table holds contexts, and contexts with their continuation. A row stores
+    its full 63-bit key, so that two n-grams are never confused. A table that is half full is
+    emptied.
     """
 
     def __init__(self, orders: Sequence[int], vocab_size: int, bits: int, device: torch.device):
@@ -6027,7 +6032,7 @@ class NgramCounts:
         self.keys, self.counts, self.tops = self.table
 
     def find(self, key_N: Tensor, claim: bool = False) -> Tensor:
-        """The row of each key, or the empty one where it belongs, which is then claimed for it."""
+        """The row of each key, or the empty row where it belongs; claim=True inserts it."""
         row_N, todo = key_N & self.mask, torch.arange(len(key_N), device=key_N.device)
         while len(todo):
             row, key = row_N[todo], key_N[todo]
@@ -6040,19 +6045,19 @@ class NgramCounts:
         return row_N
 
     def hashes(self, context_NK: Tensor) -> Tensor:
-        """A hash (N, O) of the last tokens, as many as each order says."""
+        """Hashes (N, O) of the last tokens of each context, for each order."""
         hashes = [torch.zeros_like(context_NK[:, 0])]
         for k in range(1, max(self.orders) + 1):
             hashes.append(mix_bits(hashes[-1] + context_NK[:, -k] + 1))
         return torch.stack([hashes[order] for order in self.orders], 1)
 
     def row_keys(self, hash_: Tensor, token: Tensor | None = None) -> Tensor:
-        """Positive keys of contexts, or of their continuations by `token`."""
+        """Keys (positive int64) of contexts, or of contexts followed by `token`."""
         mixed = hash_ if token is None else mix_bits(hash_ - token - 1)
         return (mixed & (2**63 - 1)).clamp_min(1)
 
     def update(self, ids_N: Tensor) -> None:
-        """Count a stretch of text, which continues that of the last call."""
+        """Count the n-grams of text that continues the text of the last call."""
         for piece in torch.split(ids_N, min(16_384, len(self.keys) // (16 * len(self.orders)))):
             text = torch.cat([self.history_K, piece])
             window, self.history_K = text.unfold(0, len(self.history_K) + 1, 1), text[len(piece) :]
@@ -6073,25 +6078,28 @@ class NgramCounts:
             self.num_tokens += len(piece)
 
     def look_up(self, context_NK: Tensor) -> Tensor:
-        """(4, N, O) of contexts: hash, count, and the most frequent next token's count and id."""
+        """(4, N, O): hash and count of contexts, count and id of their most frequent next tokens."""
         hash_NO = self.hashes(context_NK)
         row_NO = self.find(self.row_keys(hash_NO).flatten()).view_as(hash_NO)
         top_NO, token_NO = self.tops[row_NO] // self.vocab_size, self.tops[row_NO] % self.vocab_size
         return torch.stack([hash_NO, self.counts[row_NO], top_NO, token_NO])
 
     def count(self, hash_NO: Tensor, token_NC: Tensor) -> Tensor:
-        """How often each of the tokens followed each context, (N, C, O)."""
+        """Counts (N, C, O) of each candidate token after each context."""
         key_NCO = self.row_keys(hash_NO[:, None], token_NC[..., None])
         return self.counts[self.find(key_NCO.flatten())].view_as(key_NCO)
 
 
-# Evidence is added up in whole numbers of 2^-24: no order of the sum, and no split, changes it.
+# Sums over tokens are integers in units of 2^-24, so that they do not depend on the order of
+# summation or on the number of ranks.
 FIXED_POINT_ONE = 2**24
 
 
 class Hedge:
-    """One set of weights, which fall exponentially by each expert's mean loss. The experts are
-    the model and an n-gram smoothed to (count + delta) / (total + delta * V) for each length.
+    """Mixture with one weight per expert, updated by Hedge (exponential weights).
+
+    The experts are the model and, for each order, an n-gram with additive smoothing:
+    (count + delta) / (total + delta * V) (openai/parameter-golf#688).
     """
 
     def __init__(self, cfg: Config, device: torch.device):
@@ -6103,7 +6111,10 @@ class Hedge:
         self.evidence = torch.zeros(1 + num_experts, dtype=torch.int64, device=device)
 
     def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixture (N, C); N and the sums over N of the experts' losses on the first token."""
+        """Mixed probabilities (N, C); number of tokens and sum of each expert's loss on them.
+
+        The loss is that of candidate 0, the target.
+        """
         total_NO = seen_4NO[1] + self.delta_O * self.cfg.vocab_size
         p_NCE = torch.cat([p_NCM, (count_NCO + self.delta_O) / total_NO[:, None]], 2)
         loss_NE = (-p_NCE[:, 0].log() * FIXED_POINT_ONE).long()
@@ -6116,9 +6127,11 @@ class Hedge:
 
 
 class Backoff:
-    """From short to long contexts, p <- (1 - share) * p + share * count / total where one was seen.
-    The share, of a kind of context, is the mean posterior probability that the n-gram made the
-    scored tokens (online EM). Kinds are lengths, by how often and how uniformly it was continued.
+    """Interpolated back-off: for each order, p <- (1 - w) * p + w * count / total if it was seen.
+
+    The weight w depends on the class of the context: its order, how often it was seen and how
+    deterministic its continuation is. It is the mean posterior probability that the n-gram produced
+    the scored tokens of that class (online EM).
     """
 
     def __init__(self, cfg: Config, device: torch.device):
@@ -6127,7 +6140,7 @@ class Backoff:
         self.step(self.evidence)
 
     def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixture (N, C); sums over N, by kind, of the posteriors and the contexts seen."""
+        """Mixed probabilities (N, C); by class, the sums of posteriors and of contexts seen."""
         p_NC, (_, total_NO, top_NO, _), posteriors = p_NCM[..., 0], seen_4NO, list[Tensor]()
         sure_NO = top_NO / total_NO.clamp_min(1).double()
         kind_NO = (sure_NO >= 0.6).long() + (sure_NO >= 0.95) + 3 * (total_NO >= 2)
@@ -6149,13 +6162,13 @@ class Backoff:
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats, (N, 1)."""
+    """Entropy of softmax(logits_NV) in nats, (N, 1)."""
     logp_NV = logits_NV.log_softmax(1)
     return -(logp_NV.exp() * logp_NV).sum(1, keepdim=True)
 
 
 class Mixer:
-    """The model's distribution after temperature, then tilt, then mixture, as the knobs say."""
+    """Applies the adaptive temperature, then the n-gram bias, then the n-gram mixture."""
 
     def __init__(self, run: Run):
         self.run, self.cfg, cfg = run, run.cfg, run.cfg
@@ -6173,7 +6186,7 @@ class Mixer:
     def predict(
         self, logits_NV: Tensor, context_NK: Tensor, token_NC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """log p (N, C) in float64 of the tokens; the evidence of the first ones, if there is."""
+        """log p (N, C) of candidates, float64, and the mixture's statistics on candidate 0."""
         cfg, seen_4NO = self.cfg, self.counts.look_up(context_NK)
         if (coldest := cfg.adaptive_temperature) != 1:  # the surer (by entropy), the sharper
             doubt_N1 = entropy(logits_NV) / math.log(cfg.vocab_size)
@@ -6202,19 +6215,19 @@ class Mixer:
         return logp_NC if is_early else p_NC.log(), evidence
 
     def nll(self, logits_NV: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
-        """Nats of the targets, float32; what they say of the weights waits for `update`."""
+        """Nats of the targets, float32. The next `update` uses their statistics."""
         logp_N1, evidence = self.predict(logits_NV, context_NK, target_N[:, None])
         if self.weights is not None:
             self.weights.evidence += evidence
         return -logp_N1[:, 0].float()
 
     def log_probs(self, logits_NV: Tensor, context_NK: Tensor) -> Tensor:
-        """The logarithm of the whole distribution, (N, V) in float64."""
+        """Log-probabilities of the whole vocabulary, (N, V), float64."""
         every = torch.arange(logits_NV.size(1), device=logits_NV.device)
         return self.predict(logits_NV, context_NK, every.expand(len(logits_NV), -1))[0]
 
     def update(self, ids: Tensor) -> None:
-        """Learn, on every rank, from the text that all together have scored since the last call."""
+        """Learn from the text that all ranks have scored since the last call."""
         if self.weights is not None:
             self.weights.step(self.run.all_reduce_sum(self.weights.evidence))
             self.weights.evidence.zero_()

@@ -6078,7 +6078,7 @@ class NgramCounts:
             self.num_tokens += len(piece)
 
     def look_up(self, context_NK: Tensor) -> Tensor:
-        """(4, N, O): hash and count of contexts, count and id of their most frequent next tokens."""
+        """(4, N, O): hash and count of contexts, count and id of their most frequent successors."""
         hash_NO = self.hashes(context_NK)
         row_NO = self.find(self.row_keys(hash_NO).flatten()).view_as(hash_NO)
         top_NO, token_NO = self.tops[row_NO] // self.vocab_size, self.tops[row_NO] % self.vocab_size

@@ -5,14 +5,16 @@
 Prints a line for each check and a verdict. The exit status is 0 if all is well, 1 if there is a
 problem, 2 if the folder cannot be read as a data set.
 
-1. Files: one data set in the folder, shards numbered without gaps, headers, sizes and SHA-256 as
-   the manifest says.
-2. Tokens: ids within the vocabulary, documents that begin with BOS, totals as the manifest says.
-3. Bytes: the bytes that validation tokens stand for, from the sidecar or the tokenizer's pieces.
-4. Overlap: validation documents that are in the training data, exactly or nearly. Every run of 16
-   tokens of a document (a shingle) is hashed. A near copy has at least half of its distinct
-   shingles in one training document. Of large validation texts only shingles whose hash is a
-   multiple of a power of two are used, which estimates the same shares (Broder, 1997).
+Files: one data set in the folder, shards numbered without gaps, headers, sizes and SHA-256 as the
+manifest says.
+Tokens: ids within the vocabulary, documents that begin with BOS, totals as the manifest says.
+Bytes: the bytes that validation tokens stand for, from the sidecar or the tokenizer's pieces.
+Overlap: validation documents that are in the training data, exactly or nearly. Every run of 16
+tokens of a document (a shingle) is hashed. A near copy has at least half of its distinct shingles
+in one training document. Of large validation texts only shingles whose hash is a multiple of a
+power of two are used, which estimates the same shares (Broder, 1997).
+
+Sections: 1. Files  2. Tokens  3. Bytes  4. Overlap
 """
 
 from __future__ import annotations
@@ -175,18 +177,23 @@ def read_blocks(paths: Sequence[Path], block_tokens: int = BLOCK_TOKENS) -> Iter
     A document that goes on in the next shard is put together.
     """
     held: list[np.ndarray] = []
-    for path in paths:
-        ids = read_shard(path)
-        for first in range(0, len(ids), block_tokens):
-            piece = np.array(ids[first : first + block_tokens])
-            starts = np.flatnonzero(piece == BOS_ID)
-            if not len(starts) or (not held and starts[-1] == 0):
-                held.append(piece)
-                continue
-            yield from filter(len, [np.concatenate([*held, piece[: starts[-1]]])])
-            held = [piece[starts[-1] :]]
+    for ids in read_pieces(paths, block_tokens):
+        starts = np.flatnonzero(ids == BOS_ID)
+        if not len(starts) or (not held and starts[-1] == 0):
+            held.append(ids)
+            continue
+        yield np.concatenate([*held, ids[: starts[-1]]])
+        held = [ids[starts[-1] :]]
     if held:
         yield np.concatenate(held)
+
+
+def read_pieces(paths: Sequence[Path], piece_tokens: int) -> Iterator[np.ndarray]:
+    """Token ids of all shards in pieces of `piece_tokens`."""
+    for path in paths:
+        ids = read_shard(path)
+        for first in range(0, len(ids), piece_tokens):
+            yield np.array(ids[first : first + piece_tokens])
 
 
 class TokenCounts(NamedTuple):

@@ -9,6 +9,8 @@ interruption: files that are whole are kept.
 
 HF_ENDPOINT names a mirror of the Hub. Without a network (or with HF_HUB_OFFLINE=1) the files are
 taken from the Hub's cache, if it has them.
+
+Sections: 1. What is published  2. The connection  3. Files on this machine  4. The download
 """
 
 from __future__ import annotations
@@ -132,21 +134,26 @@ def open_hub(repo: str, endpoint: str) -> Snapshot:
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise DownloadFailed(f"{endpoint} gives {commit!r} as the commit of {repo}, not a hash")
 
-    def fetch(name: str, folder: Path) -> Path:
-        """Download one file of the pinned commit."""
-        path = huggingface_hub.hf_hub_download(
-            repo,
-            REPOSITORY_ROOT + name,
-            repo_type="dataset",
-            revision=commit,
-            local_dir=folder,
-            endpoint=endpoint,
-            token=False,
-            tqdm_class=bounded_bar(name, listed[REPOSITORY_ROOT + name].size),
-        )
-        return Path(path)
+    files = below_root(listed)
+    fetch = functools.partial(fetch_from_hub, repo=repo, commit=commit, endpoint=endpoint)
+    return Snapshot(repo, commit, files, lambda name, folder: fetch(name, files[name], folder))
 
-    return Snapshot(repo, commit, below_root(listed), fetch)
+
+def fetch_from_hub(
+    name: str, remote: RemoteFile, folder: Path, *, repo: str, commit: str, endpoint: str
+) -> Path:
+    """Download one file into `folder`; its path there."""
+    path = huggingface_hub.hf_hub_download(
+        repo,
+        REPOSITORY_ROOT + name,
+        repo_type="dataset",
+        revision=commit,
+        local_dir=folder,
+        endpoint=endpoint,
+        token=False,
+        tqdm_class=bounded_bar(name, remote.size),
+    )
+    return Path(path)
 
 
 def describe(sibling: RepoSibling) -> RemoteFile:
@@ -297,7 +304,7 @@ def bounded_bar(name: str, size: int) -> type[tqdm]:
     max_bytes = 2 * size + (1 << 26)
 
     class Bar(tqdm):  # type: ignore[misc]
-        """A progress bar that fails when more bytes arrive than the file may have."""
+        """Counts what arrives."""
 
         received = 0
 
@@ -376,7 +383,7 @@ def read_own_manifest(folder: Path) -> dict[str, Any] | None:
         if all(isinstance(t, str) for t in texts) and all(isinstance(n, int) for n in sizes):
             return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # refused below, whatever is wrong with it
+        pass  # refused below
     raise InputError(f"{path} was not written by this script; move it, or give another --out")
 
 

@@ -121,29 +121,29 @@ def byte_ids(processor: Processor, text: str) -> list[int]:
     return [processor.piece_to_id(f"<0x{value:02X}>") for value in text.encode("utf-8")]
 
 
+def read_varint(message: bytes, position: int) -> tuple[int, int]:
+    """A Protocol Buffers integer at `position` (7 bits a byte, low first), and where it ends."""
+    value = shift = 0
+    while message[position] > 127:
+        value |= (message[position] & 127) << shift
+        position, shift = position + 1, shift + 7
+    return value | message[position] << shift, position + 1
+
+
 def parse_proto(message: bytes) -> dict[int, int | bytes]:
     """The fields of a Protocol Buffers message by number; of a repeated field, the last value."""
     fields: dict[int, int | bytes] = {}
     position = 0
-
-    def read_varint() -> int:
-        """The next variable-length integer: 7 bits per byte, the lowest first."""
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
     while position < len(message):
-        number, wire_type = divmod(read_varint(), 8)
+        tag, position = read_varint(message, position)
+        number, wire_type = divmod(tag, 8)
         if wire_type == 0:
-            fields[number] = read_varint()
+            fields[number], position = read_varint(message, position)
             continue
-        length = {1: 8, 5: 4}.get(wire_type) or read_varint()
+        if wire_type == 2:
+            length, position = read_varint(message, position)
+        else:
+            length = {1: 8, 5: 4}[wire_type]
         fields[number] = message[position : position + length]
         position += length
     return fields

@@ -28,7 +28,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import prepare, readers
+from data import check, prepare, readers
 from train_gpt import BOS_ID, ByteTable, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -341,29 +341,57 @@ def test_other_arguments_need_another_folder_or_force(
 
 
 def readme_commands() -> list[Any]:
-    """The prepare.py commands of data/README.md; the demo corpus takes more than a few seconds."""
+    """The commands of data/README.md that need no network; training is only described."""
     text = (ROOT / "data/README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^python data/prepare\.py (--[is].*)$", text, flags=re.MULTILINE)
+    lines = re.findall(
+        r"^(?:[A-Z_]+=\S+ )*python \S+\.py .*$|^RECIPE=.*$", text, flags=re.MULTILINE
+    )
+    commands = [line for line in lines if "data/download.py" not in line]
+    assert len(commands) == 9
     slow = pytest.mark.slow
-    return [pytest.param(text, marks=slow if "stdlib" in text else ()) for text in commands]
+    is_slow = [any(word in line for word in ("stdlib", "train_gpt")) for line in commands]
+    pairs = zip(commands, is_slow, strict=True)
+    return [pytest.param(line, marks=slow if slow_line else ()) for line, slow_line in pairs]
+
+
+@pytest.fixture(scope="module")
+def texts_of_many_words() -> list[str]:
+    """Texts whose words give a tokenizer of 2,048 pieces."""
+    draw = np.random.default_rng(0).integers
+    words = ["".join(map(chr, draw(97, 123, draw(2, 8)))) for _ in range(3000)]
+    return [" ".join(words[i] for i in draw(0, 3000, 900)) for _ in range(40)]
 
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_the_commands_of_the_readme_work(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalizing_model: Path
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    normalizing_model: Path,
+    texts_of_many_words: list[str],
 ):
-    draw = np.random.default_rng(0).integers
-    words = ["".join(map(chr, draw(97, 123, draw(2, 8)))) for _ in range(3000)]
-    texts = [" ".join(words[i] for i in draw(0, 3000, 900)) for _ in range(40)]
+    texts = texts_of_many_words
     monkeypatch.chdir(tmp_path)
     for folder in ("texts", "data/tokenizers"):
         Path(folder).mkdir(parents=True)
     for name, chosen in (("train-0", texts[:20]), ("train-1", texts[20:]), ("val", texts[:3])):
         write_as(Path(f"texts/{name}.jsonl.zst"), chosen)
     Path("texts/notes.txt").write_text("notes\n")
+    Path("mytext.txt").write_text("\n\n".join(texts))
     Path("data/tokenizers/fineweb_1024_bpe.model").write_bytes(normalizing_model.read_bytes())
-    assert prepare.main(shlex.split(command)) == 0
-    assert len(list(Path("data").glob("*/*_train_000000.bin"))) == 1
+    if "data/prepare.py" in command:
+        assert prepare.main(shlex.split(command.partition("prepare.py ")[2])) == 0
+        assert len(list(Path("data").glob("*/*_train_000000.bin"))) == 1
+        return
+    folder = re.findall(r"data/m\w+", command)[0]
+    assert prepare.main(["--input", "mytext.txt", "--out", folder]) == 0
+    if "data/check.py" in command:
+        assert check.main([folder]) == 0
+        return
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MODE": "describe"}
+    command = command.replace("records/", f"{ROOT}/records/").replace(" train_", f" {ROOT}/train_")
+    result = subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "VOCAB_SIZE" in result.stdout, result.stderr
 
 
 # --- Copies and splits ---------------------------------------------------------------------------

@@ -6395,7 +6395,7 @@ def find_earlier_state(run: Run, artifact: Path, identity: Mapping[str, Any]) ->
         check_same_inputs(state, identity)
         if has_artifact:
             check_state(state, run)
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, AttributeError) as error:  # also of entries of other types
         raise InputError(f"{path} does not fit this run: {error!s:.300}; {remedy}") from error
     if not has_artifact:
         return {}
@@ -6410,7 +6410,9 @@ def find_earlier_state(run: Run, artifact: Path, identity: Mapping[str, Any]) ->
 
 def check_same_inputs(state: Any, identity: Mapping[str, Any]) -> None:
     """Raise InputError if an earlier state is of another script or another data set."""
-    require(isinstance(state, dict), "it is not an object")
+    names = ("config", "code_sha256", "data")
+    is_whole = isinstance(state, dict) and all(name in state for name in names)
+    require(is_whole, f"it does not hold {', '.join(names)}")
     is_same = state["code_sha256"] == identity["code_sha256"]
     require(is_same, "it was written by another version of the script")
     earlier, data = state["data"], identity["data"]
@@ -6423,6 +6425,8 @@ def check_state(state: Mapping[str, Any], run: Run) -> None:
 
     The only score in it is that of the training: passes over the artifact are always run again.
     """
+    names = ("ledger", "scores", "artifact_sha256")
+    require(all(name in state for name in names), f"it does not hold {', '.join(names)}")
     ledger, scores = state["ledger"], state["scores"]
     require(
         ledger.keys() == run.ledger.keys() and all(map(is_duration, ledger.values())),

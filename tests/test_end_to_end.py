@@ -37,7 +37,7 @@ from tests.processes import (
 
 RUN: dict[str, Any] = {
     "run_dir": "run", "num_layers": 2, "iterations": 6, "train_log_every": 1, "val_loss_every": 4,
-    "warmup_steps": 1, "eval_stride": 16, "submission_author": "A. Golfer",
+    "warmup_steps": 1, "eval_stride": 16, "submission_author": "A. Golfer", "track": "demo",
 }  # fmt: skip
 
 

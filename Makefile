@@ -4,8 +4,8 @@
 #   make test       the quick tests and the linters
 #   make test-slow  the tests that take longer, and those that need a GPU where there is one
 #   make lint       ruff and mypy
-#   make bench      tokens/s and utilisation of this machine
-#   make bench-quant  methods of quantisation compared, on models that it trains first
+#   make bench      tokens/s and utilization of this machine
+#   make bench-quant  methods of quantization compared, on models that it trains first
 #   make clean      remove .venv and caches; data, logs and records stay
 #
 # PYTHON=... names the interpreter that .venv is made from; otherwise it is the first that has torch

@@ -7,7 +7,7 @@
 
 The environment is the only configuration: every knob is a field of Config, spelled in capitals.
 RECIPE=path/to/run.env reads KEY=value lines as defaults below the real environment. A run trains
-(at most MAX_WALLCLOCK_SECONDS), quantises, writes the artifact, reads it back from the file into a
+(at most MAX_WALLCLOCK_SECONDS), quantizes, writes the artifact, reads it back from the file into a
 fresh model, and scores that model in bits per byte. Everything it writes lies in RUN_DIR. A run
 that was killed goes on from its last checkpoint when it is started again with the same RUN_DIR.
 

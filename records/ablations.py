@@ -542,7 +542,7 @@ def run_grid(options: argparse.Namespace) -> int:
 # differ, the average one is put together from the medians of the phases and their shares of the
 # whole run.
 
-# What has nothing to do with a step is kept short: validation, quantisation, the artifact.
+# What has nothing to do with a step is kept short: validation, quantization, the artifact.
 SHORT_SETTINGS = {
     "MODE": "train",
     "TRAIN_LOG_EVERY": "1",
@@ -743,7 +743,7 @@ GAIN_SIGN = {"add": -1.0, "leave_out": 1.0}
 
 
 class Comparison(NamedTuple):
-    """A variant against its stack, on the quantised score where nothing else is said."""
+    """A variant against its stack, on the quantized score where nothing else is said."""
 
     variant: Variant
     runs: dict[int, Json]  # the finished runs by their seed, as in `references`

@@ -305,7 +305,7 @@ def test_a_batch_of_the_sequential_loader_is_the_next_stretch_of_the_data(
     num_steps = len(ids) // (8 * T) + 2  # past the end of the data, so that it goes round
     batches = torch.stack([read_step(loader, step) for step in range(num_steps)])
     assert batches.shape == (num_steps, 8, T + 1) and batches.dtype == torch.int64
-    first = loader.plans[T].start(0) % len(ids)
+    first = loader.samplers[T].start(0) % len(ids)
     assert ids[first] == BOS_ID
     inputs, targets = batches[..., :-1].flatten().numpy(), batches[..., 1:].flatten().numpy()
     assert np.array_equal(inputs, np.resize(np.roll(ids, -first), len(inputs)))
@@ -373,7 +373,7 @@ def test_a_batch_after_a_change_of_phase_has_the_new_shape_and_follows_the_old(
         assert batch.shape == (batch_tokens // seq_len, seq_len + 1)
         assert torch.equal(batch, loader.read(position, seq_len, batch_tokens))
         if name == "stream":  # not a token is left out or seen twice
-            first = loader.plans[32].start(0) % stream.num_tokens + position
+            first = loader.samplers[32].start(0) % stream.num_tokens + position
             expected = ids[first : first + batch_tokens]
             assert np.array_equal(batch[:, :-1].flatten().numpy(), expected)
         position += batch_tokens

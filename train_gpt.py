@@ -1149,6 +1149,7 @@ def log_setup(run: Run) -> None:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS_ID = 20240520, 1, 1024, 1
 REMEDY = "make it again with data/prepare.py or data/download.py"
+FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
 
 def write_shard(path: Path, ids: np.ndarray) -> None:
@@ -1513,8 +1514,8 @@ def read_sidecar(
     stream, path = TokenStream(paths, 65_536), paths[0]
     require(
         stream.num_tokens == len(ids),
-        f"{path}: {stream.num_tokens} byte counts for {len(ids)} validation tokens; sidecar and "
-        "shards belong to different data sets",
+        f"{path}: {stream.num_tokens} byte counts for {len(ids)} validation tokens; "
+        f"{FOREIGN_SIDECAR}",
     )
     counts = stream.read_all()
     # BOS stands for no text. data/prepare.py lets it count the bytes of a document whose text the
@@ -1522,12 +1523,11 @@ def read_sidecar(
     is_bos = ids == BOS_ID
     is_alone = is_bos & np.append(is_bos[1:], True)
     wrong = np.flatnonzero(is_bos & ~is_alone & (counts > 0))
-    require(
-        not wrong.size,
-        f"{path}: {len(wrong)} BOS tokens have a byte count above 0, the first at position "
-        f"{wrong[:1].sum()} ({counts[wrong[:1]].sum()} bytes), but BOS stands for no text; "
-        f"sidecar and shards belong to different data sets; {REMEDY}",
-    )
+    if wrong.size:
+        raise InputError(
+            f"{path}: byte count {counts[wrong[0]]} at token {wrong[0]}, which is BOS and stands "
+            f"for no text ({wrong.size} such counts); {FOREIGN_SIDECAR}"
+        )
     manifest = read_manifest(cfg)
     if manifest is None or manifest.text_bytes is None:  # else check_totals compares the sum
         check_plausible_counts(path, ids, counts, table)
@@ -1549,8 +1549,7 @@ def check_plausible_counts(
     require(
         frac <= MAX_EXCEEDING_FRAC,
         f"{path}: {frac:.0%} of the byte counts are above what their pieces spell, at most "
-        f"{MAX_EXCEEDING_FRAC:.0%} are plausible; sidecar and shards belong to different data "
-        f"sets; {REMEDY}",
+        f"{MAX_EXCEEDING_FRAC:.0%} may be; {FOREIGN_SIDECAR}",
     )
     tokens = np.bincount(ids, minlength=len(max_bytes))
     high = int(table.count_text(ids).sum(dtype=np.int64))
@@ -1559,8 +1558,7 @@ def check_plausible_counts(
     require(
         (1 - MAX_TOTAL_ERROR) * low <= total <= (1 + MAX_TOTAL_ERROR) * high,
         f"{path}: the byte counts sum to {total}, but the pieces spell {low} to {high} bytes "
-        f"(tolerance {MAX_TOTAL_ERROR:.0%}); sidecar and shards belong to different data sets; "
-        f"{REMEDY}",
+        f"(tolerance {MAX_TOTAL_ERROR:.0%}); {FOREIGN_SIDECAR}",
     )
 
 
@@ -1585,13 +1583,8 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
     except RuntimeError as error:
         raise InputError(f"{path} is not a SentencePiece model: {error}") from error
     sha256, manifest = hashlib.sha256(payload).hexdigest(), read_manifest(cfg)
-    expected = manifest.tokenizer_sha256 if manifest else ""
-    require(
-        expected in ("", sha256),
-        f"{path} has SHA-256 {sha256}, but {cfg.data_path}/manifest.json says {expected}: the "
-        "shards were made with another tokenizer; set TOKENIZER_PATH to that one, or make the "
-        "data set again",
-    )
+    if manifest is not None:
+        require_listed(cfg, f"SHA-256 of {path}", sha256, manifest.tokenizer_sha256)
     return processor, sha256
 
 
@@ -1652,7 +1645,7 @@ class Manifest(NamedTuple):
     val_tokens: int | None = None
     val_documents: int | None = None
     text_bytes: int | None = None  # of the original validation text
-    tokenizer_sha256: str = ""
+    tokenizer_sha256: str | None = None
 
 
 def read_manifest(cfg: Config) -> Manifest | None:
@@ -1669,13 +1662,13 @@ def read_manifest(cfg: Config) -> Manifest | None:
             val_tokens=val.get("tokens"),
             val_documents=val.get("documents"),
             text_bytes=val.get("text_bytes"),
-            tokenizer_sha256=tokenizer.get("sha256") or "",
+            tokenizer_sha256=tokenizer.get("sha256"),
         )
         numbers = [manifest.val_tokens, manifest.val_documents, manifest.text_bytes]
         numbers += [entry.get("bytes") for entry in manifest.files.values()]
-        hashes = [entry.get("sha256") or "" for entry in manifest.files.values()]
+        hashes = [entry.get("sha256") for entry in manifest.files.values()]
         valid = all(number is None or type(number) is int for number in numbers)
-        valid &= all(isinstance(text, str) for text in [*hashes, manifest.tokenizer_sha256])
+        valid &= all(isinstance(h, str | None) for h in [*hashes, manifest.tokenizer_sha256])
     except (ValueError, AttributeError, RecursionError):
         valid = False
     require(
@@ -1693,22 +1686,19 @@ def check_listed(cfg: Config, part: str, names: Sequence[str]) -> None:
     if manifest is None or not manifest.files:
         return
     folder = Path(cfg.data_path)
+    source = folder / "manifest.json"
     matches = {name: SHARD_NAME.fullmatch(name) for name in manifest.files}
     listed = [name for name, match in matches.items() if match and match[2] == part]
-    for name in sorted({*listed, *names}):
-        path, source = folder / name, folder / "manifest.json"
+    for name in listed:
+        path = folder / name
         require(name in names, f"{path} is missing, but {source} lists it; {REMEDY}")
-        if name not in listed:
-            rule = f"{path} is not listed in {source}"
-            require(part == "train", f"{rule}, so it is of another data set; remove it")
-            warn_once(f"{rule}; training uses it")
-            continue
-        size, expected = regular_file_size(path), manifest.files[name].get("bytes")
-        require(
-            expected in (None, size),
-            f"{path}: {size} bytes, but {source} says {expected}: damaged or of another data set; "
-            f"{REMEDY}",
+        require_listed(
+            cfg, f"size of {path}", regular_file_size(path), manifest.files[name].get("bytes")
         )
+    if unlisted := [name for name in names if name not in matches]:
+        rule = f"{folder / unlisted[0]} is not listed in {source}"
+        require(part == "train", f"{rule}, so it is of another data set; remove it")
+        warn_once(f"{rule}; training uses {len(unlisted)} such shards")
 
 
 def check_hashes(cfg: Config, paths: Sequence[Path], *, need_all: bool = False) -> None:
@@ -1718,27 +1708,34 @@ def check_hashes(cfg: Config, paths: Sequence[Path], *, need_all: bool = False) 
     """
     manifest = read_manifest(cfg) or Manifest({})
     expected = {p: manifest.files.get(p.name, {}).get("sha256") for p in paths}
-    unknown = [path for path, sha256 in expected.items() if not sha256]
-    require(
-        not (unknown and need_all),
-        f"CHECK_DATA=full: {cfg.data_path}/manifest.json has no SHA-256 of "
-        f"{unknown[0] if unknown else ''}; set CHECK_DATA=quick, or {REMEDY}",
-    )
     known = [path for path in paths if expected[path]]
+    for path in paths:
+        require(
+            expected[path] or not need_all,
+            f"CHECK_DATA=full: {cfg.data_path}/manifest.json has no SHA-256 of {path}; set "
+            f"CHECK_DATA=quick, or {REMEDY}",
+        )
     with ThreadPoolExecutor() as executor:  # hashing releases the interpreter lock
         for path, sha256 in zip(known, executor.map(hash_file, known), strict=True):
-            require(
-                sha256 == expected[path],
-                f"{path} has SHA-256 {sha256}, but {cfg.data_path}/manifest.json says "
-                f"{expected[path]}: damaged or of another data set; {REMEDY}",
-            )
+            require_listed(cfg, f"SHA-256 of {path}", sha256, expected[path])
 
 
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a regular file, in hex."""
+def require_listed(cfg: Config, name: str, value: Any, expected: Any) -> None:
+    """Raise InputError if `value` differs from what the manifest says; None: it does not say."""
+    require(
+        expected in (None, value),
+        f"{name} is {value}, but {cfg.data_path}/manifest.json says {expected}: damaged or of "
+        f"another data set; {REMEDY}",
+    )
+
+
+def hash_file(path: Path, max_bytes: int | None = None) -> str:
+    """The SHA-256 of a regular file, or of its first `max_bytes`, in hex."""
     regular_file_size(path)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if max_bytes is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read(max_bytes)).hexdigest()
 
 
 # Published validation targets by folder name, as public logs show them: without an incomplete last
@@ -1762,15 +1759,14 @@ def check_totals(cfg: Config, ids: np.ndarray, counts: np.ndarray) -> None:
     totals = [
         ("tokens", len(ids), manifest.val_tokens),
         ("documents (BOS tokens)", int((ids == BOS_ID).sum()), manifest.val_documents),
-        ("bytes by the tokens' byte counts", num_bytes, manifest.text_bytes),
+        (
+            "bytes (a tokenizer that changes the text needs --byte-sidecar)",
+            num_bytes,
+            manifest.text_bytes,
+        ),
     ]
     for name, value, expected in totals:
-        require(
-            expected in (None, value),
-            f"{folder}: the validation text has {value} {name}, but manifest.json says {expected}, "
-            "so a score would be wrong; make the data set again with data/prepare.py, with "
-            "--byte-sidecar if its tokenizer changes the text",
-        )
+        require_listed(cfg, f"{folder}: number of validation {name}", value, expected)
     targets = PUBLISHED_TARGETS.get(Path(os.path.abspath(folder)).name)
     if targets is None:
         return
@@ -1783,44 +1779,30 @@ def check_totals(cfg: Config, ids: np.ndarray, counts: np.ndarray) -> None:
     )
 
 
-MAX_SAMPLED_BYTES = 1 << 20  # shards up to this size are hashed completely
-SAMPLED_BYTES = 1 << 12  # of the start and of the end of a larger one
-
-
 def data_identity(cfg: Config) -> dict[str, Any]:
-    """What identifies the data of a run: totals and SHA-256 of validation, tokenizer, training.
+    """What identifies the data of a run: totals and SHA-256 of tokenizer, validation, training.
 
     Flat, of JSON values, and independent of CHECK_DATA and file names, so that a resumed run can
-    compare it. Training shards are only sampled, and left out in modes that do not train.
+    compare it. Of training shards only the first 64 KiB are hashed; modes that do not train leave
+    them out.
     """
-    val, sidecars = find_shards(cfg, "val"), find_shards(cfg, "val_bytes")
+    val = find_shards(cfg, "val")
     identity: dict[str, Any] = {
         "tokenizer_sha256": load_tokenizer(cfg)[1],
         "val_tokens": sum(map(count_shard_tokens, val)),
-        "val_sha256": combine_hashes(map(hash_file, val)),
-        "val_bytes_sha256": combine_hashes(map(hash_file, sidecars)) if sidecars else "",
+        "val_sha256": combine_hashes([*val, *find_shards(cfg, "val_bytes")]),
     }
     if cfg.trains:
         train = find_shards(cfg, "train")
         identity["train_tokens"] = sum(map(count_shard_tokens, train))
-        identity["train_sample_sha256"] = combine_hashes(map(hash_sample, train))
+        identity["train_sample_sha256"] = combine_hashes(train, 1 << 16)
     return identity
 
 
-def combine_hashes(hashes: Iterable[str]) -> str:
-    """One SHA-256 for a sequence of hashes."""
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def hash_sample(path: Path) -> str:
-    """A SHA-256 of a file's size, start and end; of all of it if it is small."""
-    size = regular_file_size(path)
-    if size <= MAX_SAMPLED_BYTES:
-        return hash_file(path)
-    with open(path, "rb") as file:
-        start = file.read(SHARD_HEADER_BYTES + SAMPLED_BYTES)
-        file.seek(-SAMPLED_BYTES, os.SEEK_END)
-        return hashlib.sha256(b"%d " % size + start + file.read()).hexdigest()
+def combine_hashes(paths: Iterable[Path], max_bytes: int | None = None) -> str:
+    """One SHA-256 for several files, or for the first `max_bytes` of each."""
+    hashes = "".join(hash_file(path, max_bytes) for path in paths)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 # --- 4. Model ------------------------------------------------------------------------------------
@@ -3311,6 +3293,7 @@ RESUME_IGNORED_KNOBS = {
     "recipe",
     "run_dir",
     "resume",
+    "check_data",
     "checkpoint_every_seconds",
     "compile",
     "attention",

@@ -44,13 +44,14 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import struct
 import sys
 import time
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -95,6 +96,7 @@ MODES = ("all", "train", "eval", "describe")
 PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
 LOADER_CHOICES = ("stream", "shuffled", "coprime")
+DATA_CHECKS = ("quick", "full")
 EMBED_INITS = ("normal", "overtone")
 MIX_INITS = ("last", "phase")
 MATRIX_INITS = ("default", "orthogonal", "orthogonal_scaled")
@@ -148,6 +150,9 @@ class Config:
         "./data/datasets/fineweb10B_sp8192", "folder with *_train_*.bin and *_val_*.bin shards"
     )
     tokenizer_path: str = knob("", "SentencePiece model; empty = DATA_PATH/tokenizer.model")
+    check_data: str = knob(
+        "quick", "SHA-256 by manifest.json of validation files, or of all", choices=DATA_CHECKS
+    )
     loader: str = knob("stream", "order of training windows", choices=LOADER_CHOICES)
     isolate_documents: bool = knob(
         True, "attention does not cross document boundaries (BOS)", shape=True
@@ -1194,6 +1199,13 @@ def warn(text: str) -> None:
     print(format_event("warning", text=text), file=sys.stderr, flush=True)
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """Print a warning to stderr, once per text and on rank 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warn(text)
+
+
 def sync(descriptor: int) -> None:
     """fsync; a warning where the file system does not support it."""
     try:
@@ -1319,21 +1331,16 @@ def log_setup(run: Run) -> None:
         write_atomic(run.directory / "train_gpt_source.py", source.encode())
 
 
-def data_identity(cfg: Config) -> dict[str, Any]:
-    """SHA-256 of the tokenizer and of the validation shards: what a resumed run compares."""
-    shards = [*find_shards(cfg, "val"), *find_shards(cfg, "val_bytes")]
-    hashes = "".join(hash_bytes(path.read_bytes()) for path in shards)
-    return {
-        "tokenizer_sha256": load_tokenizer(cfg)[1],
-        "val_sha256": hash_bytes(hashes.encode()),
-    }
-
-
 # --- 3. Data -------------------------------------------------------------------------------------
-# Shards of uint16 token ids as published for FineWeb. Which window holds which tokens is a pure
-# function of (seed, window index), so that a resumed run sees what an uninterrupted one would.
+# Token shards in the format of the published FineWeb sets, the training batches made from them,
+# and the validation text with its byte counts. Which tokens a batch holds is a pure function of
+# the seed and the number of tokens before it, so a resumed run sees the batches of an
+# uninterrupted one. The files are checked before training: against manifest.json where there is
+# one, otherwise against the rules that every data set follows.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS_ID = 20240520, 1, 1024, 1
+REMEDY = "make it again with data/prepare.py or data/download.py"
+FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
 
 def write_shard(path: Path, ids: np.ndarray) -> None:
@@ -1344,191 +1351,165 @@ def write_shard(path: Path, ids: np.ndarray) -> None:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Memory-map the token ids of a shard; InputError if the file is not a whole, valid one."""
-    size, ints = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3).tolist()
-    magic, version, count = [*ints, None, None, None][:3]
-    remedy = "make it again with data/prepare.py or data/download.py"
+    """Memory-map the token ids of a shard (uint16); InputError if it is not a valid shard."""
+    if count_shard_tokens(path) == 0:  # a memory map cannot be empty
+        return np.zeros(0, dtype="<u2")
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
+
+
+def count_shard_tokens(path: Path) -> int:
+    """The number of tokens in a shard; InputError if it is not a valid shard."""
+    size = regular_file_size(path)
+    header = np.fromfile(path, dtype="<i4", count=3).tolist()
+    magic, version, count = [*header, None, None, None][:3]
+    num_tokens = int(count or 0)
     require(
         (magic, version) == (SHARD_MAGIC, SHARD_VERSION),
         f"{path}: {size} bytes, magic {magic} version {version}, expected {SHARD_MAGIC} and "
-        f"{SHARD_VERSION}: not a token shard; {remedy}",
+        f"{SHARD_VERSION}: not a token shard; {REMEDY}",
     )
-    expected = SHARD_HEADER_BYTES + 2 * (count or 0)
+    expected = SHARD_HEADER_BYTES + 2 * num_tokens
     require(
         size == expected,
-        f"{path}: {size} bytes, but its header says {count} tokens = "
-        f"{expected} bytes: damaged; {remedy}",
+        f"{path}: {size} bytes, but its header says {count} tokens = {expected} bytes: damaged; "
+        f"{REMEDY}",
     )
-    # A memory map cannot be empty.
-    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES) if count else np.zeros(0, dtype="<u2")
+    return num_tokens
 
 
-class ByteTable:
-    """UTF-8 bytes that each target token stands for, given the token before it.
-    A piece that begins with the space marker counts one byte for it unless a control token
-    precedes (a decoder drops that space); byte pieces count 1, control pieces 0.
-    """
-
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, vocab_size: int):
-        ids = list(range(processor.get_piece_size()))
-        require(
-            len(ids) == vocab_size,
-            f"VOCAB_SIZE={vocab_size} does not match the tokenizer's {len(ids)}; set it so",
-        )
-        require(
-            processor.piece_to_id("\u2581") != processor.unk_id(),
-            "the tokenizer has no piece for a single space, so spaces would count as three "
-            "bytes; train it with data/prepare.py",
-        )
-        kinds = (processor.is_control, processor.is_unknown, processor.is_unused)
-        self.boundary = np.any([is_kind(ids) for is_kind in kinds], axis=0)
-        self.base_bytes = np.zeros(vocab_size, dtype=np.int64)
-        self.leading_space = np.zeros(vocab_size, dtype=bool)
-        for token in np.flatnonzero(~self.boundary).tolist():
-            piece = processor.id_to_piece(token)
-            self.leading_space[token] = piece.startswith("\u2581")
-            # Only the marker at the front is conditional; the rest are ordinary spaces.
-            text = piece.removeprefix("\u2581").replace("\u2581", " ")
-            self.base_bytes[token] = 1 if processor.is_byte(token) else len(text.encode())
-
-    def count(self, targets: np.ndarray, previous: np.ndarray) -> np.ndarray:
-        """Bytes of each target (int64), given the token before each."""
-        return self.base_bytes[targets] + (self.leading_space[targets] & ~self.boundary[previous])
-
-
-def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, str]:
-    """The tokenizer and the SHA-256 of its file; InputError if it is missing or unreadable."""
-    data, published = Path(cfg.data_path), f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model"
-    usual = [data / "tokenizer.model", data.parent.parent / published]
-    candidates = [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else usual
-    found = [path for path in candidates if path.is_file()]
-    require(
-        found,
-        f"no tokenizer at {' or '.join(map(str, candidates))}; set TOKENIZER_PATH, or "
-        "make the data set: python data/prepare.py --source stdlib --vocab-size "
-        f"{cfg.vocab_size} --out {cfg.data_path}",
-    )
-    payload = found[0].read_bytes()
+def regular_file_size(path: Path) -> int:
+    """Size of a file in bytes; InputError if there is none or it is a folder, pipe or device."""
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=payload or b"empty")
-    except RuntimeError as error:
-        raise InputError(f"{found[0]} is not a SentencePiece model: {error}") from error
-    return processor, hashlib.sha256(payload).hexdigest()
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; {REMEDY}") from error
+    require(stat.S_ISREG(status.st_mode), f"{path} is not a regular file; {REMEDY}")
+    return status.st_size
 
 
-def find_shards(cfg: Config, part: str) -> list[Path]:
-    """Sorted shards of `part` (train, val or val_bytes); InputError if a needed part is missing."""
-    paths = sorted(Path(cfg.data_path).glob(f"*_{part}_[0-9]*.bin"))
-    require(
-        paths or part == "val_bytes",
-        f"DATA_PATH={cfg.data_path} holds no *_{part}_*.bin shard; fetch the published ones "
-        "with data/download.py, or make some: python data/prepare.py --source stdlib "
-        f"--vocab-size {cfg.vocab_size} --out {cfg.data_path}",
-    )
-    return paths
+class BatchLoader:
+    """Training batches of one rank. A thread reads the next batch while this one is used."""
 
+    def __init__(self, cfg: Config, stream: TokenStream, *, rank: int, world_size: int):
+        self.stream, self.rank, self.world_size = stream, rank, world_size
+        stages = train_stages(cfg)
+        for stage in stages:
+            rows = stage.batch_tokens // stage.seq_len
+            require(
+                rows % world_size == 0,
+                f"TRAIN_BATCH_TOKENS={stage.batch_tokens} / TRAIN_SEQ_LEN={stage.seq_len} = "
+                f"{rows} rows do not divide over {world_size} ranks; use a multiple of "
+                f"{stage.seq_len * world_size} tokens",
+            )
+        sampler = SAMPLERS[cfg.loader]
+        self.samplers = {T: sampler(stream, T, cfg) for T in {stage.seq_len for stage in stages}}
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.prefetched: dict[tuple[int, int, int], Future[Tensor]] = {}
 
-class TokenStream:
-    """All shards of a part as one sequence of token ids, memory-mapped."""
+    def batch(self, position: int, stage: TrainStage) -> Tensor:
+        """What `read` returns, prefetched as long as the stage stays the same."""
+        key = (position, stage.seq_len, stage.batch_tokens)
+        pending = self.prefetched.pop(key, None) or self.executor.submit(self.read, *key)
+        next_key = (position + stage.batch_tokens, stage.seq_len, stage.batch_tokens)
+        self.prefetched = {next_key: self.executor.submit(self.read, *next_key)}
+        return pending.result()
 
-    def __init__(self, paths: Sequence[Path], vocab_size: int):
-        self.paths, self.vocab_size = list(paths), vocab_size
-        self.shards = [read_shard(path) for path in paths]
-        self.sizes = [len(shard) for shard in self.shards]
-        self.starts = [0, *itertools.accumulate(self.sizes)]
-        self.num_tokens = self.starts[-1]
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from position `start` on (int64), going round at the end of the data."""
-        pieces: list[np.ndarray] = []
-        while count > 0:
-            start %= self.num_tokens
-            shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-            piece = self.shards[shard][start - self.starts[shard] :][:count]
-            pieces.append(np.asarray(piece, dtype=np.int64))
-            start, count = start + len(piece), count - len(piece)
-        ids = np.concatenate(pieces)
-        largest = ids.max(initial=0)
-        require(
-            largest < self.vocab_size,
-            f"token id {largest} in {self.paths[0].parent} does not "
-            f"fit VOCAB_SIZE={self.vocab_size}: the shards belong to another tokenizer",
-        )
-        return ids
+    def read(self, position: int, seq_len: int, batch_tokens: int) -> Tensor:
+        """This rank's rows, (rows, T + 1) ids, of the batch after `position` trained tokens."""
+        sampler = self.samplers[seq_len]
+        rank_tokens = batch_tokens // self.world_size
+        first = position + self.rank * rank_tokens
+        positions = range(first, first + rank_tokens, seq_len)
+        windows = [self.stream.read(sampler.start(p), seq_len + 1) for p in positions]
+        return torch.from_numpy(np.stack(windows))
 
 
 class SequentialSampler:
-    """Windows in the order of the data, from a document start that the seed chooses."""
+    """Consecutive windows in data order, from a document start that the seed chooses."""
 
     def __init__(self, stream: TokenStream, seq_len: int, cfg: Config):
         require(
             stream.num_tokens > seq_len,
             f"{stream.num_tokens} training tokens are fewer than TRAIN_SEQ_LEN={seq_len} + 1",
         )
-        guess = int(np.random.default_rng(cfg.seed).integers(stream.num_tokens))
-        ahead = np.flatnonzero(stream.read(guess, min(1 << 20, stream.num_tokens)) == BOS_ID)
-        self.first = guess + (int(ahead[0]) if ahead.size else 0)
+        offset = int(np.random.default_rng(cfg.seed).integers(stream.num_tokens))
+        searched = stream.read(offset, min(1 << 20, stream.num_tokens))
+        document_starts = np.flatnonzero(searched == BOS_ID)
+        self.first = offset + (int(document_starts[0]) if document_starts.size else 0)
 
     def start(self, position: int) -> int:
-        """Where in the stream the window begins that `position` tokens of training precede."""
+        """Stream position of the window after `position` trained tokens."""
         return self.first + position
 
 
 class ShuffledSampler:
-    """Every window of every shard once an epoch, in random order, from a random phase a shard."""
+    """Every window of every shard once per epoch, in random order.
+
+    The windows of a shard do not overlap; the first one starts at a random offset below T, drawn
+    for each shard and epoch.
+    """
 
     def __init__(self, stream: TokenStream, seq_len: int, cfg: Config):
         self.stream, self.seq_len, self.seed = stream, seq_len, cfg.seed
-        # One window is given up so that the count is the same at every phase.
+        # One window less than fits, so that the count is the same at every offset.
         self.counts = [max(0, (size - seq_len) // seq_len) for size in stream.sizes]
-        self.num_windows, self.epochs = sum(self.counts), dict[int, np.ndarray]()
+        self.num_windows = sum(self.counts)
+        self.orders = dict[int, np.ndarray]()  # of the current epoch only
         require(
             self.num_windows,
-            f"no training shard holds two windows of TRAIN_SEQ_LEN={seq_len} "
-            f"tokens, which LOADER={cfg.loader} needs",
+            f"no training shard holds two windows of TRAIN_SEQ_LEN={seq_len} tokens, which "
+            f"LOADER={cfg.loader} needs",
         )
 
-    def arrange(self, starts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """The windows of all shards, whose starts are given in order, as they are visited."""
-        # What drawing shards by their remaining windows and windows at random amounts to (#1394).
-        return rng.permutation(np.concatenate(starts))
-
-    def windows(self, shard: int, rng: np.random.Generator) -> np.ndarray:
-        """Where the windows of a shard begin, in order, from a random phase on."""
-        first = self.stream.starts[shard] + int(rng.integers(self.seq_len))
-        return first + np.arange(self.counts[shard]) * self.seq_len
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Start positions of all windows of an epoch, in the order they are visited."""
-        if epoch not in self.epochs:
-            rng = np.random.default_rng([self.seed, epoch])
-            starts = [self.windows(i, rng) for i, count in enumerate(self.counts) if count]
-            self.epochs = {epoch: self.arrange(starts, rng)}
-        return self.epochs[epoch]
-
     def start(self, position: int) -> int:
+        """Stream position of the window after `position` trained tokens."""
         epoch, index = divmod(position // self.seq_len, self.num_windows)
         return int(self.order(epoch)[index])
 
+    def order(self, epoch: int) -> np.ndarray:
+        """Stream positions of all windows of an epoch, in training order."""
+        if epoch not in self.orders:
+            rng = np.random.default_rng([self.seed, epoch])
+            starts = [self.shard_windows(i, rng) for i, count in enumerate(self.counts) if count]
+            self.orders = {epoch: self.shuffle(starts, rng)}
+        return self.orders[epoch]
 
-def coprime_walk(windows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The windows of a shard by a random stride coprime to their number, from a random one on."""
-    n, stride = len(windows), 1
-    while n > 2 and math.gcd(stride := int(rng.integers(1, n)), n) > 1:
-        pass
-    return windows[(int(rng.integers(n)) + stride * np.arange(n)) % n]
+    def shard_windows(self, shard: int, rng: np.random.Generator) -> np.ndarray:
+        """Stream positions of a shard's windows in data order, from a random offset on."""
+        first = self.stream.starts[shard] + int(rng.integers(self.seq_len))
+        return first + np.arange(self.counts[shard]) * self.seq_len
+
+    def shuffle(self, starts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """The windows of all shards (positions by shard) in training order."""
+        # Same distribution as drawing a shard in proportion to its remaining windows, and then
+        # one of these at random (openai/parameter-golf#1394).
+        return rng.permutation(np.concatenate(starts))
 
 
 class CoprimeSampler(ShuffledSampler):
-    """Each shard is walked by a stride coprime to its number of windows (#1460, after #726)."""
+    """Walks each shard with a stride coprime to its number of windows.
 
-    def arrange(self, starts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """The turns of the shards are random, in proportion to what remains of each (#1060)."""
-        order = rng.permutation(np.repeat(np.arange(len(starts)), [len(s) for s in starts]))
-        walked = np.empty(len(order), dtype=np.int64)
+    Sources: openai/parameter-golf#726, openai/parameter-golf#1060, openai/parameter-golf#1460.
+    """
+
+    def shuffle(self, starts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """Draws the shard of each window in proportion to the shard's remaining windows."""
+        shard_of_window = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
+        shard_of_window = rng.permutation(shard_of_window)
+        order = np.empty(len(shard_of_window), dtype=np.int64)
         for shard, windows in enumerate(starts):
-            walked[order == shard] = coprime_walk(windows, rng)
-        return walked
+            order[shard_of_window == shard] = coprime_walk(windows, rng)
+        return order
+
+
+def coprime_walk(windows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """All `windows`, from a random one on, with a random stride coprime to their number."""
+    n, stride = len(windows), 1
+    while n > 2:
+        stride = int(rng.integers(1, n))
+        if math.gcd(stride, n) == 1:
+            break
+    return windows[(int(rng.integers(n)) + stride * np.arange(n)) % n]
 
 
 SAMPLERS: dict[str, Any] = {
@@ -1538,42 +1519,52 @@ SAMPLERS: dict[str, Any] = {
 }
 
 
-class BatchLoader:
-    """Batches of training windows for one rank; the next one is read while this one is used."""
+class TokenStream:
+    """The shards of one split as one sequence of token ids.
 
-    def __init__(self, cfg: Config, stream: TokenStream, *, rank: int, world_size: int):
-        self.stream, self.rank, self.world_size = stream, rank, world_size
-        for phase in train_stages(cfg):
-            rows = phase.batch_tokens // phase.seq_len
-            require(
-                rows % world_size == 0,
-                f"TRAIN_BATCH_TOKENS={phase.batch_tokens} / TRAIN_SEQ_LEN={phase.seq_len} = "
-                f"{rows} rows do not divide over {world_size} ranks; use a multiple of "
-                f"{phase.seq_len * world_size} tokens",
+    No file stays open between reads: a data set may have more shards than a process may have open
+    files, and Python's memory maps keep their files open.
+    """
+
+    def __init__(self, paths: Sequence[Path], vocab_size: int):
+        self.paths, self.vocab_size = list(paths), vocab_size
+        self.sizes = [count_shard_tokens(path) for path in paths]
+        self.starts = [0, *itertools.accumulate(self.sizes)]
+        self.num_tokens = self.starts[-1]
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids from position `start` on (int64); wraps around at the end of the data."""
+        pieces: list[np.ndarray] = []
+        while count > 0:
+            start %= self.num_tokens
+            shard = bisect.bisect_right(self.starts, start) - 1
+            piece = self.read_from_shard(shard, start - self.starts[shard], count)
+            pieces.append(piece.astype(np.int64))
+            start, count = start + len(piece), count - len(piece)
+        return np.concatenate(pieces)
+
+    def read_all(self) -> np.ndarray:
+        """Every id of every shard (uint16)."""
+        shards = range(len(self.paths))
+        return np.concatenate([self.read_from_shard(i, 0, self.sizes[i]) for i in shards])
+
+    def read_from_shard(self, shard: int, first: int, count: int) -> np.ndarray:
+        """Up to `count` ids of one shard (uint16); InputError for one outside the vocabulary."""
+        path, count = self.paths[shard], min(count, self.sizes[shard] - first)
+        ids = np.fromfile(path, dtype="<u2", count=count, offset=SHARD_HEADER_BYTES + 2 * first)
+        require(len(ids) == count, f"{path} was truncated after it was opened; {REMEDY}")
+        if ids.max(initial=0) >= self.vocab_size:
+            index = int(np.argmax(ids >= self.vocab_size))
+            raise InputError(
+                f"{path}: token id {ids[index]} at position {first + index} does not fit "
+                f"VOCAB_SIZE={self.vocab_size}: the shards belong to another tokenizer, or the "
+                f"file is damaged; set VOCAB_SIZE, or {REMEDY}"
             )
-        lengths = {phase.seq_len for phase in train_stages(cfg)}
-        self.plans = {T: SAMPLERS[cfg.loader](stream, T, cfg) for T in lengths}
-        self.executor = ThreadPoolExecutor(max_workers=1)
-        self.ahead: dict[tuple[int, int, int], Future[Tensor]] = {}
-
-    def read(self, position: int, seq_len: int, batch_tokens: int) -> Tensor:
-        """This rank's rows, (rows, T + 1) ids, of the batch that `position` tokens precede."""
-        plan, share = self.plans[seq_len], batch_tokens // self.world_size
-        starts = range(position + self.rank * share, position + (self.rank + 1) * share, seq_len)
-        windows = [self.stream.read(plan.start(start), seq_len + 1) for start in starts]
-        return torch.from_numpy(np.stack(windows))
-
-    def batch(self, position: int, phase: TrainStage) -> Tensor:
-        """What `read` returns, prefetched if the phase stays the same."""
-        key = (position, phase.seq_len, phase.batch_tokens)
-        pending = self.ahead.pop(key, None) or self.executor.submit(self.read, *key)
-        key = (position + phase.batch_tokens, *key[1:])
-        self.ahead = {key: self.executor.submit(self.read, *key)}
-        return pending.result()
+        return ids
 
 
 class Validation(NamedTuple):
-    """The validation text: ids, the bytes of each target (ids[1:]), whether it was cut short."""
+    """The validation text: token ids, the bytes of each target (ids[1:]), whether it was cut."""
 
     ids: np.ndarray
     target_bytes: np.ndarray
@@ -1585,24 +1576,424 @@ class Validation(NamedTuple):
 
 
 def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor) -> Validation:
-    """Read the validation shards; bytes from the sidecar if there is one, else from the table."""
-    stream = TokenStream(find_shards(cfg, "val"), cfg.vocab_size)
-    total = stream.num_tokens
-    limit = min(total, (cfg.val_tokens_limit or total) + 1)
-    require(limit > 1, f"DATA_PATH={cfg.data_path}: {limit} validation tokens; 2 are the least")
-    ids = stream.read(0, limit)
+    """Read and check the validation shards; with CHECK_DATA=full, hash the training shards too.
+
+    Byte counts come from the sidecar if there is one, else from the pieces. The whole text is
+    checked, even if VAL_TOKENS_LIMIT cuts it.
+    """
     table = ByteTable(processor, cfg.vocab_size)
-    if sidecars := find_shards(cfg, "val_bytes"):
-        sidecar = TokenStream(sidecars, 65_536)
-        require(
-            sidecar.num_tokens == total,
-            f"{sidecars[0]}: {sidecar.num_tokens} byte counts for {total} validation tokens; "
-            "sidecar and shards belong to different data sets",
+    paths, sidecars = find_shards(cfg, "val"), find_shards(cfg, "val_bytes")
+    check_hashes(cfg, [*paths, *sidecars])
+    if cfg.trains and cfg.check_data == "full":
+        check_hashes(cfg, find_shards(cfg, "train"), need_all=True)
+    ids = TokenStream(paths, cfg.vocab_size).read_all()
+    total = len(ids)
+    require(
+        total > 1, f"DATA_PATH={cfg.data_path}: {total} validation tokens, at least 2 are needed"
+    )
+    require(
+        ids[0] == BOS_ID,
+        f"{paths[0]} begins with token {ids[0]}, but a data set begins with a document and thus "
+        f"with BOS (id {BOS_ID}): the first shard is missing, or the shards belong to another "
+        f"tokenizer; {REMEDY}",
+    )
+    counts = table.count_text(ids)
+    if sidecars:
+        counts = read_sidecar(cfg, sidecars, ids, table)
+    check_totals(cfg, ids, counts)
+    limit = min(total, (cfg.val_tokens_limit or total) + 1)
+    return Validation(
+        ids=ids[:limit].copy(),
+        target_bytes=counts[1:limit].astype(np.int64),
+        partial=limit < total,
+    )
+
+
+class ByteTable:
+    """UTF-8 bytes that each target token stands for, given the token before it.
+
+    Byte pieces count 1, control pieces 0. A piece that begins with the space marker counts one
+    byte for it unless a control token precedes, because a decoder drops that space.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, vocab_size: int):
+        check_tokenizer(processor, vocab_size)
+        ids = list(range(vocab_size))
+        self.is_byte = np.array(processor.is_byte(ids))
+        self.boundary = (
+            np.array(processor.is_control(ids))
+            | np.array(processor.is_unknown(ids))
+            | np.array(processor.is_unused(ids))
         )
-        target_bytes = sidecar.read(0, limit)[1:]
-    else:
-        target_bytes = table.count(ids[1:], ids[:-1])
-    return Validation(ids=ids.astype(np.uint16), target_bytes=target_bytes, partial=limit < total)
+        self.base_bytes = np.zeros(vocab_size, dtype=np.int64)
+        self.leading_space = np.zeros(vocab_size, dtype=bool)
+        self.private_bytes = np.zeros(vocab_size, dtype=np.int64)  # of private-use characters
+        for token in np.flatnonzero(~self.boundary).tolist():
+            piece = processor.id_to_piece(token)
+            self.leading_space[token] = piece.startswith("\u2581")
+            # Only the marker at the front is conditional; any others are ordinary spaces.
+            text = piece.removeprefix("\u2581").replace("\u2581", " ")
+            self.base_bytes[token] = 1 if self.is_byte[token] else len(text.encode())
+            self.private_bytes[token] = 3 * sum("\ue000" <= c <= "\uf8ff" for c in text)
+
+    def count(self, targets: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        """Bytes of each target (int64), given the token before each."""
+        return self.base_bytes[targets] + (self.leading_space[targets] & ~self.boundary[previous])
+
+    def count_text(self, ids: np.ndarray) -> np.ndarray:
+        """Bytes of each token of a text (uint16); 0 for the first one, which is no target."""
+        counts = np.zeros(len(ids), dtype=np.uint16)
+        chunk = 1 << 22  # tokens; bounds the memory of the int64 intermediate results
+        for start in range(1, len(ids), chunk):
+            targets = ids[start : start + chunk]
+            previous = ids[start - 1 : start - 1 + len(targets)]
+            counts[start : start + chunk] = self.count(targets, previous)
+        return counts
+
+
+def check_tokenizer(
+    processor: sentencepiece.SentencePieceProcessor, vocab_size: int, name: str = "the tokenizer"
+) -> None:
+    """Raise InputError if documents or bytes would be miscounted with this tokenizer.
+
+    Documents begin at BOS, so BOS must have id 1 and be a control piece, which no text encodes to
+    (SentencePiece reports a BOS of another type as id -1). Every byte of a text must belong to a
+    token that counts it, so a piece for the space and all 256 byte pieces are needed.
+    """
+    num_pieces = processor.get_piece_size()
+    require(
+        num_pieces == vocab_size,
+        f"VOCAB_SIZE={vocab_size} does not match the tokenizer's {num_pieces}; set it to "
+        f"{num_pieces}, or use another tokenizer",
+    )
+    num_bytes = sum(processor.is_byte(list(range(num_pieces))))
+    rules = [
+        (num_pieces <= 65_536, f"{num_pieces} pieces, but a shard holds ids up to 65,535"),
+        (
+            processor.bos_id() == BOS_ID,
+            f"BOS has id {processor.bos_id()}, but documents begin with id {BOS_ID}",
+        ),
+        (
+            num_bytes == 256,
+            f"{num_bytes} of 256 byte pieces, so some characters would count no bytes",
+        ),
+        (
+            num_bytes < 256 or processor.unk_id() not in processor.encode("\U000f1234\U0010fffd"),
+            "byte fallback is off, so unknown characters would count no bytes",
+        ),
+        (
+            processor.piece_to_id("\u2581") != processor.unk_id(),
+            "no piece for a single space, so a space would count three bytes",
+        ),
+    ]
+    problems = [message for holds, message in rules if not holds]
+    require(
+        not problems,
+        f"{name} cannot be used: {'; '.join(problems)}; use another one, or let data/prepare.py "
+        "train one",
+    )
+
+
+MAX_EXCEEDING_FRAC = 0.25  # tokens whose sidecar count is above their piece's bytes
+MAX_TOTAL_ERROR = 0.05  # of a sidecar's sum, relative to the bytes of the pieces
+
+
+def read_sidecar(
+    cfg: Config, paths: Sequence[Path], ids: np.ndarray, table: ByteTable
+) -> np.ndarray:
+    """Byte counts of the validation tokens (uint16); InputError if they cannot belong to `ids`."""
+    stream, path = TokenStream(paths, 65_536), paths[0]
+    require(
+        stream.num_tokens == len(ids),
+        f"{path}: {stream.num_tokens} byte counts for {len(ids)} validation tokens; "
+        f"{FOREIGN_SIDECAR}",
+    )
+    counts = stream.read_all()
+    # BOS stands for no text. data/prepare.py lets it count the bytes of a document whose text the
+    # tokenizer drops completely: then BOS is the document's only token.
+    is_bos = ids == BOS_ID
+    is_alone = is_bos & np.append(is_bos[1:], True)
+    wrong = np.flatnonzero(is_bos & ~is_alone & (counts > 0))
+    if wrong.size:
+        raise InputError(
+            f"{path}: byte count {counts[wrong[0]]} at token {wrong[0]}, which is BOS and stands "
+            f"for no text ({wrong.size} such counts); {FOREIGN_SIDECAR}"
+        )
+    manifest = read_manifest(cfg)
+    if manifest is None or manifest.text_bytes is None:  # else check_totals compares the sum
+        check_plausible_counts(path, ids, counts, table)
+    return counts
+
+
+def check_plausible_counts(
+    path: Path, ids: np.ndarray, counts: np.ndarray, table: ByteTable
+) -> None:
+    """Raise InputError if byte counts are far from what the pieces spell.
+
+    They need not be equal. Case markers (private-use characters) stand for no text. What a
+    normalizing tokenizer removes counts with the next token, and the bytes of a normalized
+    character with the last of its byte pieces.
+    """
+    max_bytes = (table.base_bytes + table.leading_space).astype(np.uint16)
+    exceeding = (counts > max_bytes[ids]) & ~table.is_byte[ids]
+    frac = exceeding.mean()
+    require(
+        frac <= MAX_EXCEEDING_FRAC,
+        f"{path}: {frac:.0%} of the byte counts are above what their pieces spell, at most "
+        f"{MAX_EXCEEDING_FRAC:.0%} may be; {FOREIGN_SIDECAR}",
+    )
+    tokens = np.bincount(ids, minlength=len(max_bytes))
+    high = int(table.count_text(ids).sum(dtype=np.int64))
+    low = high - int(tokens @ table.private_bytes)
+    total = int(counts.sum(dtype=np.int64))
+    require(
+        (1 - MAX_TOTAL_ERROR) * low <= total <= (1 + MAX_TOTAL_ERROR) * high,
+        f"{path}: the byte counts sum to {total}, but the pieces spell {low} to {high} bytes "
+        f"(tolerance {MAX_TOTAL_ERROR:.0%}); {FOREIGN_SIDECAR}",
+    )
+
+
+def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+    """The tokenizer and the SHA-256 of its file.
+
+    InputError if it is missing, unreadable or not the one that the manifest names.
+    """
+    candidates = tokenizer_candidates(cfg)
+    existing = [path for path in candidates if path.exists()]
+    require(
+        existing,
+        f"no tokenizer at {' or '.join(map(str, candidates))}; set TOKENIZER_PATH, or make the "
+        f"data set: python data/prepare.py --source stdlib --vocab-size {cfg.vocab_size} --out "
+        f"{cfg.data_path}",
+    )
+    path = existing[0]
+    regular_file_size(path)
+    payload = path.read_bytes()
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=payload or b"empty")
+    except RuntimeError as error:
+        raise InputError(f"{path} is not a SentencePiece model: {error}") from error
+    sha256, manifest = hashlib.sha256(payload).hexdigest(), read_manifest(cfg)
+    if manifest is not None:
+        require_listed(cfg, f"SHA-256 of {path}", sha256, manifest.tokenizer_sha256)
+    return processor, sha256
+
+
+def tokenizer_candidates(cfg: Config) -> list[Path]:
+    """Where the tokenizer is looked for: beside the shards, or in the published layout.
+
+    The published layout is datasets/fineweb10B_sp8192VARIANT with
+    tokenizers/fineweb_8192_bpeVARIANT.model; other folders below datasets/ use VOCAB_SIZE.
+    """
+    if cfg.tokenizer_path:
+        return [Path(cfg.tokenizer_path)]
+    folder = Path(os.path.abspath(cfg.data_path))
+    published = re.fullmatch(r"fineweb10B_sp(\d+)(.*)", folder.name)
+    size, variant = published.groups() if published else (cfg.vocab_size, "")
+    name = f"fineweb_{size}_bpe{variant}.model"
+    return [Path(cfg.data_path) / "tokenizer.model", folder.parent.parent / "tokenizers" / name]
+
+
+SHARD_NAME = re.compile(r"(.+)_(train|val|val_bytes)_[0-9].*\.bin")
+
+
+def find_shards(cfg: Config, part: str) -> list[Path]:
+    """Shards of a split (train, val or val_bytes) in order.
+
+    InputError if they are missing (a sidecar, val_bytes, may be), not numbered from 000000
+    without gaps, not as the manifest says, or if the folder holds two data sets.
+    """
+    folder = Path(cfg.data_path)
+    shards = [m for p in folder.glob("[!.]*.bin") if (m := SHARD_NAME.fullmatch(p.name))]
+    prefixes = sorted({match[1] for match in shards})
+    require(
+        len(prefixes) < 2,
+        f"DATA_PATH={folder} holds shards of {len(prefixes)} data sets: "
+        f"{', '.join(prefixes[:4])}; keep one data set in a folder and move the others elsewhere",
+    )
+    names = sorted(match[0] for match in shards if match[2] == part)
+    for number, name in enumerate(names):
+        expected = f"{prefixes[0]}_{part}_{number:06d}.bin"
+        require(
+            name == expected,
+            f"{folder / name}: expected {expected} next, because shards are numbered from 000000 "
+            "without gaps; remove this file if it is a copy, otherwise add the missing shard",
+        )
+    check_listed(cfg, part, names)
+    require(
+        names or part == "val_bytes",
+        f"DATA_PATH={folder} holds no *_{part}_*.bin shard; fetch the published ones with "
+        "data/download.py, or make some: python data/prepare.py --source stdlib --vocab-size "
+        f"{cfg.vocab_size} --out {folder}",
+    )
+    return [folder / name for name in names]
+
+
+class Manifest(NamedTuple):
+    """What manifest.json says of a data set; None or empty where it says nothing."""
+
+    files: dict[str, dict[str, Any]]  # name: bytes and sha256
+    val_tokens: int | None = None
+    val_documents: int | None = None
+    text_bytes: int | None = None  # of the original validation text
+    tokenizer_sha256: str | None = None
+
+
+def read_manifest(cfg: Config) -> Manifest | None:
+    """The manifest of the data set in DATA_PATH, or None; InputError if it is malformed."""
+    path = Path(cfg.data_path) / "manifest.json"
+    if not path.exists():
+        return None
+    regular_file_size(path)
+    try:
+        content = json.loads(path.read_bytes())
+        val, tokenizer = (content.get(key) or {} for key in ("val", "tokenizer"))
+        manifest = Manifest(
+            files=content.get("files") or {},
+            val_tokens=val.get("tokens"),
+            val_documents=val.get("documents"),
+            text_bytes=val.get("text_bytes"),
+            tokenizer_sha256=tokenizer.get("sha256"),
+        )
+        numbers = [manifest.val_tokens, manifest.val_documents, manifest.text_bytes]
+        numbers += [entry.get("bytes") for entry in manifest.files.values()]
+        hashes = [entry.get("sha256") for entry in manifest.files.values()]
+        valid = all(number is None or type(number) is int for number in numbers)
+        valid &= all(isinstance(h, str | None) for h in [*hashes, manifest.tokenizer_sha256])
+    except (ValueError, AttributeError, RecursionError):
+        valid = False
+    require(
+        valid, f"{path} is not a manifest of data/prepare.py or data/download.py; make it again"
+    )
+    return manifest
+
+
+def check_listed(cfg: Config, part: str, names: Sequence[str]) -> None:
+    """Raise InputError if shards of a split are not the files, or sizes, that the manifest lists.
+
+    Training shards that it does not list are used, with a warning.
+    """
+    manifest = read_manifest(cfg)
+    if manifest is None or not manifest.files:
+        return
+    folder = Path(cfg.data_path)
+    source = folder / "manifest.json"
+    matches = {name: SHARD_NAME.fullmatch(name) for name in manifest.files}
+    listed = [name for name, match in matches.items() if match and match[2] == part]
+    for name in listed:
+        path = folder / name
+        require(name in names, f"{path} is missing, but {source} lists it; {REMEDY}")
+        require_listed(
+            cfg, f"size of {path}", regular_file_size(path), manifest.files[name].get("bytes")
+        )
+    if unlisted := [name for name in names if name not in matches]:
+        rule = f"{folder / unlisted[0]} is not listed in {source}"
+        require(part == "train", f"{rule}, so it is of another data set; remove it")
+        warn_once(f"{rule}; training uses {len(unlisted)} such shards")
+
+
+def check_hashes(cfg: Config, paths: Sequence[Path], *, need_all: bool = False) -> None:
+    """Raise InputError if a file's SHA-256 is not the one in the manifest.
+
+    Files without one are skipped, or refused if `need_all`.
+    """
+    manifest = read_manifest(cfg) or Manifest({})
+    expected = {p: manifest.files.get(p.name, {}).get("sha256") for p in paths}
+    known = [path for path in paths if expected[path]]
+    for path in paths:
+        require(
+            expected[path] or not need_all,
+            f"CHECK_DATA=full: {cfg.data_path}/manifest.json has no SHA-256 of {path}; set "
+            f"CHECK_DATA=quick, or {REMEDY}",
+        )
+    with ThreadPoolExecutor() as executor:  # hashing releases the interpreter lock
+        for path, sha256 in zip(known, executor.map(hash_file, known), strict=True):
+            require_listed(cfg, f"SHA-256 of {path}", sha256, expected[path])
+
+
+def require_listed(cfg: Config, name: str, value: Any, expected: Any) -> None:
+    """Raise InputError if `value` differs from what the manifest says; None: it does not say."""
+    require(
+        expected in (None, value),
+        f"{name} is {value}, but {cfg.data_path}/manifest.json says {expected}: damaged or of "
+        f"another data set; {REMEDY}",
+    )
+
+
+def hash_file(path: Path, max_bytes: int | None = None) -> str:
+    """The SHA-256 of a regular file, or of its first `max_bytes`, in hex."""
+    regular_file_size(path)
+    with open(path, "rb") as file:
+        if max_bytes is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read(max_bytes)).hexdigest()
+
+
+# Published validation targets by folder name, as public logs show them: without an incomplete last
+# window of up to 2,048 tokens. All are the same text; see openai/parameter-golf#2014 for CaseOps.
+PUBLISHED_TARGETS = {
+    "fineweb10B_sp1024": 62_021_632,
+    "fineweb10B_sp8192": 40_540_160,
+    "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": 47_851_520,
+}
+PUBLISHED_WINDOW, PUBLISHED_BYTES, PUBLISHED_BYTES_ERROR = 2048, 151_078_222, 0.001
+
+
+def check_totals(cfg: Config, ids: np.ndarray, counts: np.ndarray) -> None:
+    """Raise InputError if the validation text's totals are not those of manifest or publication.
+
+    The totals are tokens, documents and UTF-8 bytes of the original text.
+    """
+    folder = Path(cfg.data_path)
+    num_bytes = int(counts.sum(dtype=np.int64))
+    manifest = read_manifest(cfg) or Manifest({})
+    totals = [
+        ("tokens", len(ids), manifest.val_tokens),
+        ("documents (BOS tokens)", int((ids == BOS_ID).sum()), manifest.val_documents),
+        (
+            "bytes (a tokenizer that changes the text needs --byte-sidecar)",
+            num_bytes,
+            manifest.text_bytes,
+        ),
+    ]
+    for name, value, expected in totals:
+        require_listed(cfg, f"{folder}: number of validation {name}", value, expected)
+    targets = PUBLISHED_TARGETS.get(Path(os.path.abspath(folder)).name)
+    if targets is None:
+        return
+    require(
+        targets <= len(ids) - 1 < targets + PUBLISHED_WINDOW
+        and abs(num_bytes / PUBLISHED_BYTES - 1) < PUBLISHED_BYTES_ERROR,
+        f"{folder}: {len(ids)} validation tokens for {num_bytes} bytes, but the published data set "
+        f"of this name has about {targets} for {PUBLISHED_BYTES}; fetch it again with "
+        "data/download.py, or rename the folder if it is another data set",
+    )
+
+
+def data_identity(cfg: Config) -> dict[str, Any]:
+    """What identifies the data of a run: totals and SHA-256 of tokenizer, validation, training.
+
+    Flat, of JSON values, and independent of CHECK_DATA and file names, so that a resumed run can
+    compare it. Of training shards only the first 64 KiB are hashed; modes that do not train leave
+    them out.
+    """
+    val = find_shards(cfg, "val")
+    identity: dict[str, Any] = {
+        "tokenizer_sha256": load_tokenizer(cfg)[1],
+        "val_tokens": sum(map(count_shard_tokens, val)),
+        "val_sha256": combine_hashes([*val, *find_shards(cfg, "val_bytes")]),
+    }
+    if cfg.trains:
+        train = find_shards(cfg, "train")
+        identity["train_tokens"] = sum(map(count_shard_tokens, train))
+        identity["train_sample_sha256"] = combine_hashes(train, 1 << 16)
+    return identity
+
+
+def combine_hashes(paths: Iterable[Path], max_bytes: int | None = None) -> str:
+    """One SHA-256 for several files, or for the first `max_bytes` of each."""
+    hashes = "".join(hash_file(path, max_bytes) for path in paths)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 # --- 4. Model ------------------------------------------------------------------------------------
@@ -3500,6 +3891,7 @@ RESUME_IGNORED_KNOBS = {
     "eval_max_seconds",
     "data_path",
     "tokenizer_path",
+    "check_data",
 }
 
 

@@ -1,9 +1,10 @@
-"""Data: token shards, bytes of tokens, the stream, the plans of windows, the batches."""
+"""Data: token shards, byte counts, the token stream, samplers, batches, the validation text."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from train_gpt import (
     ShuffledSampler,
     TokenStream,
     TrainStage,
+    check_tokenizer,
     find_shards,
     load_tokenizer,
     load_validation,
@@ -122,14 +124,15 @@ def test_a_damaged_shard_is_refused_with_its_path_and_numbers(
     assert refusal_of(lambda: TokenStream([path], 10)) == expected
 
 
-def test_shards_of_a_part_come_in_the_order_of_their_names(tmp_path: Path):
-    names = ["b_train_000000.bin", "a_train_000010.bin", "a_train_000009.bin"]
-    others = ["a_val_000000.bin", "a_val_bytes_000000.bin", "a_train_x.bin", "a_train_000001.idx"]
-    for name in names + others:
+def test_shards_of_a_split_come_in_the_order_of_their_numbers(tmp_path: Path):
+    names = [f"a_b_train_{number:06d}.bin" for number in range(12)]
+    others = ["a_b_val_000000.bin", "a_b_val_bytes_000000.bin"]
+    ignored = ["a_train_x.bin", "a_train_000001.idx", "._a_train_000000.bin", "artifact.bin"]
+    for name in [*reversed(names), *others, *ignored]:
         (tmp_path / name).touch()
     cfg = Config(data_path=str(tmp_path))
     found = [[path.name for path in find_shards(cfg, p)] for p in ("train", "val", "val_bytes")]
-    assert found == [sorted(names), ["a_val_000000.bin"], ["a_val_bytes_000000.bin"]]
+    assert found == [names, others[:1], others[1:]]
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -174,16 +177,36 @@ def test_the_stream_is_its_shards_joined_and_goes_round(
     assert read.dtype == np.int64 and read.tolist() == expected
 
 
-def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path):
-    stream = make_stream(tmp_path, np.array([1, 99, 100, 5]), vocab_size=100)
-    assert stream.read(0, 2).tolist() == [1, 99]
-    assert refusal_of(lambda: stream.read(1, 3)) == (
-        f"token id 100 in {tmp_path} does not fit VOCAB_SIZE=100: "
-        "the shards belong to another tokenizer"
+@pytest.mark.parametrize(("start", "count"), [(1, 3), (3, 1), (2, 9), (0, 50)])
+def test_an_id_outside_the_vocabulary_is_refused_with_shard_and_position(
+    tmp_path: Path, start: int, count: int
+):
+    stream = make_stream(tmp_path, np.array([1, 99]), np.array([7, 100, 65_535]), vocab_size=100)
+    assert stream.read(0, 3).tolist() == [1, 99, 7]
+    assert refusal_of(lambda: stream.read(start, count)) == (
+        f"{tmp_path}/x_train_000001.bin: token id 100 at position 1 does not fit VOCAB_SIZE=100: "
+        "the shards belong to another tokenizer, or the file is damaged; set VOCAB_SIZE, or "
+        f"{REMEDY}"
     )
 
 
-# --- Plans of windows ----------------------------------------------------------------------------
+def test_a_shard_that_was_truncated_during_the_run_is_refused(tmp_path: Path):
+    stream = make_stream(tmp_path, np.arange(10), np.arange(10))
+    os.truncate(tmp_path / "x_train_000001.bin", 1024 + 2 * 4)
+    assert stream.read(0, 14).tolist() == [*range(10), *range(4)]
+    assert refusal_of(lambda: stream.read(10, 5)) == (
+        f"{tmp_path}/x_train_000001.bin was truncated after it was opened; {REMEDY}"
+    )
+
+
+def test_a_stream_keeps_no_file_open(tmp_path: Path):
+    before = len(os.listdir("/proc/self/fd"))
+    stream = make_stream(tmp_path, *(np.arange(n, n + 3) for n in range(50)))
+    assert stream.read_all().tolist() == stream.read(0, 150).tolist()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- Samplers ----------------------------------------------------------------------------
 
 DOCUMENTS = np.array([BOS_ID, 5, 6, 7, BOS_ID, 8, 9, BOS_ID, 5, 5, 5, 5, 5, BOS_ID, 6, 7, 8, 9, 5])
 
@@ -305,7 +328,7 @@ def test_a_batch_of_the_sequential_loader_is_the_next_stretch_of_the_data(
     num_steps = len(ids) // (8 * T) + 2  # past the end of the data, so that it goes round
     batches = torch.stack([read_step(loader, step) for step in range(num_steps)])
     assert batches.shape == (num_steps, 8, T + 1) and batches.dtype == torch.int64
-    first = loader.plans[T].start(0) % len(ids)
+    first = loader.samplers[T].start(0) % len(ids)
     assert ids[first] == BOS_ID
     inputs, targets = batches[..., :-1].flatten().numpy(), batches[..., 1:].flatten().numpy()
     assert np.array_equal(inputs, np.resize(np.roll(ids, -first), len(inputs)))
@@ -373,7 +396,7 @@ def test_a_batch_after_a_change_of_phase_has_the_new_shape_and_follows_the_old(
         assert batch.shape == (batch_tokens // seq_len, seq_len + 1)
         assert torch.equal(batch, loader.read(position, seq_len, batch_tokens))
         if name == "stream":  # not a token is left out or seen twice
-            first = loader.plans[32].start(0) % stream.num_tokens + position
+            first = loader.samplers[32].start(0) % stream.num_tokens + position
             expected = ids[first : first + batch_tokens]
             assert np.array_equal(batch[:, :-1].flatten().numpy(), expected)
         position += batch_tokens
@@ -498,18 +521,54 @@ def test_a_token_counts_its_marker_unless_a_control_token_precedes(
 
 def test_a_vocabulary_of_another_size_is_refused(data: TinyData):
     assert refusal_of(lambda: ByteTable(data.tokenizer, 1024)) == (
-        f"VOCAB_SIZE=1024 does not match the tokenizer's {VOCAB_SIZE}; set it so"
+        f"VOCAB_SIZE=1024 does not match the tokenizer's {VOCAB_SIZE}; set it to {VOCAB_SIZE}, or "
+        "use another tokenizer"
     )
 
 
-def test_a_tokenizer_without_a_piece_for_a_space_is_refused():
-    texts = [text.replace(" ", "") for text in make_documents(100, seed=0)]
-    model = train_tiny_tokenizer(texts, required_chars="", allow_whitespace_only_pieces=False)
+UNFIT = "the tokenizer cannot be used: {}; use another one, or let data/prepare.py train one"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"bos_id": 3, "eos_id": 1, "unk_id": 2}, "BOS has id 3, but documents begin with id 1"),
+        ({"bos_id": 2, "eos_id": 1}, "BOS has id 2, but documents begin with id 1"),
+        ({"bos_id": -1, "eos_id": 1, "unk_id": 2}, "BOS has id -1, but documents begin with id 1"),
+        (
+            {"byte_fallback": False},
+            "0 of 256 byte pieces, so some characters would count no bytes",
+        ),
+        (
+            {"bos_id": 0, "pad_id": 1, "byte_fallback": False},
+            "BOS has id 0, but documents begin with id 1; "
+            "0 of 256 byte pieces, so some characters would count no bytes",
+        ),
+        (
+            {"required_chars": "", "allow_whitespace_only_pieces": False, "no_spaces": True},
+            "no piece for a single space, so a space would count three bytes",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_miscount_documents_or_bytes_is_refused(
+    options: dict[str, Any], problem: str
+):
+    texts = make_documents(100, seed=0)
+    if options.get("no_spaces"):
+        texts = [text.replace(" ", "") for text in texts]
+    small = {"vocab_size": 60} if "byte_fallback" in options else {}
+    options = {k: v for k, v in options.items() if k != "no_spaces"}
+    model = train_tiny_tokenizer(texts, **{**options, **small})
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert refusal_of(lambda: ByteTable(tokenizer, VOCAB_SIZE)) == (
-        "the tokenizer has no piece for a single space, so spaces would count as three bytes; "
-        "train it with data/prepare.py"
-    )
+    size = tokenizer.get_piece_size()
+    assert refusal_of(lambda: ByteTable(tokenizer, size)) == UNFIT.format(problem)
+
+
+def test_a_refusal_of_a_tokenizer_names_it():
+    model = train_tiny_tokenizer(make_documents(100, seed=0), bos_id=2, eos_id=1)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    message = refusal_of(lambda: check_tokenizer(tokenizer, VOCAB_SIZE, "t.model"))
+    assert message.startswith("t.model cannot be used: BOS has id 2")
 
 
 # --- Tokenizer and validation text ---------------------------------------------------------------
@@ -598,7 +657,8 @@ def test_a_limit_on_the_validation_text_is_marked_where_it_cuts(
 @pytest.mark.parametrize("limit", [0, 50])
 def test_a_sidecar_gives_the_bytes_of_each_target(data: TinyData, tmp_path: Path, limit: int):
     cfg = copy_data(data, tmp_path)
-    counts = np.random.default_rng(0).integers(0, 9, len(data.val))
+    counts = ByteTable(data.tokenizer, VOCAB_SIZE).count_text(data.val)
+    counts[(counts > 1) & (np.arange(len(counts)) % 50 == 0)] -= 1
     write_raw_shard(tmp_path / "tiny_val_bytes_000000.bin", counts[:1000])
     write_raw_shard(tmp_path / "tiny_val_bytes_000001.bin", counts[1000:])
     cfg = tiny_config(data_path=cfg.data_path, val_tokens_limit=limit)
@@ -614,7 +674,7 @@ def test_a_sidecar_of_another_length_is_refused_with_the_numbers(data: TinyData,
     n = len(data.val)
     assert refusal_of(lambda: load_validation(cfg, data.tokenizer)) == (
         f"{sidecar}: {n - 1} byte counts for {n} validation tokens; "
-        "sidecar and shards belong to different data sets"
+        f"sidecar and shards belong to different data sets; {REMEDY}"
     )
 
 
@@ -622,7 +682,7 @@ def test_a_sidecar_of_another_length_is_refused_with_the_numbers(data: TinyData,
 def test_too_short_a_validation_text_is_refused(data: TinyData, tmp_path: Path, count: int):
     cfg = copy_data(data, tmp_path, val=np.ones(count))
     assert refusal_of(lambda: load_validation(cfg, data.tokenizer)) == (
-        f"DATA_PATH={tmp_path}: {count} validation tokens; 2 are the least"
+        f"DATA_PATH={tmp_path}: {count} validation tokens, at least 2 are needed"
     )
 
 

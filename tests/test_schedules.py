@@ -254,7 +254,7 @@ def test_the_sequential_loader_reads_on_without_a_gap_or_a_repeat_when_shapes_ch
     read = np.concatenate([note["window"][:, :-1].flatten().numpy() for note in notes])
     targets = np.concatenate([note["window"][:, 1:].flatten().numpy() for note in notes])
     ids = np.concatenate(data.train)
-    first = open_loader(run).plans[8].start(0)
+    first = open_loader(run).samplers[8].start(0)
     assert np.array_equal(read, np.resize(np.roll(ids, -first), len(read)))
     assert np.array_equal(targets, np.resize(np.roll(ids, -first - 1), len(read)))
 

@@ -10,6 +10,7 @@ import functools
 import io
 import os
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # peers that leave are warned of at length
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes inherit
 
 from collections.abc import Callable, Iterator
@@ -122,7 +123,8 @@ def environment(cfg: Config, **more: str) -> dict[str, str]:
     names = {name.lower() for name in train_gpt.changed_knobs(cfg)}
     knobs = {k.upper(): str(v) for k, v in asdict(cfg).items() if k in names}
     inherited = {k: v for k in ("PATH", "HOME", "TMPDIR", "LANG") if (v := os.environ.get(k))}
-    return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **knobs, **more}
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {**inherited, **fixed, **knobs, **more}
 
 
 # --- Data ----------------------------------------------------------------------------------------

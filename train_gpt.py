@@ -658,7 +658,7 @@ def check_combinations(cfg: Config) -> list[str]:
 Rule = tuple[bool, str]  # a condition that must hold, and the message if it does not
 
 
-MAX_WEIGHTS = 2**28  # parameters of a model; 16 MB hold no more at half a bit each
+MAX_MODEL_WEIGHTS = 2**28  # parameters of a model; 16 MB hold no more at half a bit each
 
 
 def shape_rules(cfg: Config) -> list[Rule]:
@@ -668,9 +668,9 @@ def shape_rules(cfg: Config) -> list[Rule]:
     uses_window = bool({cfg.attn_gate, cfg.smear_gate} & {"window", "sparse", "lambda"})
     return [
         (
-            weights <= MAX_WEIGHTS,
+            weights <= MAX_MODEL_WEIGHTS,
             f"NUM_LAYERS={L}, MODEL_DIM={D}, MLP_MULT={cfg.mlp_mult} and VOCAB_SIZE="
-            f"{cfg.vocab_size} are about {weights:,} weights; at most {MAX_WEIGHTS:,} are allowed",
+            f"{cfg.vocab_size} are about {weights:,} weights; at most {MAX_MODEL_WEIGHTS:,} are allowed",
         ),
         (D % H == 0, f"NUM_HEADS={H} must divide MODEL_DIM={D}"),
         (H % K == 0, f"NUM_KV_HEADS={K} must divide NUM_HEADS={H}"),
@@ -4774,7 +4774,7 @@ ARTIFACT_PREFIX = struct.Struct("<8sHI")  # magic, version, bytes of the compres
 MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
 # Bound of the memory that reading takes, about 12 bytes per weight at its peak: a model that is not
 # small has at least an eighth of a bit per weight.
-SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 2**24, 64
+MAX_WEIGHTS, SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE = MAX_MODEL_WEIGHTS, 2**24, 64
 SHAPE_KNOBS = [f.name for f in fields(Config) if f.metadata["shape"]]
 
 

@@ -135,7 +135,12 @@ def helper() -> subprocess.Popen[str]:
         [sys.executable, "-c", HELPER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **env,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        },
         text=True,
     )
     atexit.register(process.kill)

@@ -670,7 +670,8 @@ def shape_rules(cfg: Config) -> list[Rule]:
         (
             weights <= MAX_MODEL_WEIGHTS,
             f"NUM_LAYERS={L}, MODEL_DIM={D}, MLP_MULT={cfg.mlp_mult} and VOCAB_SIZE="
-            f"{cfg.vocab_size} are about {weights:,} weights; at most {MAX_MODEL_WEIGHTS:,} are allowed",
+            f"{cfg.vocab_size} are about {weights:,} weights; "
+            f"at most {MAX_MODEL_WEIGHTS:,} are allowed",
         ),
         (D % H == 0, f"NUM_HEADS={H} must divide MODEL_DIM={D}"),
         (H % K == 0, f"NUM_KV_HEADS={K} must divide NUM_HEADS={H}"),

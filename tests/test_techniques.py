@@ -949,16 +949,18 @@ def linears_of(model: GPT) -> dict[str, CastedLinear]:
 @each_technique
 def test_adapters_of_zeros_change_nothing_and_others_do(name: str):
     model = scrambled(config_of(name))
-    ids = random_ids(2, 17)
+    linears, ids = linears_of(model), random_ids(2, 17)
+    if "value" in model.block_scalars:  # the values that later blocks mix in are without adapter
+        del linears["blocks.0.attn.c_v"]
     without = nats(model, ids)
-    for linear in linears_of(model).values():
+    for linear in linears.values():
         linear.adapter = BatchedLoRA(linear, size=0.0)
     assert torch.equal(nats(model, ids), without)
-    for linear in linears_of(model).values():
+    for linear in linears.values():
         linear.adapter = BatchedLoRA(linear, size=0.1)
     adapted = nats(model, ids)
     assert (adapted - without).abs().max() > 1e-2
-    for linear in linears_of(model).values():  # the same as adding the product to the weight
+    for linear in linears.values():  # the same as adding the product to the weight
         lora = linear.adapter
         assert isinstance(lora, BatchedLoRA)
         linear.weight.data += lora.up.data @ lora.down.data

@@ -1612,6 +1612,7 @@ class AttnOutputGate(nn.Module):
         self.bias = nn.Parameter(torch.full((H,), 4.0)) if self.form == "input" else None
 
     def forward(self, y_BTHE: Tensor, n_BTD: Tensor) -> Tensor:
+        """Attention output y, each head multiplied by its gate."""
         weight = self.weight.to(y_BTHE.dtype)
         if self.form == "head":
             return y_BTHE * weight[:, None]

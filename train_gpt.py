@@ -3945,19 +3945,25 @@ def load_checkpoint(trainer: Trainer) -> None:
     """Continue from the newest checkpoint in RUN_DIR if there is one; with RESUME=0 remove it."""
     run = trainer.run
 
-    def read_newest() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        folders = checkpoint_folders(run)
-        if run.cfg.resume:
-            return read_checkpoint(folders[-1], trainer) if folders else None
-        discard_checkpoints(run)
-        return None
-
-    if (checkpoint := run.run_on_rank0(read_newest)) is not None:
+    checkpoint = run.run_on_rank0(functools.partial(read_newest_checkpoint, trainer))
+    if checkpoint is not None:
         meta, state = checkpoint
         trainer.load(state, Progress(*meta["progress"]))
         trainer.run_token = meta["run_token"]
         run.ledger.update(meta["ledger"])
         run.log("resume", step=trainer.progress.step, train_s=round(trainer.progress.train_s, 3))
+
+
+def read_newest_checkpoint(
+    trainer: Trainer,
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The newest checkpoint if there is one; with RESUME=0 all are removed instead."""
+    run = trainer.run
+    folders = checkpoint_folders(run)
+    if run.cfg.resume:
+        return read_checkpoint(folders[-1], trainer) if folders else None
+    discard_checkpoints(run)
+    return None
 
 
 def checkpoint_root(run: Run) -> Path:

@@ -971,7 +971,7 @@ def test_without_a_compiler_the_run_says_so_and_goes_on(
     monkeypatch.setattr(train_gpt, "compile_unavailable_reason", lambda device: "no compiler")
     run = make_run(compile=True)
     model = build_model(run)
-    text = '"compilation is off: no compiler; results stay, speed suffers"'
+    text = '"the model is not compiled: no compiler; training will be slower"'
     assert capsys.readouterr().out == f"warning text:{text}\n"
     assert model.nll is train_gpt.softcapped_cross_entropy
     ids = random_ids(run.cfg, B=1, T=9)

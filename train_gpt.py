@@ -1204,26 +1204,32 @@ def warn(text: str) -> None:
 def warn_once(text: str) -> None:
     """Print a warning to stderr, once per text and on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        warn(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def sync(descriptor: int) -> None:
-    """fsync; a warning where the file system does not support it."""
+# Errors of file systems that cannot sync, or do not let a folder be opened for it.
+UNSYNCABLE = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def allow_unsyncable(folder: Path) -> Generator[None]:
+    """Only warn if syncing `folder` or a file in it fails because the file system cannot do it."""
     try:
-        os.fsync(descriptor)
+        yield
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in UNSYNCABLE:
             raise
-        warn(f"fsync is not supported here ({error}); a power cut can lose files")
+        warn_once(f"{folder} cannot be synced ({error.strerror}): a power cut may lose files")
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
+    with allow_unsyncable(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -1235,7 +1241,8 @@ def atomic_file(path: Path) -> Generator[io.BufferedWriter]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            sync(file.fileno())
+            with allow_unsyncable(path.parent):
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:

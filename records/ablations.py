@@ -551,7 +551,6 @@ SHORT_SETTINGS = {
     "QUANT_GRID": "uniform",
     "ROW_STEPS": "max",
     "CLIP_SIGMAS": "",
-    "CALIBRATION": "train",
     "COMPRESSOR": "zlib",
 }
 DROPPED_STEPS = 2  # at the start: caches and memory are still being filled

@@ -554,11 +554,11 @@ def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(
     warmdown: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Progress and learning rate scale of all 20 steps: 1, then linear to MIN_LR."""
-    stage_at: Any = lambda cfg, progress, scale: (progress, scale)  # noqa: E731
+    stage_at: Any = lambda cfg, progress, scale: (1, 1, progress, scale)  # noqa: E731
     monkeypatch.setattr(train_gpt, "train_stage_at", stage_at)
     settings = {"ITERATIONS": "20", "MIN_LR": "0.1", "MAX_WALLCLOCK_SECONDS": "0"}
     stages = ablations.phases_by_step(train_gpt, {**settings, **parse_settings(warmdown, "")})
-    for step, (progress, scale) in enumerate(stages):
+    for step, (_, _, progress, scale) in enumerate(stages):
         assert progress == step / 20
         expected = max(min(1.0, (1 - progress) / share), 0.1) if share else 1.0
         assert scale == pytest.approx(expected, rel=1e-12)

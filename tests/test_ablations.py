@@ -57,7 +57,7 @@ class Progress:
         return self.step / cfg.iterations
 
 class Trainer:
-    def scale(self):
+    def lr_scale(self):
         return 1.0
 
 def train_stage_at(cfg, progress, scale):

@@ -61,11 +61,12 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "
 
 from matplotlib import pyplot as plt  # noqa: E402  (the path above makes the imports possible)
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 import train_gpt  # noqa: E402
 from records.logs import METRICS, Json, RunLog, run_settings  # noqa: E402
 from records.markdown import table_lines  # noqa: E402
-from records.plots import FAINT, SEED_COLORS, STYLE  # noqa: E402
+from records.plots import FAINT, PALETTE, STYLE, display_name, save_figure  # noqa: E402
 from records.results import append_result, parse_settings, read_results  # noqa: E402
 from records.significance import mean_and_std, paired_p, welch_p  # noqa: E402
 from train_gpt import InputError  # noqa: E402
@@ -997,55 +998,82 @@ def format_ablations(grid: Grid, results: Mapping[str, Json], timings: Sequence[
 
 
 # --- 7. Plot -------------------------------------------------------------------------------------
-# One panel a stack: what each technique gains, a small dot a seed, and the standard error of the
-# mean where there are two seeds or more.
+# One panel a stack, side by side: what each technique gains, a small dot a seed, and the standard
+# error of the mean where there are two seeds or more. The axis shows the range of nearly all
+# techniques; an outlier is drawn at its edge, as an arrow with the value.
 
-MODE_COLORS = dict(zip(MODES, SEED_COLORS, strict=False))
-ROW_INCHES, PANEL_INCHES = 0.26, 1.3
+MODE_COLORS = dict(zip(MODES, PALETTE, strict=False))
+ROW_INCHES, MARGIN_INCHES, MIN_INCHES, WIDTH_INCHES = 0.175, 1.2, 3.0, 11.0
+OUTLIER_FACTOR = 3.0  # times the 80th percentile of the absolute gains
 
 
 def drawn(stack: GridStack, results: Mapping[str, Json]) -> list[Comparison]:
-    """The comparisons of a stack that have a run, the best technique last: it is drawn on top."""
+    """Return the comparisons of a stack that have a run, the best technique last: it is on top."""
     found = [c for mode in MODES for c in compare(stack, mode, results) if c.gains]
     return sorted(found, key=lambda c: statistics.fmean(c.gains))
 
 
-def draw_stack(axes: Axes, stack: GridStack, compared: Sequence[Comparison]) -> None:
-    """The panel of one stack."""
-    labelled: set[str] = set()
-    for place, c in enumerate(compared):
-        mode, gains = c.variant.mode, c.gains
-        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-        axes.plot(gains, [place] * len(gains), "o", color=FAINT, ms=3, alpha=0.7, zorder=2)
-        axes.errorbar(
-            statistics.fmean(gains), place, xerr=error, fmt="o", ms=6, color=MODE_COLORS[mode],
-            mec="white", capsize=3, zorder=3,
-            label=None if mode in labelled else MODE_TITLES[mode].lower(),
+def axis_limits(compared: Sequence[Comparison]) -> tuple[float, float]:
+    """Return the range of the axis: all means that are no outliers, and 0."""
+    means = [statistics.fmean(c.gains) for c in compared] or [0.0]
+    sizes = sorted(map(abs, means))
+    bound = OUTLIER_FACTOR * max(sizes[int(0.8 * (len(sizes) - 1))], 1e-4)
+    shown = [0.0, *(mean for mean in means if abs(mean) <= bound)]
+    margin = 0.15 * max(max(shown) - min(shown), 1e-3)
+    return min(shown) - margin, max(shown) + margin
+
+
+def draw_gain(axes: Axes, place: int, c: Comparison, limits: tuple[float, float]) -> None:
+    """Draw the row of one technique."""
+    mean, color = statistics.fmean(c.gains), MODE_COLORS[c.variant.mode]
+    if not limits[0] <= mean <= limits[1]:
+        edge, side = (limits[1], 1) if mean > 0 else (limits[0], -1)
+        axes.plot(edge, place, ">" if side > 0 else "<", color=color, ms=5, clip_on=False)
+        axes.annotate(
+            f"{mean:+.3f}", (edge, place), xytext=(-7 * side, 0), textcoords="offset points",
+            ha="right" if side > 0 else "left", va="center", fontsize=7, color=color,
         )  # fmt: skip
-        labelled.add(mode)
+        return
+    error = statistics.stdev(c.gains) / math.sqrt(len(c.gains)) if len(c.gains) > 1 else 0.0
+    axes.plot(c.gains, [place] * len(c.gains), "o", color=FAINT, ms=2.5, alpha=0.7, zorder=2)
+    axes.errorbar(
+        mean, place, xerr=error, fmt="o", ms=5, color=color, mec="white", capsize=2, zorder=3
+    )
+
+
+def draw_stack(axes: Axes, stack: GridStack, compared: Sequence[Comparison]) -> None:
+    """Draw the panel of one stack."""
+    limits = axis_limits(compared)
+    for place, comparison in enumerate(compared):
+        draw_gain(axes, place, comparison, limits)
     axes.axvline(0, color=FAINT, lw=1)
-    axes.set_yticks(range(len(compared)), [c.variant.name for c in compared])
+    axes.set_xlim(*limits)
+    axes.set_yticks(range(len(compared)), [display_name(c.variant.name) for c in compared])
+    axes.tick_params(axis="y", labelsize=7.5, length=0)
     axes.set_ylim(-0.8, max(len(compared), 1) - 0.2)
-    axes.set_title(stack.name)
-    axes.set_xlabel("bits per byte that the technique gains (right of 0: it helps)")
-    if labelled:
-        axes.legend(loc="lower right")
+    axes.set_title(display_name(stack.name))
+    axes.set_xlabel("gain in bits per byte (right of 0: it helps)")
 
 
 def draw_ablations(grid: Grid, results: Mapping[str, Json], path: Path) -> None:
     """Draw all stacks into the PNG file `path`, atomically."""
     panels = [(stack, drawn(stack, results)) for stack in grid.stacks]
-    heights = [PANEL_INCHES + ROW_INCHES * len(compared) for _, compared in panels]
+    rows = max(len(compared) for _, compared in panels)
+    height = max(MIN_INCHES, MARGIN_INCHES + ROW_INCHES * rows)
+    modes = [m for m in MODES if any(c.variant.mode == m for _, cs in panels for c in cs)]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            len(panels), 1, figsize=(9, sum(heights)), dpi=144, squeeze=False,
-            height_ratios=heights, layout="constrained",
-        )  # fmt: skip
-        for (stack, compared), panel in zip(panels, axes[:, 0], strict=True):
+            1, len(panels), figsize=(WIDTH_INCHES, height), squeeze=False, layout="constrained"
+        )
+        for (stack, compared), panel in zip(panels, axes[0], strict=True):
             draw_stack(panel, stack, compared)
-        with train_gpt.atomic_file(path) as file:
-            figure.savefig(file, format="png")
-        plt.close(figure)
+        handles = [
+            Line2D([], [], color=MODE_COLORS[mode], marker="o", ls="", label=MODE_TITLES[mode])
+            for mode in modes
+        ]
+        if handles:
+            figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        save_figure(figure, path)
 
 
 def write_table(options: argparse.Namespace) -> int:

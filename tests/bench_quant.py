@@ -44,7 +44,7 @@ from matplotlib.axes import Axes
 import train_gpt as tg
 from records.demo import DEMO_COMMAND, DEMO_DATA
 from records.logs import Json
-from records.plots import FAINT, SEED_COLORS, STYLE
+from records.plots import FAINT, PALETTE, STYLE
 from records.results import append_result
 
 ROOT = Path(__file__).parent.parent
@@ -740,7 +740,7 @@ def draw_curves(axes: Axes, results: Results, model: str) -> None:
     about, methods = results.get("model", model, ""), results.named("method", model)
     rows, reference = {**methods, **results.named("rate", model)}, methods["reference"]
     spans: list[float] = []
-    for color, name in zip(SEED_COLORS, (*CURVES, "reference"), strict=False):
+    for color, name in zip(PALETTE, (*CURVES, "reference"), strict=False):
         points = sorted(
             (bits_per_weight(row, about), decibels(row, reference))
             for key, row in rows.items()

@@ -1,7 +1,7 @@
 """The demo (`make run`): the whole job on a corpus that needs no download.
 
-Its stages: corpus, training and scoring, compressors, plot, record. Each one prints what it does and
-about how long that takes; the first one that fails ends the demo.
+Its stages: corpus, training and scoring, compressors, plot, record. Each one prints what it does
+and about how long that takes; the first one that fails ends the demo.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from records.markdown import replace_marked, table_lines
 from records.submission import read_submission
 from train_gpt import Config
 
-
 # --- Records -------------------------------------------------------------------------------------
 
 RECORDS_HEAD = """\
@@ -42,15 +41,15 @@ python records/records.py check --rescore DIR...   # the same, and score their a
 ## Ablations
 
 `ablations.md` in a track's folder shows the measured effect of each technique at that track's
-scale, if somebody has measured it: a grid of changed knobs times seeds, every run with a fixed
-number of steps. The grid is `ablations.toml` (format: the docstring of `records/ablations.py`).
-Every run is a line of `ablations.jsonl`; table and plot are made from these lines. The time of a
-step is measured separately, each variant next to its reference, in `ablations_time.jsonl`.
+scale: a grid of changed knobs times seeds, every run with a fixed number of steps. The grid is
+`ablations.toml` (format: the docstring of `records/ablations.py`). Every run is a line of
+`ablations.jsonl`, from which table and plot are made; a runner that was killed continues. The time
+of a step is measured separately, each variant next to its reference, in `ablations_time.jsonl`.
 
 ```bash
 grid=records/track_cpu_10min_1mb/ablations.toml
 python records/ablations.py run $grid --hours 0             # only check the grid
-python records/ablations.py run $grid --jobs 2 --hours 4    # run what is missing; continues if killed
+python records/ablations.py run $grid --jobs 2 --hours 4    # run what is missing
 python records/ablations.py run $grid --retry               # run the failed ones again, too
 python records/ablations.py time $grid --jobs 2             # step times; nothing else may run
 python records/ablations.py table $grid                     # write ablations.md and ablations.png

@@ -537,20 +537,13 @@ def command_of(record: Path) -> tuple[dict[str, str], str]:
 def test_the_command_of_a_record_runs_its_own_script_with_its_settings(record: Path) -> None:
     env, script = command_of(record)
     assert ROOT / script == record / "train_gpt.py"
-    inherited = {k: v for k in ("PATH", "HOME") if (v := os.environ.get(k))}
-    done = subprocess.run(
-        [sys.executable, script],
-        env={**inherited, **env, "MODE": "describe"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_script({**env, "MODE": "describe"}, ROOT, ROOT / script)
+    assert (done.status, done.err) == (0, "")
     (log,) = check.read_logs(record)
-    assert f"params:{log.need('model')['params']} " in done.stdout
+    assert f"params:{log.need('model')['params']} " in done.out
     values = log.config["values"]
     for name in run_settings(log):
-        assert f"\n* {name}={values[name]}\n" in done.stdout
+        assert f"\n* {name}={values[name]}\n" in done.out
 
 
 # --- Scoring again -------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ YARDSTICKS = {
     "xz_bpb": "xz -9e",
     "zstd_bpb": "zstd -22 --ultra",
     "ppmd_bpb": "PPMd",
-    "ppmd_primed_bpb": "PPMd, primed",
+    "ppmd_primed_bpb": "primed PPMd",
 }
 PRIME_PIECE_BYTES = 1024  # the prime is a multiple of it
 TOKENS_AT_ONCE = 2**20

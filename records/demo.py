@@ -1,7 +1,7 @@
 """The demo (`make run`): the whole job on a corpus that needs no download.
 
-The stages follow the data: corpus, training and scoring, yardstick, plot, record. Each one says
-what it does and about how long that takes; the first one that fails ends the demo.
+Its stages: corpus, training and scoring, compressors, plot, record. Each one prints what it does
+and about how long that takes; the first one that fails ends the demo.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ DEMO_COMMAND = (
     f"python data/prepare.py --source stdlib --out {DEMO_DATA} --vocab-size 1024 --write-val-text"
 )
 NUM_DEMO_STAGES = 5
-STOP_PATIENCE_S = 60  # a run that is told to stop finishes its step and saves a checkpoint
+STOP_PATIENCE_S = 60  # a run that gets SIGTERM finishes its step and saves a checkpoint
 
 
 class StageFailed(RuntimeError):
-    """A stage of the demo ended with another exit status than 0."""
+    """A stage of the demo failed; `status` is its exit status, 128 + the number of a signal."""
 
     def __init__(self, what: str, status: int):
         super().__init__(f"{what} ended with exit status {status}")
@@ -43,27 +43,27 @@ class StageFailed(RuntimeError):
 
 
 def announce(number: int, text: str) -> None:
-    """The progress line of a stage."""
+    """Print the progress line of a stage."""
     print(f"\n[{number}/{NUM_DEMO_STAGES}] {text}", flush=True)
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """Ask `process` to stop, wait for it, then end all that it started."""
+    """Send SIGTERM to `process`, wait for it, then kill all processes that it started."""
     process.terminate()
     try:
         process.wait(STOP_PATIENCE_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        print("still running; ending it now", file=sys.stderr)
+        print("still running; killing it", file=sys.stderr)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        pass  # nothing is left of the group
+        pass  # no process of the group is left
     process.wait()
 
 
 def run_command(command: Sequence[str], what: str, env: Mapping[str, str]) -> None:
-    """Run a stage as a process of its own, its output passing through; StageFailed if it fails."""
-    # A session of its own: Ctrl-C reaches this process alone, which then stops the stage in order.
+    """Run a stage as a process and show its output; raise StageFailed if it fails."""
+    # In its own session, so that Ctrl-C reaches only this process, which then stops the stage.
     process = subprocess.Popen(command, cwd=ROOT, env=dict(env), start_new_session=True)
     try:
         status = process.wait()
@@ -75,16 +75,17 @@ def run_command(command: Sequence[str], what: str, env: Mapping[str, str]) -> No
 
 
 def print_summary(folder: Path, elapsed_s: float) -> None:
-    """The table at the end of the demo."""
+    """Print the table at the end of the demo."""
     log = RunLog.read(folder / METRICS)
-    end, size, mark = log.need("train_end"), log.need("size"), log.need("yardstick")
+    end = log.need("train_end", "steps", "tokens_per_s")
+    size = log.need("size", "artifact_bytes", "total_bytes", "budget_bytes")
+    yardsticks = list_yardsticks(log.need("yardstick"))
     rows = {
-        "parameters": f"{log.need('model')['params']:,}",
+        "parameters": f"{log.need('model', 'params')['params']:,}",
         "steps": f"{end['steps']:,}",
         "tokens/s": f"{end['tokens_per_s']:,.0f}",
-        **{f"bpb, {STAGES[n].replace(chr(10), ' ')}": f"{log.last(n)['val_bpb']:.4f}"
-           for n in STAGES if log.last(n)},
-        **{f"bpb, {name}": f"{bpb:.4f}" for name, bpb in list_yardsticks(mark)},
+        **{f"bpb, {STAGES[n]}": f"{log.last(n)['val_bpb']:.4f}" for n in STAGES if log.last(n)},
+        **{f"bpb, {name}": f"{bpb:.4f}" for name, bpb in yardsticks},
         "artifact bytes": f"{size['artifact_bytes']:,}",
         "counted bytes (with code)": f"{size['total_bytes']:,} of {size['budget_bytes']:,}",
     }  # fmt: skip
@@ -93,25 +94,25 @@ def print_summary(folder: Path, elapsed_s: float) -> None:
     rows["seconds in total"] = f"{elapsed_s:.0f}"
     width = max(map(len, rows))
     print("\n" + "\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
-    marks = list_yardsticks(mark)
-    beaten = [name for name, bpb in marks if log.score["val_bpb"] < bpb]
-    missed = [name for name, _ in marks if name not in beaten]
+    beaten = [name for name, bpb in yardsticks if log.score["val_bpb"] < bpb]
+    missed = [name for name, _ in yardsticks if name not in beaten]
     print(f"The model beats {', '.join(beaten) or 'no compressor'}.")
     if missed:
         print(f"It does not beat {', '.join(missed)}.", flush=True)
 
 
 def demo_stages(folder: Path, env: Mapping[str, str], cfg: Config) -> None:
-    """Corpus, run, yardstick, plot and record of the demo run in `folder`."""
+    """Run all stages of the demo, with the run in `folder`."""
     python, uses_demo = sys.executable, Path(cfg.data_path) == Path(DEMO_DATA)
     if uses_demo:
-        announce(1, f"corpus and tokenizer in {DEMO_DATA} (about a minute, the first time only)")
+        announce(1, f"corpus and tokenizer in {DEMO_DATA} (about a minute, only the first time)")
         run_command([python, *shlex.split(DEMO_COMMAND)[1:]], "data/prepare.py", env)
     else:
         announce(1, f"the data set is DATA_PATH={cfg.data_path}")
-    most = f"at most {cfg.max_wallclock_seconds:.0f} s" if cfg.max_wallclock_seconds else "no limit"
+    limit_s = cfg.max_wallclock_seconds
     announce(2, f"train, write the artifact, read it back, score it; recipe {env['RECIPE']}")
-    print(f"      training takes {most}, the rest about half as long", flush=True)
+    shown = f"at most {limit_s:.0f} s" if limit_s else "no time limit"
+    print(f"      training: {shown}; the rest takes about half as long", flush=True)
     run_command([python, "train_gpt.py"], "train_gpt.py", env)
     announce(3, "compress the same text with xz, zstd and PPMd (less than a minute)")
     mark = yardstick_run(folder)
@@ -124,10 +125,10 @@ def demo_stages(folder: Path, env: Mapping[str, str], cfg: Config) -> None:
 
 
 def run_demo() -> None:
-    """`make run`: the whole job on the embedded corpus, on the hardware that is there."""
+    """Run the whole job on the demo corpus, on the GPU if there is one, else on the CPU."""
     started_s = time.perf_counter()
     os.chdir(ROOT)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the same orderly end as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # handle them as Ctrl-C
         signal.signal(number, signal.default_int_handler)
     recipe = f"records/demo/{'gpu' if torch.cuda.is_available() else 'cpu'}.env"
     folder = Path("logs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -138,6 +139,8 @@ def run_demo() -> None:
         demo_stages(folder, env, cfg)
     except KeyboardInterrupt:
         if (folder / "checkpoint").exists():
-            print(f"\nTo go on: RECIPE={env['RECIPE']} RUN_DIR={folder} make run", file=sys.stderr)
+            print(
+                f"\nTo continue: RECIPE={env['RECIPE']} RUN_DIR={folder} make run", file=sys.stderr
+            )
         raise
     print_summary(folder, time.perf_counter() - started_s)

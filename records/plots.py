@@ -1,7 +1,8 @@
 """Plots of runs: the loss over the training, and bits per byte after every stage of a run.
 
-Several runs that differ in their seed share one plot. Dashed lines mark what general compressors
-reach on the same text.
+`draw_plot` shows the runs of one record, which differ only in their seed. `draw_comparison` lays
+runs of different settings over each other, by tokens and by seconds. Gray rows are what general
+compressors reach on the same text. The figures are about as wide as a page of README shows them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,28 +22,30 @@ matplotlib.use("Agg")  # no display is needed
 
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 import train_gpt  # noqa: E402
 from records.compressors import list_yardsticks  # noqa: E402
-from records.logs import FINAL_SCORES, Json, RunLog  # noqa: E402
+from records.logs import FINAL_SCORES, METRICS, Json, RunLog  # noqa: E402
+from train_gpt import InputError  # noqa: E402
 
 STAGES = {
-    "final_prequant": "before\nquantization",
+    "final_prequant": "before quantization",
     "final_quantized": "quantized",
-    "final_sliding": "sliding\nwindow",
-    "final_ttt": "test-time\ntraining",
+    "final_sliding": "sliding window",
+    "final_ttt": "test-time training",
 }
-SEED_COLORS = ("#1f5fa8", "#d1702c", "#3a8f5c", "#8a559e", "#b0413e", "#60707f")
-INK, FAINT = "#22303c", "#8b98a5"
-PLOT_LAYOUT = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+PALETTE = ("#1f5fa8", "#d1702c", "#3a8f5c", "#8a559e", "#b0413e", "#60707f")
+LINE_STYLES = ("-", "--", ":")  # one after another when the colors are used up
+INK, FAINT = "#22303c", "#7b8894"
 STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
+    "font.size": 9,
     "text.color": INK,
+    "text.parse_math": False,  # a name may have dollar signs
     "axes.edgecolor": "#b8c2cb",
     "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlecolor": INK,
@@ -53,142 +57,274 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
+    "figure.dpi": 180,
 }
+MAX_NAME_CHARACTERS = 48
+MAX_LABELED_RUNS = 4  # of more runs the scores are not written beside their dots
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
-    """Means over windows centred on each value: 1/20 of all values, fewer towards the ends."""
+class NamedRun(NamedTuple):
+    """A run, and what it is called in a plot of several."""
+
+    name: str
+    log: RunLog
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def display_name(text: str) -> str:
+    """Return a name as it can be drawn: one line of printable characters, not too long."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= MAX_NAME_CHARACTERS else f"{shown[: MAX_NAME_CHARACTERS - 3]}..."
+
+
+def run_name(log: RunLog) -> str:
+    """Return SUBMISSION_NAME of a run, else its RUN_ID, else the name of its folder."""
+    configs = log.all("config")
+    given = configs[-1]["values"].get("SUBMISSION_NAME") if configs else ""
+    return str(given or log.last("run").get("run_id") or log.path.parent.name)
+
+
+def read_runs(folders: Iterable[Path]) -> list[NamedRun]:
+    """Read the runs in run folders and in record folders; equal names get their folder's."""
+    paths = []
+    for folder in folders:
+        found = sorted(folder.glob("metrics_seed*.jsonl"))
+        paths += found if found and not (folder / METRICS).is_file() else [folder / METRICS]
+    logs = [RunLog.read(path) for path in paths]
+    counts = Counter(map(run_name, logs))
+    runs = []
+    for number, log in enumerate(logs, start=1):
+        name = run_name(log)
+        if counts[name] > 1:
+            seed = log.last("run").get("seed", number)
+            name = f"{name}, {log.path.parent.name}, seed {seed}"
+        runs.append(NamedRun(display_name(name), log))
+    return runs
+
+
+def describe_runs(logs: Sequence[RunLog]) -> str:
+    """Return the facts of the first run in one line, and what is wrong with the scores."""
+    log, parts = logs[0], [f"{len(logs)} seeds"] if len(logs) > 1 else []
+    if params := log.last("model").get("params"):
+        parts.append(f"{params:,} parameters")
+    if total_bytes := log.last("size").get("total_bytes"):
+        parts.append(f"{total_bytes:,} bytes of code and artifact")
+    if hardware := log.last("hardware").get("name"):
+        parts.append(display_name(hardware))
+    if any(log.last(name).get("partial") for log in logs for name in STAGES):
+        parts.append("PARTIAL VALIDATION")
+    elif any(not log.last(n).get("compliant", True) for log in logs for n in FINAL_SCORES):
+        parts.append("NOT COMPLIANT")
+    return "  |  ".join(parts)
+
+
+# --- Loss ----------------------------------------------------------------------------------------
+
+
+def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return means over centered windows of 1/20 of all values, shorter towards the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     reach = np.minimum(np.minimum(places, places[::-1]), len(values) // 40)
     return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
 
 
-def finite(events: Iterable[Json], key: str) -> list[Json]:
-    """The events in which `key` is a finite number."""
-    return [e for e in events if isinstance(e.get(key), int | float) and math.isfinite(e[key])]
+def finite(events: Iterable[Json], *keys: str) -> list[Json]:
+    """Return the events in which all `keys` are finite numbers."""
+    return [e for e in events if all(math.isfinite(e.get(key, math.nan)) for key in keys)]
 
 
 def loss_top(losses: np.ndarray) -> float:
-    """Upper end of the loss axis: the first tenth of the training may run out of it."""
+    """Return the upper end of the loss axis: the first tenth of the training may exceed it."""
     settled = losses[len(losses) // 10 :]
     return float(settled.max() + 0.05 * max(settled.max() - settled.min(), 0.1))
 
 
-def draw_losses(axes: Axes, logs: Sequence[RunLog]) -> None:
-    """Training loss of each run, raw and smoothed, and its validation losses."""
-    top = 0.0
-    for color, log in zip(itertools.cycle(SEED_COLORS), logs, strict=False):
-        events = finite(log.by_step("step"), "train_loss")
+class Curve(NamedTuple):
+    """The losses of one run over its training."""
+
+    log: RunLog
+    label: str
+    color: str
+    line: str
+
+
+def style_curves(runs: Sequence[NamedRun]) -> list[Curve]:
+    """Return the runs with a color each."""
+    styles = [(color, line) for line in LINE_STYLES for color in PALETTE]
+    return [
+        Curve(run.log, run.name, *style)
+        for run, style in zip(runs, itertools.cycle(styles), strict=False)
+    ]
+
+
+def draw_losses(axes: Axes, curves: Sequence[Curve], key: str, scale: float = 1.0) -> None:
+    """Draw training and validation losses of runs over `key`: "tokens" or "train_s"."""
+    top = end = 0.0
+    has_points = False
+    for curve in curves:
+        events = finite(curve.log.by_step("step"), "train_loss", key)
         if not events:
             continue
-        steps = [event["step"] for event in events]
-        losses = smooth([event["train_loss"] for event in events])
-        axes.plot(steps, [e["train_loss"] for e in events], color=color, alpha=0.3, lw=0.8)
+        x = np.array([event[key] for event in events]) / scale
+        losses = np.array([event["train_loss"] for event in events])
+        smoothed = smooth(losses)
+        axes.plot(x, losses, color=curve.color, alpha=0.25, lw=0.7)
+        axes.plot(x, smoothed, curve.line, color=curve.color, lw=1.7, label=curve.label)
+        points = validation_points(curve.log, events, key)
         axes.plot(
-            steps,
-            losses,
-            color=color,
-            lw=1.8,
-            label=f"training, seed {log.last('run').get('seed')}",
-        )
-        points = finite(log.by_step("val"), "val_loss")
-        points += [{**log.last("final_prequant"), "step": steps[-1]}]
-        points = finite(points, "val_loss")
-        axes.plot(
-            [p["step"] for p in points], [p["val_loss"] for p in points], "o", color=color,
-            ms=4.5, mec="white", mew=0.8, zorder=3,
+            [p / scale for p, _ in points], [loss for _, loss in points], "o",
+            color=curve.color, ms=4.5, mec="white", mew=0.8, zorder=3,
         )  # fmt: skip
-        top = max(top, loss_top(losses), *(p["val_loss"] for p in points[-1:]))
+        has_points |= bool(points)
+        top = max(top, loss_top(smoothed), *(loss for _, loss in points[-1:]))
+        end = max(end, float(x[-1]))
     if top:
         axes.set_ylim(top=top)
+        axes.set_xlim(0, 1.02 * end)
+    if has_points:
         axes.plot([], [], "o", color=FAINT, ms=4.5, mec="white", label="validation")
-        axes.legend(loc="upper right")
-
-
-def label_loss_axes(axes: Axes, log: RunLog) -> None:
-    """Steps and tokens, and below them seconds."""
-    axes.set_title("Loss", pad=8)
+    axes.xaxis.set_major_formatter("{x:,.10g}")
+    axes.set_title("Training loss")
     axes.set_ylabel("nats per token")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    end = (log.by_step("step") or [{}])[-1]
-    steps, tokens, train_s = (end.get(key, 0) for key in ("step", "tokens", "train_s"))
-    axes.set_xlabel(f"step of {tokens / steps:,.0f} tokens" if steps else "step")
-    if steps and train_s:
-        pace_s = train_s / steps
-        seconds = axes.secondary_xaxis(-0.155, (lambda x: x * pace_s, lambda s: s / pace_s))
-        seconds.set_xlabel("seconds of training", color=FAINT, fontsize=8.5)
-        seconds.tick_params(colors=FAINT, labelsize=8.5)
-        seconds.xaxis.set_major_formatter("{x:,.0f}")
-        seconds.spines["bottom"].set_visible(False)
 
 
-def draw_scores(axes: Axes, logs: Sequence[RunLog]) -> None:
-    """Bits per byte after each stage; with several runs their mean, the runs as small dots."""
-    stages = [name for name in STAGES if any(log.last(name) for log in logs)]
-    means = []
+def validation_points(log: RunLog, events: Sequence[Json], key: str) -> list[tuple[float, float]]:
+    """Return validation losses at the place `key` of the step after which they were measured."""
+    places = {event["step"]: event[key] for event in events}
+    steps = sorted(places)
+    points = []
+    for event in finite([*log.by_step("val")], "val_loss"):
+        at = min(steps, key=lambda step: abs(step - event["step"]))
+        points.append((places[at], event["val_loss"]))
+    for event in finite([log.last("final_prequant")], "val_loss"):
+        points.append((places[steps[-1]], event["val_loss"]))
+    return points
+
+
+def add_seconds_axis(axes: Axes, log: RunLog, scale: float) -> None:
+    """Add a second axis below that of the tokens: seconds of training."""
+    events = finite(log.by_step("step"), "tokens", "train_s")
+    tokens = np.array([0.0, *(e["tokens"] / scale for e in events)])
+    seconds = np.array([0.0, *(e["train_s"] for e in events)])
+    if len(events) < 2 or (np.diff(tokens) <= 0).any() or (np.diff(seconds) <= 0).any():
+        return
+    pace = tokens[-1] / seconds[-1]  # beyond the end of the training
+
+    def to_seconds(x: Any) -> Any:
+        return np.interp(x, tokens, seconds) + np.clip(x - tokens[-1], 0, None) / pace
+
+    def to_tokens(x: Any) -> Any:
+        return np.interp(x, seconds, tokens) + np.clip(x - seconds[-1], 0, None) * pace
+
+    below = axes.secondary_xaxis(-0.2, (to_seconds, to_tokens))
+    below.set_xlabel("seconds of training", color=FAINT)
+    below.tick_params(colors=FAINT)
+    below.xaxis.set_major_formatter("{x:,.10g}")
+    below.spines["bottom"].set_visible(False)
+
+
+# --- Scores --------------------------------------------------------------------------------------
+
+
+def stage_scores(log: RunLog, name: str) -> list[float]:
+    """Return the bits per byte of a stage; none if the run did not get there."""
+    return [event["val_bpb"] for event in finite([log.last(name)], "val_bpb")]
+
+
+def find_yardsticks(logs: Sequence[RunLog]) -> list[tuple[str, float]]:
+    """Return the compressors that a run has measured, the worst one first."""
+    marks = next((mark for log in logs if (mark := log.last("yardstick"))), {})
+    return list_yardsticks(marks)[::-1]
+
+
+def draw_row(axes: Axes, place: float, scores: Sequence[float], color: str, label: bool) -> None:
+    """Draw a mean as a dot with its value, and the single scores as small dots."""
+    mean = statistics.fmean(scores)
+    if len(scores) > 1:
+        axes.plot(scores, [place] * len(scores), "o", color=FAINT, ms=3.5, alpha=0.7, zorder=3)
+    axes.plot(mean, place, "o", color=color, ms=7, mec="white", zorder=4)
+    if label:
+        axes.annotate(
+            f"{mean:.4f}", (max(scores), place), xytext=(7, 0), textcoords="offset points",
+            va="center", color=color if color != PALETTE[0] else INK, fontsize=8.5,
+        )  # fmt: skip
+
+
+def draw_scores(axes: Axes, groups: Sequence[Sequence[RunLog]], colors: Sequence[str]) -> None:
+    """Draw bits per byte by stage, a color for each group of runs, and the compressors in gray."""
+    logs = [log for group in groups for log in group]
+    stages = [name for name in STAGES if any(stage_scores(log, name) for log in logs)]
+    marks = find_yardsticks(logs)
+    rows = [STAGES[name] for name in stages] + [name for name, _ in marks]
+    offsets = np.linspace(-0.28, 0.28, len(groups)) if len(groups) > 1 else np.zeros(1)
     for place, name in enumerate(stages):
-        scores = [log.last(name)["val_bpb"] for log in logs if log.last(name)]
-        means.append(statistics.fmean(scores))
-        if len(scores) > 1:
-            axes.plot([place] * len(scores), scores, "o", color=FAINT, ms=4, alpha=0.8, zorder=3)
-        axes.annotate(
-            f"{means[-1]:.4f}", (place, max(scores)), xytext=(0, 8), textcoords="offset points",
-            ha="center", weight="bold",
-        )  # fmt: skip
-    axes.plot(range(len(means)), means, color=SEED_COLORS[0], lw=1, alpha=0.4)
-    axes.plot(range(len(means)), means, "o", color=SEED_COLORS[0], ms=8, mec="white", zorder=4)
-    axes.set_xticks(range(len(stages)), [STAGES[name] for name in stages])
-    axes.set_xlim(-0.6, max(len(stages), 2) - 0.4)
-    axes.grid(axis="x", visible=False)
-    axes.set_ylabel("bits per byte")
-    axes.set_title("Validation, bits per byte", pad=8)
-    draw_yardsticks(axes, next((y for log in logs if (y := log.last("yardstick"))), {}))
-    axes.margins(y=0.16)
+        for group, color, offset in zip(groups, colors, offsets, strict=False):
+            if scores := [score for log in group for score in stage_scores(log, name)]:
+                draw_row(axes, place + offset, scores, color, len(groups) <= MAX_LABELED_RUNS)
+    for place, (_, bpb) in enumerate(marks, start=len(stages)):
+        draw_row(axes, place, [bpb], FAINT, label=True)
+    if stages and marks:
+        axes.axhline(len(stages) - 0.5, color="#b8c2cb", lw=0.8)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
+    axes.margins(x=0.25)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("bits per byte")
+    axes.set_title("Validation (lower is better)")
 
 
-def draw_yardsticks(axes: Axes, event: Json) -> None:
-    """One dashed line a compressor; the labels stay apart: above the upper, below the lower."""
-    marks = list_yardsticks(event)
-    for place, (name, bpb) in enumerate(marks):
-        above = place == len(marks) - 1
-        axes.axhline(bpb, color=FAINT, lw=1.2, ls=(0, (4, 3)))
-        axes.annotate(
-            f"{name}  {bpb:.4f}", (0.985, bpb), xycoords=("axes fraction", "data"),
-            xytext=(0, 4 if above else -4), textcoords="offset points", color=FAINT,
-            ha="right", va="bottom" if above else "top",
-        )  # fmt: skip
+# --- Figures -------------------------------------------------------------------------------------
 
 
-def plot_title(logs: Sequence[RunLog]) -> str:
-    """What ran, in one line."""
-    log = logs[0]
-    run_id = log.last("run").get("run_id", log.path.parent.name)
-    parts = [run_id if len(logs) == 1 else f"{len(logs)} seeds"]
-    if params := log.last("model").get("params"):
-        parts.append(f"{params:,} parameters")
-    if size := log.last("size"):
-        parts.append(f"{size['total_bytes']:,} bytes")
-    if hardware := log.last("hardware").get("name"):
-        parts.append(hardware)
-    if any(log.last(name).get("partial") for log in logs for name in STAGES):
-        parts.append("PARTIAL VALIDATION")
-    elif any(not log.last(n).get("compliant", True) for log in logs for n in FINAL_SCORES):
-        parts.append("NOT COMPLIANT")
-    return "   |   ".join(parts)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure into the PNG file `path`, atomically, and close it."""
+    try:
+        with train_gpt.atomic_file(path) as file:
+            figure.savefig(file, format="png")
+    finally:
+        plt.close(figure)
 
 
 def draw_plot(logs: Sequence[RunLog], path: Path) -> None:
-    """Draw the runs into the PNG file `path`, atomically."""
+    """Draw runs that differ in their seed into the PNG file `path`, atomically."""
+    names = [f"seed {log.last('run').get('seed', '?')}" for log in logs]
+    curves = style_curves([NamedRun(*pair) for pair in zip(names, logs, strict=True)])
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
-            1, 2, figsize=(12, 4.9), dpi=144, width_ratios=(1.45, 1), layout=PLOT_LAYOUT
+            1, 2, figsize=(10, 4.4), width_ratios=(1.25, 1), layout="constrained"
         )
-        draw_losses(left, logs)
-        label_loss_axes(left, logs[0])
-        draw_scores(right, logs)
-        figure.suptitle(plot_title(logs), x=0.01, ha="left", fontsize=9.5, color=FAINT)
-        with train_gpt.atomic_file(path) as file:
-            figure.savefig(file, format="png")
-        plt.close(figure)
+        draw_losses(left, curves, "tokens", 1e6)
+        steps = logs[0].last("train_end").get("steps")
+        left.set_xlabel("million tokens" + (f" ({steps:,} steps)" if steps else ""))
+        if left.get_legend_handles_labels()[0]:
+            left.legend(loc="upper right")
+        add_seconds_axis(left, logs[0], 1e6)
+        draw_scores(right, [logs], PALETTE)
+        title = display_name(run_name(logs[0]))
+        figure.suptitle(f"{title}:  {describe_runs(logs)}", x=0.01, ha="left", fontsize=9.5)
+        save_figure(figure, path)
+
+
+def draw_comparison(runs: Sequence[NamedRun], path: Path) -> None:
+    """Draw several runs over each other into the PNG file `path`, atomically."""
+    if not runs:
+        raise InputError("no run to draw")
+    curves = style_curves(runs)
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
+        draw_losses(panels[0], curves, "tokens", 1e6)
+        panels[0].set_xlabel("million tokens")
+        draw_losses(panels[1], curves, "train_s")
+        panels[1].set_xlabel("seconds of training")
+        panels[1].set_ylabel("")
+        colors = [curve.color for curve in curves]
+        draw_scores(panels[2], [[run.log] for run in runs], colors)
+        handles = [
+            Line2D([], [], color=c.color, ls=c.line, marker="o", mec="white", label=c.label)
+            for c in curves
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=min(3, len(handles)))
+        save_figure(figure, path)

@@ -1,6 +1,7 @@
 """Plot, compare, pack and check finished runs of train_gpt.py.
 
     python records/records.py plot RUN_DIR                 # draw RUN_DIR/plot.png
+    python records/records.py plot RUN_A RUN_B ...         # draw runs over each other: runs.png
     python records/records.py yardstick RUN_DIR            # general compressors on the same text
     python records/records.py build OUT_DIR RUN_DIR...     # a record folder from one run a seed
     python records/records.py check DIR...                 # verify records from their logs
@@ -41,7 +42,7 @@ from records.check import (  # noqa: E402
 from records.compressors import yardstick_command  # noqa: E402
 from records.demo import StageFailed, run_demo  # noqa: E402
 from records.logs import METRICS, RunLog  # noqa: E402
-from records.plots import draw_plot  # noqa: E402
+from records.plots import draw_comparison, draw_plot, read_runs  # noqa: E402
 from records.rescore import DEFAULT_TOLERANCE_BPB, rescore_record  # noqa: E402
 from records.submission import DESCRIBED, OPTIONAL  # noqa: E402
 from records.tables import format_records, knobs_page  # noqa: E402
@@ -84,8 +85,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="records.py", description=summary)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    plot = commands.add_parser("plot", help="draw RUN_DIR/plot.png from RUN_DIR/metrics.jsonl")
-    plot.add_argument("runs", nargs=1, type=Path, metavar="RUN_DIR")
+    plot = commands.add_parser("plot", help="draw a run, or several over each other")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    plot.add_argument(
+        "--out", type=Path, help="default: RUN_DIR/plot.png of one run, else runs.png"
+    )
     yardstick = commands.add_parser("yardstick", help="xz, zstd and PPMd on the validation text")
     yardstick.add_argument("path", type=Path, metavar="RUN_DIR_OR_DATA_PATH")
     build = commands.add_parser("build", help="make a record folder from one finished run a seed")
@@ -122,11 +126,22 @@ def check_command(options: argparse.Namespace) -> int:
     return failed
 
 
+def plot_command(folders: Sequence[Path], out: Path | None) -> None:
+    """Draw one run folder, or several run and record folders over each other."""
+    if len(folders) == 1 and (folders[0] / METRICS).is_file():
+        path = out or folders[0] / "plot.png"
+        draw_plot([RunLog.read(folders[0] / METRICS)], path)
+    else:
+        path = out or Path("runs.png")
+        draw_comparison(read_runs(folders), path)
+    print(path)
+
+
 def run_options(options: argparse.Namespace) -> int:
     """Do what the command line asks; return the exit status."""
     match options.command:
         case "plot":
-            draw_plot([RunLog.read(options.runs[0] / METRICS)], options.runs[0] / "plot.png")
+            plot_command(options.runs, options.out)
         case "yardstick":
             yardstick_command(options.path)
         case "build":

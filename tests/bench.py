@@ -1,10 +1,10 @@
-"""Speed and memory of training and evaluation on this machine: one table, as ratios of one run.
+"""Measures speed and memory of training and evaluation on this machine and prints a table.
 
-    make bench                               # every case, each in a process of its own
+    make bench                               # every case, each in its own process
     python tests/bench.py --case small       # one case, as a JSON line
 
-Utilisation is the model's floating point operations (6 a matrix weight and token, plus causal
-attention) over the rate of a 2048-cubed matrix product measured in the same process.
+Utilization is the model's FLOPs per second (6 per matrix weight and token, plus causal attention)
+divided by the rate of a 2048 x 2048 x 2048 matrix product in the same process.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ SMALL = dataclasses.replace(
 MATRIX_SIZE = 2048
 CASES = {
     "small": "6 layers x 256, sequence 512",
-    "small_plain": "the same, plain formula",
-    "small_optimizer": "the same, optimizer step alone",
-    "small_eval": "the same, evaluation alone",
-    "baseline": "baseline at full shape",
-    "baseline_optimizer": "the same, optimizer step alone",
-    "baseline_eval": "the same, evaluation alone",
+    "small_plain": "same shape, plain PyTorch loss in fp32",
+    "small_optimizer": "same shape, optimizer step only",
+    "small_eval": "same shape, evaluation only",
+    "baseline": "naive baseline, full shape",
+    "baseline_optimizer": "same shape, optimizer step only",
+    "baseline_eval": "same shape, evaluation only",
 }
 
 
 def seconds_per_call(call: Callable[[], Any], run: tg.Run, budget_s: float) -> float:
-    """Best time of `call` within `budget_s` seconds, after one that warms up; once at least."""
+    """Return the shortest time of `call` within `budget_s` seconds, after a warm-up call."""
     call()
     times: list[float] = []
     started_s = time.perf_counter()
@@ -61,13 +61,13 @@ def seconds_per_call(call: Callable[[], Any], run: tg.Run, budget_s: float) -> f
 
 
 def matrix_flops_per_s(run: tg.Run, dtype: torch.dtype, budget_s: float) -> float:
-    """Rate of a square matrix product in `dtype`."""
+    """Return the FLOPs per second of a square matrix product in `dtype`."""
     a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=run.device).to(dtype)
     return 2 * MATRIX_SIZE**3 / seconds_per_call(lambda: a @ a, run, budget_s)
 
 
 def make_run(cfg: tg.Config) -> tg.Run:
-    """A run of one process on this machine's device, without files."""
+    """Return a run of one process on this machine's device, without files."""
     device, dtype = tg.open_device(cfg, 0)
     return tg.Run(
         cfg=cfg, directory=Path(), rank=-1, world_size=1, device=device, dtype=dtype
@@ -75,14 +75,14 @@ def make_run(cfg: tg.Config) -> tg.Run:
 
 
 def plain_step(model: tg.GPT, window_BT: torch.Tensor) -> None:
-    """Forward and backward with all logits in float32 at once, as the formula is written."""
+    """Run forward and backward with all logits in float32 at once, by F.cross_entropy."""
     logits_NV = model.logits(window_BT[:, :-1]).flatten(0, 1)
     F.cross_entropy(logits_NV, window_BT[:, 1:].flatten()).backward()
     model.zero_grad(set_to_none=True)
 
 
 def measure(case: str, budget_s: float) -> dict[str, Any]:
-    """Seconds, tokens and operations of one call of the case, and the process's peak memory."""
+    """Return time, tokens/s and FLOPs/s of a case, and the peak memory of the process."""
     cfg = SMALL if case.startswith("small") else BASELINE
     if case.endswith("plain"):
         cfg = dataclasses.replace(cfg, compile=False, precision="fp32")
@@ -92,7 +92,7 @@ def measure(case: str, budget_s: float) -> dict[str, Any]:
     trainer = tg.Trainer(run, model)
     window_BT = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1))
     ids_BT = window_BT.to(run.device)
-    if case.endswith("optimizer"):  # it needs gradients, of whatever
+    if case.endswith("optimizer"):  # it needs gradients; their values do not matter
         for param in trainer.params:
             param.grad = torch.randn_like(param)
 
@@ -125,13 +125,13 @@ def measure(case: str, budget_s: float) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
-    """The table, and the ratio to the plain formula."""
+    """Print the table, and the speed relative to the plain loss."""
     first = next(iter(results.values()))
     print(f"\n{first['device']}, torch {torch.__version__}")
     for result in {r["precision"]: r for r in results.values()}.values():
         rate = result["matrix_flops_per_s"] / 1e12
         print(f"{MATRIX_SIZE}-cubed product in {result['precision']}: {rate:.3f} TFLOP/s")
-    print(f"\n{'case':<34}{'ms':>9}{'tokens/s':>11}{'utilisation':>13}{'peak MiB':>10}")
+    print(f"\n{'case':<34}{'ms':>9}{'tokens/s':>11}{'utilization':>13}{'peak MiB':>10}")
     for name, result in results.items():
         share = result["flops_per_s"] / result["matrix_flops_per_s"]
         tokens = f"{result['tokens_per_s']:.0f}" if result["tokens_per_s"] else "-"
@@ -142,14 +142,16 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         )
     if {"small", "small_plain"} <= results.keys():
         ratio = results["small"]["tokens_per_s"] / results["small_plain"]["tokens_per_s"]
-        print(f"\nspeed over the plain formula (same shape): {ratio:.2f} x")
+        print(f"\nspeed relative to the plain loss (same shape): {ratio:.2f} x")
 
 
 def main() -> None:
-    """Measure one case, or each in a fresh process."""
+    """Measure one case, or each of them in a new process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=CASES, help="measure this one only, as a JSON line")
-    parser.add_argument("--budget-s", type=float, default=10.0, help="seconds a case is repeated")
+    parser.add_argument("--case", choices=CASES, help="measure only this case, print a JSON line")
+    parser.add_argument(
+        "--budget-s", type=float, default=10.0, help="seconds for repetitions of a case"
+    )
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args.case, args.budget_s)))

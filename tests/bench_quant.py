@@ -1,13 +1,13 @@
-"""Methods of quantisation on trained models: bytes, errors, scores, and each coder's bytes.
+"""Compares quantization methods on trained models: bytes, errors, scores, bytes of each coder.
 
     make bench-quant                                     # train three models, then measure them
-                                                         # (and the seconds of a full shape)
-    python tests/bench_quant.py --models RUN_DIR...      # those of runs with a checkpoint
+                                                         # (and the seconds of the full shape)
+    python tests/bench_quant.py --models RUN_DIR...      # measure runs that have a checkpoint
     python tests/bench_quant.py --table                  # rewrite the table and the plot
 
-Every result is a line of quantization.jsonl; what is there for the same weights and the same
-train_gpt.py is not measured again. Error: what the curvature of the loss makes of the errors of
-all matrices, sum of outputs[o] e_o H e_o^T over their rows, the Curvature of train_gpt.calibrate.
+Every result is a line of quantization.jsonl; results for the same weights and the same train_gpt.py
+are not measured again. Error: the sum of outputs[o] e_o H e_o^T over the rows of all matrices, that
+is the weight errors weighted with the Hessian that train_gpt.calibrate measures.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from matplotlib.axes import Axes
 import train_gpt as tg
 from records.demo import DEMO_COMMAND, DEMO_DATA
 from records.logs import Json
-from records.plots import FAINT, SEED_COLORS, STYLE
+from records.plots import FAINT, PALETTE, STYLE, save_figure
 from records.results import append_result
 
 ROOT = Path(__file__).parent.parent
@@ -65,43 +65,47 @@ MODELS = {
 SIGMAS = "attn:13,mlp:11.5,embed:20,table:12.85"
 SIX_BITS = {"attn_bits": 6, "mlp_bits": 6, "table_bits": 6, "embed_bits": 8}
 SDCLIP = {**SIX_BITS, "clip_sigmas": SIGMAS}
+# Of the three matrices with the largest errors, as in openai/parameter-golf#2135.
+LQER = {"lqer_rank": 4, "lqer_group": 32}
 ROUNDED = {"quantizer": "rtn", "quant_grid": "uniform"}
 
 
 class Method(NamedTuple):
-    """A way to an artifact."""
+    """A quantization method."""
 
     title: str
     knobs: Json
-    share: float = 0.0  # of the reference's bytes that it is fitted to; 0: it takes what it takes
+    share: float = 0.0  # of the reference's bytes, to which it is fitted; 0 = not fitted
 
 
 METHODS = {
     "int8_zlib": Method(
-        "int8 rows by percentile, zlib",
+        "int8, row scales by percentile, zlib",
         {**ROUNDED, "row_steps": "percentile", "compressor": "zlib"},
     ),
     "thwu1": Method(
-        "int5 MLP, int6, fp16 embedding, 3 % pruned, zstd",
+        "int5 MLP, int6 rest, fp16 embedding, 3 % pruned, zstd",
         {**ROUNDED, "row_steps": "max", "mlp_bits": 5, "attn_bits": 6, "table_bits": 6}
         | {"embed_bits": 16, "prune_frac": 0.03, "compressor": "zstd"},
+    ),
+    "gptq_lite": Method(
+        "GPTQ-lite: best of five percentiles, 6 bits, embedding 8, zstd",
+        {**ROUNDED, **SIX_BITS, "row_steps": "search", "compressor": "zstd"},
     ),
     "reference": Method(
         "GPTQ, SDClip, uniform, brotli (reference)",
         {**SDCLIP, "quant_grid": "uniform", "compressor": "brotli_shuffled"},
     ),
-    "solved_trellis": Method("solved steps, trellis, ans (default)", {}, 1.0),
+    "solved_trellis": Method("optimal scales, trellis, ans (default)", {}, 1.0),
     "sdclip_uniform": Method("SDClip, uniform, ans", {**SDCLIP, "quant_grid": "uniform"}, 1.0),
-    "solved_uniform": Method("solved steps, uniform, ans", {"quant_grid": "uniform"}, 1.0),
+    "solved_uniform": Method("optimal scales, uniform, ans", {"quant_grid": "uniform"}, 1.0),
     "sdclip_trellis": Method("SDClip, trellis, ans", SDCLIP, 1.0),
+    "sdclip_uniform_lqer": Method(
+        "SDClip, uniform, LQER, ans", {**SDCLIP, **LQER, "quant_grid": "uniform"}, 1.0
+    ),
+    "solved_trellis_lqer": Method("optimal scales, trellis, LQER, ans", LQER, 1.0),
 }
-# Methods that were measured and then removed from the script; their rows stay in the table.
-REMOVED = {
-    "gptq_lite": "GPTQ-lite: best of five percentiles, 6 bits, embedding 8, zstd",
-    "sdclip_uniform_lqer": "SDClip, uniform, LQER, ans",
-    "solved_trellis_lqer": "solved steps, trellis, LQER, ans",
-}
-# The same at fewer bytes, where the tax stands clear of the noise.
+# The same with fewer bytes, where the quantization loss is well above the noise.
 for share in (85, 70):
     METHODS |= {
         f"{name}_{share}": method._replace(
@@ -110,27 +114,27 @@ for share in (85, 70):
         for name, method in METHODS.items()
         if name in ("reference", "solved_trellis")
     }
-RIVALS = [  # default and reference at the same bytes
+RIVALS = [  # default and reference with equal bytes
     ("solved_trellis", "reference"),
     ("solved_trellis_85", "reference_85"),
     ("solved_trellis_70", "reference_70"),
     ("solved_trellis", "sdclip_uniform"),
 ]
-CODED = ("reference", "solved_trellis")  # methods whose codes every coder gets
-CURVES = ("sdclip_uniform", "solved_uniform", "solved_trellis")  # of the plot
-FACTORS = (0.75, 1.35, 1.8, 2.4)  # of the steps at the reference's bytes
-FITTED = 1e-3  # share of the bytes: near enough
+CODED = ("reference", "solved_trellis")  # methods whose codes are compressed with every coder
+CURVES = ("sdclip_uniform", "solved_uniform", "solved_trellis")  # in the plot
+FACTORS = (0.75, 1.35, 1.8, 2.4)  # times the scales that give the reference's bytes
+FITTED = 1e-3  # relative tolerance of the bytes
 PLAIN_CODERS = {"zlib-9": "zlib", "zstd-22": "zstd", "xz-9e": "lzma", "brotli-11": "brotli"}
 CODERS = [*PLAIN_CODERS, "lrzip", "ans"]
-CODERS += ["entropy by matrix", "conditional entropy", "classes"]  # in bytes
-LRZIP = ["lrzip", "-z", "-L", "9", "-q", "-f", "-N", "0"]  # by default it is very nice
+CODERS += ["entropy by matrix", "conditional entropy", "classes"]  # bounds, in bytes
+LRZIP = ["lrzip", "-z", "-L", "9", "-q", "-f", "-N", "0"]  # -N 0: not at low priority
 
 # --- Models --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Subject:
-    """A trained model, and what the methods need to know of it."""
+    """A trained model with the data that the methods need."""
 
     name: str
     run: tg.Run
@@ -141,11 +145,11 @@ class Subject:
     trained: tg.Progress
     weights_sha256: str
     changed: str
-    found: dict[str, tg.KroneckerHessian] = dataclasses.field(default_factory=dict)
+    hessians: dict[str, tg.KroneckerHessian] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def matrices(self) -> list[str]:
-        """The tensors that become codes, and whose errors count."""
+        """The matrices: tensors that are quantized and whose errors count."""
         groups = tg.model_layout(self.run.cfg)[1]
         return [name for name in self.weights if groups[name] in ("attn", "mlp", "embed", "table")]
 
@@ -154,24 +158,24 @@ class Subject:
         return sum(self.weights[name].numel() for name in self.matrices)
 
     def errors(self, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Curvature-weighted squared errors of the matrices, by group."""
+        """Return the Hessian-weighted squared errors of the matrices by group."""
         groups, sums = tg.model_layout(self.run.cfg)[1], dict[str, float]()
         for name in self.matrices:
-            e_OI, (inputs_II, outputs_O) = weights[name] - self.weights[name], self.found[name]
+            e_OI, (inputs_II, outputs_O) = weights[name] - self.weights[name], self.hessians[name]
             error = float((outputs_O * ((e_OI @ inputs_II) * e_OI).sum(dim=1)).sum())
             sums[groups[name]] = sums.get(groups[name], 0.0) + error
         return sums
 
     def bpb(self, weights: Mapping[str, torch.Tensor]) -> float:
-        """Bits per byte of the validation text with these weights, in plain windows."""
+        """Return bits per byte of the validation text with these weights, in disjoint windows."""
         self.model.load_state_dict(dict(weights))
         score = tg.evaluate(self.run, self.model, self.validation, self.run.cfg.score_seq_len)
         return float(score.summary()["val_bpb"])
 
 
 class FullShape(NamedTuple):
-    """Made-up weights of a whole competition model: for seconds only, as every coder's pace per
-    weight depends on how many matrices share its steps."""
+    """Random weights of a full competition model, only for timing: the speed of a coder per weight
+    depends on how many matrices it codes together."""
 
     name: str = "full shape"
     weights_sha256: str = "normal weights, seed 0"
@@ -179,8 +183,8 @@ class FullShape(NamedTuple):
 
 
 def train_models(folder: Path) -> list[Path]:
-    """The folders of MODELS' runs; those that are not finished are trained: on the CPU track's
-    corpus if it is there, else on the demo's."""
+    """Return the run folders of MODELS; train those that are missing, on the corpus of the CPU
+    track if it is there, else on that of the demo."""
     data = "data/corpus"
     if not (ROOT / data).exists():
         data = DEMO_DATA
@@ -198,7 +202,7 @@ def train_models(folder: Path) -> list[Path]:
 
 
 def changed(config: Json) -> str:
-    """The knobs of a training that are not RECIPE's."""
+    """Return the knobs of a training that differ from RECIPE."""
     recipe = dataclasses.asdict(tg.config_from_env(tg.read_recipe(RECIPE)))
     names = [*tg.SHAPE_KNOBS, "iterations", "max_wallclock_seconds", "data_path"]
     return " ".join(
@@ -209,7 +213,7 @@ def changed(config: Json) -> str:
 
 
 def load_subject(directory: Path, scratch: Path) -> Subject:
-    """The model of a run's last checkpoint."""
+    """Load the model of the last checkpoint of a run."""
     folder = max(directory.glob("checkpoint/step_*"))
     meta = json.loads((folder / "meta.json").read_text())
     shape = {name: meta["config"][name] for name in tg.SHAPE_KNOBS if name in meta["config"]}
@@ -239,11 +243,11 @@ def load_subject(directory: Path, scratch: Path) -> Subject:
 
 
 def calibrated(subject: Subject) -> float:
-    """Measure the curvature; seconds."""
+    """Measure the Hessians of a model; return the seconds."""
     cfg, started_s = subject.run.cfg, time.perf_counter()
     stream = tg.TokenStream(tg.find_shards(cfg, "train"), cfg.vocab_size)
     loader = tg.BatchLoader(cfg, stream, rank=0, world_size=1)
-    subject.found = tg.calibrate(subject.run, subject.model, loader, subject.trained)
+    subject.hessians = tg.calibrate(subject.run, subject.model, loader, subject.trained)
     return time.perf_counter() - started_s
 
 
@@ -251,7 +255,7 @@ def calibrated(subject: Subject) -> float:
 
 
 class Results:
-    """The lines of the results file, by what they tell: kind, model, name."""
+    """The lines of the result file by kind, model and name."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, dict[tuple[str, str, str], Json]()
@@ -276,7 +280,7 @@ class Results:
         return self.rows.get((kind, model, name), {})
 
     def named(self, kind: str, model: str) -> dict[str, Json]:
-        """The rows of a kind of one model, by name."""
+        """Return the rows of one kind and model by name."""
         return {key[2]: row for key, row in self.rows.items() if key[:2] == (kind, model)}
 
     @property
@@ -297,7 +301,7 @@ def knobs_of(method: Method, cfg: tg.Config) -> tg.Config:
 
 
 class Made(NamedTuple):
-    """An artifact and how it came about."""
+    """An artifact, its tensors and the seconds that it took."""
 
     multiplier: float
     tensors: dict[str, tg.Quantized]
@@ -309,7 +313,7 @@ class Made(NamedTuple):
 def make(
     subject: Subject, cfg: tg.Config, stacks: Sequence[tg.MatrixGroup], multiplier: float
 ) -> Made:
-    """Quantise and encode with all steps multiplied."""
+    """Quantize and encode with all scales multiplied."""
     started_s = time.perf_counter()
     tensors = tg.quantize_model(cfg, subject.model, stacks, multiplier)
     quantized_s = time.perf_counter()
@@ -321,7 +325,7 @@ def make(
 def fitted(
     subject: Subject, cfg: tg.Config, stacks: Sequence[tg.MatrixGroup], num_bytes: int
 ) -> Made:
-    """The artifact of so many bytes: the multiplier by estimate, then by what artifacts take."""
+    """Return an artifact of `num_bytes` bytes, by a secant search over the multiplier."""
     multiplier, tried = tg.scale_factor_for(stacks, 8.0 * num_bytes), list[tuple[float, int]]()
     for _ in range(7):
         made = make(subject, cfg, stacks, multiplier)
@@ -329,7 +333,7 @@ def fitted(
         print(f"  multiplier {multiplier:.5g}: {len(made.payload)} of {num_bytes}", flush=True)
         if abs(len(made.payload) / num_bytes - 1) <= FITTED:
             break
-        slope = -subject.num_weights / 8.0  # bytes an octave: a bit less for each weight
+        slope = -subject.num_weights / 8.0  # bytes per octave: one bit less for each weight
         if len(tried) > 1:
             (x0, y0), (x1, y1) = tried[-2:]
             slope = min((y1 - y0) / (x1 - x0), slope / 4)
@@ -338,12 +342,12 @@ def fitted(
 
 
 def made_by(subject: Subject, name: str, results: Results, multiplier: float = 0.0) -> Made:
-    """A method's artifact: fitted to the reference's bytes, or with a multiplier given."""
+    """Return the artifact of a method, fitted to the reference's bytes or with a multiplier."""
     method = METHODS[name]
     cfg, started_s = knobs_of(method, subject.run.cfg), time.perf_counter()
     subject.model.load_state_dict(subject.weights)
-    found = subject.found if cfg.quantizer == "gptq" else {}
-    stacks = tg.group_matrices(cfg, subject.model, found)
+    hessians = subject.hessians if cfg.quantizer == "gptq" else {}
+    stacks = tg.group_matrices(cfg, subject.model, hessians)
     plan_s = time.perf_counter() - started_s
     if method.share and not multiplier:
         reference = results.get("method", subject.name, "reference")["bytes"]
@@ -354,7 +358,7 @@ def made_by(subject: Subject, name: str, results: Results, multiplier: float = 0
 
 
 def measure(subject: Subject, kind: str, name: str, made: Made, results: Results) -> None:
-    """A row of what comes out of an artifact; methods, not rates, are scored."""
+    """Add the row of an artifact that is read back; only rows of kind "method" are scored."""
     cfg, started_s = knobs_of(METHODS[name.partition("@")[0]], subject.run.cfg), time.perf_counter()
     decoded = tg.decode_tensors(*tg.decode_header(made.payload), *tg.model_layout(cfg))
     weights = tg.dequantize_all(decoded)
@@ -370,7 +374,7 @@ def measure(subject: Subject, kind: str, name: str, made: Made, results: Results
 
 
 def lrzip_bytes(raw: bytes) -> int | None:
-    """What lrzip makes of it; None if it is not installed."""
+    """Return the bytes after lrzip; None if it is not installed."""
     if not shutil.which(LRZIP[0]):
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -381,15 +385,17 @@ def lrzip_bytes(raw: bytes) -> int | None:
 
 
 def label_bits(labels: np.ndarray) -> float:
-    """Bits of labels at their own frequencies."""
+    """Return the bits of labels under their own frequencies."""
     counts = np.unique(labels, return_counts=True)[1]
     return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
 def conditional_bits(group: Sequence[tg.Quantized]) -> tuple[float, float]:
-    """Entropy of a group's codes given the class of their expected magnitude and the trellis's
-    quantiser, corrected by Miller and Madow; and that of the classes of rows and columns.
-    Expected: the product of the mean magnitudes of row and column in quarter octaves.
+    """Return the conditional entropy of the codes of a group, and the entropy of the classes.
+
+    The codes are conditioned on the class of their expected magnitude (product of the mean
+    magnitudes of row and column, in quarter octaves) and on the quantizer of the trellis; with the
+    Miller-Madow correction.
     """
     symbols, labels_bits = [], 0.0
     for tensor in group:
@@ -409,7 +415,7 @@ def conditional_bits(group: Sequence[tg.Quantized]) -> tuple[float, float]:
 
 
 def coder_bytes(group: Sequence[tg.Quantized]) -> Json:
-    """Bytes of the codes of a group of tensors with every coder, and their entropies."""
+    """Return the bytes of the codes of a group of tensors with every coder, and their entropies."""
     codes = np.concatenate([tensor.values.ravel().astype("<i2") for tensor in group])
     is_large = np.abs(codes.astype(np.int32)) > 127
     raw = np.where(is_large, -128, codes).astype(np.int8).tobytes() + codes[is_large].tobytes()
@@ -421,7 +427,7 @@ def coder_bytes(group: Sequence[tg.Quantized]) -> Json:
 
 
 def measure_coders(subject: Subject, name: str, made: Made, results: Results) -> None:
-    """Bytes of the same codes, a stream for each group of tensors, with every coder."""
+    """Add the bytes of the same codes with every coder, one stream for each group of tensors."""
     members = tg.group_names(list(made.tensors), tg.model_layout(subject.run.cfg)[1])
     by_group = dict[str, Json]()
     for group, names in members.items():
@@ -434,16 +440,18 @@ def measure_coders(subject: Subject, name: str, made: Made, results: Results) ->
 
 
 def gaussian_bound(subject: Subject) -> list[tuple[float, float]]:
-    """(bits a weight, error) of the best code of independent normal weights, by water level.
-    Weight (o, i) has the variance of its row times that of its column over the mean, and its
-    squared error counts outputs[o] / U_ii^2, as GPTQ's errors do.
+    """Return points (bits per weight, error) of the rate-distortion bound of normal weights.
+
+    Reverse water-filling over independent weights: weight (o, i) has the variance of its row times
+    that of its column over the mean; its squared error has the weight outputs[o] / U_ii^2, as in
+    GPTQ.
     """
     costs = []
     for name in subject.matrices:
         square_OI = subject.weights[name].square()
         variance_OI = square_OI.mean(dim=1, keepdim=True) * square_OI.mean(dim=0)
         variance_OI /= square_OI.mean().clamp_min(1e-30)
-        inputs_II, outputs_O = subject.found[name]
+        inputs_II, outputs_O = subject.hessians[name]
         factor = tg.factor_hessians(inputs_II[None])
         per_column_I = factor.alive_LI[0] / factor.std_LI[0].square()
         costs.append((outputs_O[:, None] * variance_OI * per_column_I).flatten().double())
@@ -460,7 +468,7 @@ def gaussian_bound(subject: Subject) -> list[tuple[float, float]]:
 
 
 def describe(subject: Subject, calibrate_s: float, results: Results) -> None:
-    """The row of a model itself."""
+    """Add the row of a model."""
     cfg, names = subject.run.cfg, ("constriction", "brotli", "zstandard")
     versions = {name: importlib.metadata.version(name) for name in names}
     results.add(
@@ -477,7 +485,7 @@ def describe(subject: Subject, calibrate_s: float, results: Results) -> None:
 
 
 def measure_full_shape(results: Results) -> None:
-    """Seconds of quantiser and coder, each from its input to its output, at the full shape."""
+    """Measure the seconds of quantizer and coder at the full shape."""
     subject = FullShape()
     if not results.missing(subject, "seconds", ""):
         return
@@ -486,20 +494,20 @@ def measure_full_shape(results: Results) -> None:
     model = tg.GPT(cfg, tg.ATTENTION_BACKENDS["sdpa"](), torch.float32)
     shapes, groups = tg.model_layout(cfg)
     names = [name for name, group in groups.items() if group in ("attn", "mlp", "embed", "table")]
-    found, inputs = dict[str, tg.KroneckerHessian](), dict[int, torch.Tensor]()
+    hessians, inputs = dict[str, tg.KroneckerHessian](), dict[int, torch.Tensor]()
     for name in names:
         rows, columns = shapes[name]
         model.get_parameter(name).data.normal_(std=0.02)
-        if columns not in inputs:  # a power law of input power, as in a trained model
+        if columns not in inputs:  # input variances follow a power law, as in a trained model
             x_NI = torch.randn(2 * columns, columns) * torch.arange(1, columns + 1) ** -0.5
             inputs[columns] = x_NI.T @ x_NI
-        found[name] = tg.KroneckerHessian(inputs[columns], torch.rand(rows) + 0.1)
+        hessians[name] = tg.KroneckerHessian(inputs[columns], torch.rand(rows) + 0.1)
     clock = [(time.perf_counter(), time.process_time())]
 
     def tick() -> None:
         clock.append((time.perf_counter(), time.process_time()))
 
-    stacks = tg.group_matrices(cfg, model, found)
+    stacks = tg.group_matrices(cfg, model, hessians)
     multiplier = tg.scale_factor_for(stacks, 8.0 * subject.num_bytes)
     tensors = tg.quantize_model(cfg, model, stacks, multiplier)
     tick()
@@ -520,7 +528,7 @@ def measure_full_shape(results: Results) -> None:
 
 
 def measure_model(subject: Subject, results: Results, methods: Sequence[str], more: bool) -> None:
-    """Everything that is missing of one model; `more`: the coders and the points of the plot."""
+    """Measure what is missing for one model; `more`: also the coders and the curves of the plot."""
     calibrate_s = calibrated(subject)
     if results.missing(subject, "model", ""):
         describe(subject, calibrate_s, results)
@@ -544,13 +552,8 @@ def measure_model(subject: Subject, results: Results, methods: Sequence[str], mo
 # --- Table ---------------------------------------------------------------------------------------
 
 
-def title_of(name: str) -> str:
-    """The title of a method, of one that was removed as well."""
-    return REMOVED[name] if name in REMOVED else METHODS[name].title
-
-
 def decibels(row: Json, reference: Json) -> float:
-    """Error of a row over the reference's."""
+    """Return the error of a row relative to the reference, in dB."""
     return 10 * math.log10(row["error"] / reference["error"])
 
 
@@ -559,14 +562,15 @@ def bits_per_weight(row: Json, model: Json) -> float:
 
 
 def method_lines(results: Results, model: str) -> Iterator[str]:
-    """The table of a model's methods."""
+    """Yield the lines of the table of methods of a model."""
     about, rows = results.get("model", model, ""), results.named("method", model)
     reference = rows["reference"]
-    yield "| method | bytes | bits a weight | error, dB | bpb | tax | seconds: quantise | encode | decode |"  # noqa: E501
+    header = ["method", "bytes", "bits per weight", "error, dB", "bpb", "added bpb"]
+    yield f"| {' | '.join([*header, 'quantize s', 'encode s', 'decode s'])} |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, row in rows.items():
         yield (
-            f"| {title_of(name)} | {row['bytes']:,} | {bits_per_weight(row, about):.3f} | "
+            f"| {METHODS[name].title} | {row['bytes']:,} | {bits_per_weight(row, about):.3f} | "
             f"{decibels(row, reference):+.2f} | {row['bpb']:.5f} | "
             f"{row['bpb'] - about['bpb']:+.5f} | {row['quantize_s']:.1f} | "
             f"{row['encode_s']:.1f} | {row['decode_s']:.1f} |"
@@ -574,7 +578,7 @@ def method_lines(results: Results, model: str) -> Iterator[str]:
 
 
 def coder_lines(results: Results) -> Iterator[str]:
-    """The table of coders, a column for each model's codes."""
+    """Yield the lines of the table of coders, with a column for the codes of each model."""
     columns = [
         (model, name, row)
         for model in results.models
@@ -584,14 +588,14 @@ def coder_lines(results: Results) -> Iterator[str]:
     heads = [f"{model}, {titles[name]}" for model, name, _ in columns]
     yield f"| bytes of the codes | {' | '.join(heads)} |"
     yield "| --- |" + " ---: |" * len(columns)
-    labels = {"lrzip": " ".join(LRZIP[:4]), "classes": "classes of rows and columns"}
+    labels = {"lrzip": " ".join(LRZIP[:4]), "classes": "entropy of the classes"}
     for coder in CODERS:
         cells = [coder_cell(row, coder) for *_, row in columns]
         yield f"| {labels.get(coder, coder)} | {' | '.join(cells)} |"
 
 
 def coder_cell(row: Json, coder: str) -> str:
-    """Bytes of a coder, and by how much they are above those of ans."""
+    """Return the bytes of a coder and their excess over ans."""
     if row[coder] is None:
         return "not installed"
     if coder == "classes":
@@ -600,17 +604,18 @@ def coder_cell(row: Json, coder: str) -> str:
 
 
 def group_lines(results: Results, model: str) -> Iterator[str]:
-    """Where the error of the reference and the default lies."""
+    """Yield lines with the errors of reference and default by group."""
     methods = results.named("method", model)
     for name in CODED:
         errors, total = methods.get(name, {}).get("errors"), methods["reference"]["error"]
         if errors:
             shares = ", ".join(f"{group} {e / total:.1%}" for group, e in sorted(errors.items()))
-            yield f"\nError by group over the reference's whole: {METHODS[name].title}: {shares}."
+            title = METHODS[name].title
+            yield f"\nError by group, relative to the error of the reference: {title}: {shares}."
 
 
 class Goal(NamedTuple):
-    """Something that is to be so large, or at most so large, and what it is, model by model."""
+    """A bound on a measured quantity, and its values for the models."""
 
     text: str
     values: list[float]
@@ -627,13 +632,13 @@ class Goal(NamedTuple):
 
 
 def pairs_of(results: Results, ours: str, theirs: str) -> list[tuple[Json, Json, Json]]:
-    """What each model that has both methods is, and its rows of them."""
+    """Return for each model that has both methods its own row and those of the methods."""
     named = [(results.get("model", m, ""), results.named("method", m)) for m in results.models]
     return [(about, rows[ours], rows[theirs]) for about, rows in named if {ours, theirs} <= {*rows}]
 
 
 def error_goals(results: Results) -> Iterator[Goal]:
-    """What errors shall be, and what each part of the default adds (no goal: at least 0)."""
+    """Yield the goals for errors, and the gain of each part of the default (bound 0)."""
     wanted = [
         ("solved_trellis", "reference", 0.9),
         ("solved_trellis", "sdclip_uniform", 0.9),
@@ -645,23 +650,25 @@ def error_goals(results: Results) -> Iterator[Goal]:
     ]
     for ours, theirs, least in wanted:
         values = [-decibels(a, b) for _, a, b in pairs_of(results, ours, theirs)]
-        yield Goal(f"error of {title_of(ours)}, below {title_of(theirs)}", values, least)
+        yield Goal(
+            f"error reduction of {METHODS[ours].title} from {METHODS[theirs].title}", values, least
+        )
 
 
 def tax_goals(results: Results) -> Iterator[Goal]:
-    """How much less the default costs in bpb at the same bytes."""
+    """Yield the goals for the added bpb with equal bytes."""
     for ours, theirs in RIVALS:
         taxes = [
             (a["bpb"] - about["bpb"], b["bpb"] - about["bpb"])
             for about, a, b in pairs_of(results, ours, theirs)
         ]
         values = [100 * (1 - tax / other) for tax, other in taxes]
-        text = f"tax of {METHODS[ours].title}, below {METHODS[theirs].title}"
+        text = f"added bpb of {METHODS[ours].title}, below {METHODS[theirs].title}"
         yield Goal(text, values, 15, " %")
 
 
 def coder_goals(results: Results) -> Iterator[Goal]:
-    """What the entropy coder shall reach on the same codes, and its pace."""
+    """Yield the goals for the bytes and the speed of the entropy coder."""
     for name in reversed(CODED):
         rows = [row for m in results.models if (row := results.get("coders", m, name))]
         codes = f"bytes of ans for the codes of {METHODS[name].title}"
@@ -675,36 +682,36 @@ def coder_goals(results: Results) -> Iterator[Goal]:
         for step, limit_s in [("quantize", 180), ("encode", 60), ("decode", 15)]:
             text = f"{step} {full['weights'] / 1e6:.1f} M weights, {full['threads']} threads"
             yield Goal(text, [full[f"{step}_s"]], limit_s, " s", at_most=True)
-            yield Goal(f"{text}: of the CPU", [full[f"{step}_cpu_s"]], limit_s, " s", at_most=True)
+            yield Goal(f"{text}: CPU time", [full[f"{step}_cpu_s"]], limit_s, " s", at_most=True)
 
 
 HEAD = """# Quantization
 
-Made by `python tests/bench_quant.py --table`: do not edit.
+Generated by `python tests/bench_quant.py --table`; do not edit.
 
-Every method makes an artifact of the same trained weights; what is measured is read back from it.
-Bits a weight: 8 times all bytes of the artifact over the number of weights in matrices. Error: the
-curvature-weighted squared error of all matrices (sum of outputs[o] e_o H e_o^T over their rows),
-relative to the reference's. bpb: bits per byte of the first {tokens:,} validation tokens in
-windows of the training context without overlap; tax: what quantisation adds to it. The methods
-with `ans` are fitted to the reference's bytes (or the given share of them) by one factor of all
-steps, within {fitted:g} %.
+Every method makes an artifact from the same trained weights; all figures are of the weights that
+are read back from it. Bits per weight: 8 times the bytes of the artifact divided by the number of
+weights in matrices. Error: Hessian-weighted squared error of all matrices (sum of outputs[o] e_o H
+e_o^T over their rows), relative to the reference. bpb: bits per byte of the first {tokens:,}
+validation tokens in disjoint windows of the training context; added bpb: the increase by
+quantization. The methods with `ans` are fitted to the bytes of the reference (or the given share of
+them) by one common factor of all scales, within {fitted:g} %.
 
 - Commands: `make bench-quant`, or `python tests/bench_quant.py --models RUN_DIR...`; this file:
   the same with `--table`. Every number: `quantization.jsonl`.
 """
 CODER_NOTE = """
-The same codes, group by group, with each coder; in brackets: over `ans`. General coders get one
-byte a code, and larger codes behind as two. Entropy by matrix: of each matrix by itself, as
-counted. Conditional entropy: given the class of the expected magnitude (the product of the mean
-magnitudes of row and column, in quarter octaves; tables pooled over a group) and the trellis's
-quantiser, with the Miller-Madow correction. It takes the classes as known, which a reader must be
-told or learn: that is what the last line is about.
+The same codes, group by group, with each coder; in brackets: relative to `ans`. General compressors
+get one byte per code, with larger codes appended as two bytes. Entropy by matrix: empirical entropy
+of each matrix. Conditional entropy: given the class of the expected magnitude (the product of the
+mean magnitudes of row and column, in quarter octaves; statistics pooled over a group) and the
+quantizer of the trellis, with the Miller-Madow correction. It assumes that the decoder knows the
+classes; the last line is what it would take to send them.
 """
 
 
 def model_line(about: Json) -> str:
-    """What one model is."""
+    """Return the line that describes a model."""
     recipe = f"`{RECIPE.relative_to(ROOT)}`" + (
         f" with `{about['changed']}`" * bool(about["changed"])
     )
@@ -712,13 +719,13 @@ def model_line(about: Json) -> str:
         f"- {about['model']}: {recipe}; {about['params']:,} parameters, {about['weights']:,} "
         f"weights in matrices; checkpoint after {about['steps']:,} steps, {about['tokens']:,} "
         f"tokens; bpb before quantization {about['bpb']:.5f} ({about['precision']}). "
-        f"Calibration on {about['calibration_tokens']:,} tokens took {about['calibrate_s']:.1f} s. "
+        f"calibration on {about['calibration_tokens']:,} tokens took {about['calibrate_s']:.1f} s; "
         f"{about['date']}."
     )
 
 
 def write_table(results: Results) -> None:
-    """The results as Markdown, beside their file."""
+    """Write the results as Markdown beside their file."""
     abouts = [results.get("model", model, "") for model in results.models]
     lines = [HEAD.format(tokens=VAL_TOKENS, fitted=100 * FITTED).rstrip()]
     for key in ("hardware", "threads", "source_sha256"):
@@ -728,8 +735,8 @@ def write_table(results: Results) -> None:
     versions = dict.fromkeys(" ".join(f"{k} {v}" for k, v in a["versions"].items()) for a in abouts)
     lines.append(f"- Versions: {'; '.join(versions)}.")
     lines += [model_line(about) for about in abouts]
-    lines += ["- Seconds are those of a machine that did other work, too.", ""]
-    lines += ["![Error by bits a weight](quantization.png)", "", "## Goals", ""]
+    lines += ["- The machine did other work at the same time; seconds are upper bounds.", ""]
+    lines += ["![Error by bits per weight](quantization.png)", "", "## Goals", ""]
     lines += ["| goal | bound | reached | |", "| --- | --- | --- | --- |"]
     goals = [*error_goals(results), *tax_goals(results), *coder_goals(results)]
     lines += [goal.line() for goal in goals]
@@ -742,11 +749,11 @@ def write_table(results: Results) -> None:
 
 
 def draw_curves(axes: Axes, results: Results, model: str) -> None:
-    """Error against bits of one model."""
+    """Draw the error by bits per weight of one model."""
     about, methods = results.get("model", model, ""), results.named("method", model)
     rows, reference = {**methods, **results.named("rate", model)}, methods["reference"]
     spans: list[float] = []
-    for color, name in zip(SEED_COLORS, (*CURVES, "reference"), strict=False):
+    for color, name in zip(PALETTE, (*CURVES, "reference"), strict=False):
         points = sorted(
             (bits_per_weight(row, about), decibels(row, reference))
             for key, row in rows.items()
@@ -762,38 +769,42 @@ def draw_curves(axes: Axes, results: Results, model: str) -> None:
         for x, error in about["bound"]
         if low <= x <= high
     ]
-    axes.plot(*zip(*bound, strict=True), color=FAINT, lw=1.3, label="bound of normal weights")
+    axes.plot(
+        *zip(*bound, strict=True),
+        color=FAINT,
+        lw=1.3,
+        label="rate-distortion bound of normal weights",
+    )
     axes.set_title(f"{model}: {about['weights'] / 1e6:.2f} M weights")
-    axes.set_xlabel("bits a weight, whole artifact")
+    axes.set_xlabel("bits per weight, whole artifact")
 
 
 def draw_plot(results: Results) -> None:
-    """A panel for each model that has every curve."""
+    """Draw a panel for each model that has all curves."""
     wanted = {"reference", *CURVES}
     models = [m for m in results.models if wanted <= results.named("method", m).keys()]
     if not models:
         return
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            1, len(models), figsize=(4.6 * len(models) + 0.6, 4.6), dpi=144, squeeze=False,
+            1, len(models), figsize=(3.6 * len(models) + 0.6, 4.2), squeeze=False,
             layout="constrained",
         )  # fmt: skip
         for axes, model in zip(panels[0], models, strict=True):
             draw_curves(axes, results, model)
-        panels[0][0].set_ylabel("weighted error over the reference's, dB")
+        panels[0][0].set_ylabel("weighted error relative to the reference, dB")
         handles = panels[0][0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=3)
-        figure.savefig(results.path.with_suffix(".png"))
-        plt.close(figure)
+        figure.legend(*handles, loc="outside lower center", ncols=2)
+        save_figure(figure, results.path.with_suffix(".png"))
 
 
 def main() -> None:
-    """Measure what is missing, then write table and plot."""
+    """Measure what is missing, then write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", type=Path, help="folders of runs, instead of MODELS")
+    parser.add_argument("--models", nargs="+", type=Path, help="run folders, instead of MODELS")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--only-methods", action="store_true", help="no coders, no curves")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="result file")
     parser.add_argument("--table", action="store_true", help="only rewrite the table and the plot")
     args = parser.parse_args()
     results = Results(args.results)

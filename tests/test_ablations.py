@@ -1,9 +1,8 @@
-"""The ablation runner: grids, runs that are killed, fail and go on, statistics, table and plot.
+"""The ablation runner: grids, killed and failing runs, statistics, table and plot.
 
-The runs are those of a stand-in for the script, which starts at once and writes what a run writes;
-its score is 2 less its QUALITY, and the seed adds its hundredth; its steps say that they took
-STEP_MS, from the share CHANGE_AT of the run on LATE_MS, and the first two ten times as long. One
-test runs the script itself.
+Most tests run a stand-in for the script, which starts at once and writes the files of a run. Its
+score is 2 - QUALITY + seed / 100. It logs steps of STEP_MS, after the share CHANGE_AT of the run of
+LATE_MS; the first two steps take ten times as long. One test runs the script itself.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ NUM_RUNS = 2 * (3 + 2)
 
 
 def write_grid(folder: Path, text: str = GRID) -> Path:
-    """A grid file, and beside it the stand-in for the script."""
+    """Write a grid file and the stand-in for the script; return the grid file."""
     (folder / "script.py").write_text(STAND_IN)
     path = folder / "grid.toml"
     path.write_text(text)
@@ -134,19 +133,19 @@ def write_grid(folder: Path, text: str = GRID) -> Path:
 
 
 def command(grid: Path, *more: str, verb: str = "run") -> list[str]:
-    """Arguments that run a grid, or time its steps, with the stand-in."""
+    """Return arguments that run a grid, or time its steps, with the stand-in."""
     folder = grid.parent
     return [verb, str(grid), "--script", f"{folder}/script.py", "--work", f"{folder}/work", *more]
 
 
 def lines_of(grid: Path, ending: str = ".jsonl") -> list[dict[str, Any]]:
-    """The results, in the order in which they were written."""
+    """Return the results in the order in which they were written."""
     path = grid.with_name(grid.stem + ending)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def names(lines: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    """Stack, variant and seed of each result."""
+    """Return stack, variant and seed of each result."""
     return [(line["stack"], line["variant"], line["seed"]) for line in lines]
 
 
@@ -161,7 +160,7 @@ def test_the_first_seed_of_everything_comes_before_the_second_of_anything(tmp_pa
     ]  # fmt: skip
 
 
-def test_a_run_is_known_by_what_it_is_set_to_and_by_nothing_else(tmp_path: Path) -> None:
+def test_a_run_is_identified_by_its_settings_alone(tmp_path: Path) -> None:
     def key(old: str = "", new: str = "") -> str:
         grid = read_grid(write_grid(tmp_path, GRID.replace(old, new)))
         return Job(grid.stacks[0], grid.stacks[0].variants[1], grid.stacks[0].seeds[0]).key
@@ -173,7 +172,7 @@ def test_a_run_is_known_by_what_it_is_set_to_and_by_nothing_else(tmp_path: Path)
     assert key("better = ", "renamed = ") == key("stacks.small", "stacks.tiny") == key()
 
 
-def test_settings_win_over_the_recipe_and_overrides_over_both(tmp_path: Path) -> None:
+def test_settings_override_the_recipe_and_variants_override_both(tmp_path: Path) -> None:
     recipe = tmp_path / "run.env"
     recipe.write_text("# comment\nNUM_LAYERS=2\nMODEL_DIM=64\nSEED=5\nMAX_WALLCLOCK_SECONDS=230\n")
     text = f"""
@@ -193,7 +192,7 @@ def test_settings_win_over_the_recipe_and_overrides_over_both(tmp_path: Path) ->
     assert wide == {**expected, "MODEL_DIM": "128", "MLP_MULT": "3"}
 
 
-def test_variants_that_come_to_the_same_share_their_runs(tmp_path: Path) -> None:
+def test_variants_with_equal_settings_share_their_runs(tmp_path: Path) -> None:
     grid = read_grid(write_grid(tmp_path, GRID.replace('"QUALITY=0.2"', '"QUALITY=0.1"')))
     jobs = ablations.list_jobs(grid)
     assert [job.name for job in jobs[:4]] == [
@@ -208,7 +207,7 @@ def test_variants_that_come_to_the_same_share_their_runs(tmp_path: Path) -> None
         ('"QUALITY=0.1"', '"QUALITY"', "stacks.small.add.better: 'QUALITY' is not KEY=value"),
         ('"QUALITY=0.1"', "0.1", "stacks.small.add.better: '0.1' is not KEY=value"),
         ('"QUALITY=0.1"', '"SEED=3"', "SEED is set by the runner"),
-        ("better =", "reference =", "reference stands there twice or is a reserved name"),
+        ("better =", "reference =", "reference is there twice or is a reserved name"),
         ("leave_out", "leave-out", "stacks.large: unknown leave-out; known are recipe"),
         ("seeds = [1, 2]", "seeds = []", r"seeds = \[\] is not a list of seeds"),
         ("seeds = [1, 2]", "seeds = [1, true]", "is not a list of seeds"),
@@ -220,15 +219,13 @@ def test_variants_that_come_to_the_same_share_their_runs(tmp_path: Path) -> None
         (GRID, "steps = 3\nstacks.a = 1", "grid.toml: "),
     ],
 )  # fmt: skip
-def test_a_grid_that_makes_no_sense_is_refused(
-    old: str, new: str, problem: str, tmp_path: Path
-) -> None:
+def test_an_invalid_grid_is_refused(old: str, new: str, problem: str, tmp_path: Path) -> None:
     assert old in GRID
     with pytest.raises(InputError, match=problem):
         read_grid(write_grid(tmp_path, GRID.replace(old, new)))
 
 
-def test_all_variants_are_tried_on_the_script_before_any_runs(
+def test_the_script_checks_all_variants_before_any_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = GRID.replace('"QUALITY=0.1"', '"MISSPELT=1"').replace('"QUALITY=0.2"', '"QUALITY=0.3"')
@@ -241,14 +238,14 @@ def test_all_variants_are_tried_on_the_script_before_any_runs(
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
-def test_the_script_takes_every_variant_of_the_grids_that_are_here(path: Path) -> None:
+def test_the_script_accepts_every_variant_of_the_grids_in_the_repository(path: Path) -> None:
     ablations.refuse_bad_variants(read_grid(path), train_gpt)
 
 
 # --- Running -------------------------------------------------------------------------------------
 
 
-def test_every_run_becomes_a_line_and_is_not_done_again(tmp_path: Path) -> None:
+def test_every_run_becomes_a_line_and_is_not_repeated(tmp_path: Path) -> None:
     grid = write_grid(tmp_path)
     assert main(command(grid, "--jobs", "3")) == 0
     lines = lines_of(grid)
@@ -266,7 +263,7 @@ def test_every_run_becomes_a_line_and_is_not_done_again(tmp_path: Path) -> None:
     assert lines_of(grid) == lines
 
 
-def test_of_a_changed_grid_only_what_changed_is_run(tmp_path: Path) -> None:
+def test_only_changed_runs_of_a_grid_are_run_again(tmp_path: Path) -> None:
     grid = write_grid(tmp_path)
     assert main(command(grid)) == 0
     write_grid(tmp_path, GRID.replace('worse = "QUALITY=-0.1"', 'worse = "QUALITY=-0.2"'))
@@ -310,37 +307,36 @@ def test_a_run_inherits_no_knob_and_runs_a_copy_of_the_script(
 def start_runner(
     grid: Path, argv: Sequence[str] = (), is_ready: Callable[[], bool] | None = None
 ) -> subprocess.Popen[bytes]:
-    """A runner in a process of its own, which has done all of a grid that does not wait."""
+    """Start a runner process; return it when only the waiting runs of the grid are left."""
     program = [sys.executable, str(ROOT / "records/ablations.py")]
     process = subprocess.Popen([*program, *(argv or command(grid))], stderr=subprocess.PIPE)
     wait_until(
         is_ready or (lambda: len(lines_of(grid)) == 3 and len(waiting_pids(grid)) == 2),
         timeout_s=60,
-        problem="the runner has not come to the runs that wait",
+        problem="the runner has not started the waiting runs",
     )
     return process
 
 
 def waiting_pids(grid: Path) -> list[int]:
-    """The processes in progress that have written down theirs; one that has ended does not count,
-    whose folder is removed only after its result is written."""
+    """Return the processes in progress that have written their id and have not ended."""
     texts = [path.read_text() for path in tmp_runs(grid).glob("*/pid")]
     return [int(text) for text in texts if text and is_alive(int(text))]
 
 
 def tmp_runs(grid: Path) -> Path:
-    """The folder of the runs in progress."""
+    """Return the folder of the runs in progress."""
     return grid.parent / "work/runs"
 
 
 def waiting_grid(folder: Path) -> Path:
-    """The first seed of the first stack runs through, the rest waits for a file `go`."""
+    """Write a grid whose first stack runs; the other one waits for a file `go`."""
     text = GRID.replace('"QUALITY=0.3"', f'"QUALITY=0.3 WAIT_FOR={folder}/go"')
     return write_grid(folder, text)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits to be reaped does not."""
+    """Return whether a process runs; a zombie does not."""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -351,7 +347,7 @@ def test_a_killed_runner_loses_only_the_runs_in_progress(tmp_path: Path) -> None
     pids = waiting_pids(grid)
     process.kill()
     process.communicate()
-    for pid in pids:  # nobody is left who could end them
+    for pid in pids:  # the runner cannot end them any more
         os.kill(pid, signal.SIGKILL)
     before = lines_of(grid)
     (tmp_path / "go").touch()
@@ -360,18 +356,18 @@ def test_a_killed_runner_loses_only_the_runs_in_progress(tmp_path: Path) -> None
     assert len(lines_of(grid)) == len(set(names(lines_of(grid)))) == NUM_RUNS
 
 
-def test_a_runner_that_is_told_to_stop_ends_its_runs(tmp_path: Path) -> None:
+def test_a_runner_that_gets_sigterm_ends_its_runs(tmp_path: Path) -> None:
     grid = waiting_grid(tmp_path)
     process = start_runner(grid)
     pids = waiting_pids(grid)
     process.terminate()
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"the same command goes on" in said
+    assert process.returncode == 130 and b"the same command continues" in said
     assert len(pids) == 2 and not any(map(is_alive, pids))
     assert len(lines_of(grid)) == 3
 
 
-def test_a_failed_run_is_written_down_and_run_again_on_demand(
+def test_a_failed_run_is_recorded_and_repeated_with_retry(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write_grid(tmp_path, GRID.replace('"QUALITY=0.1"', f'"QUALITY=0.1 FAIL={tmp_path}/go"'))
@@ -397,7 +393,7 @@ def test_a_run_that_ends_without_its_metrics_has_failed(tmp_path: Path) -> None:
     assert all("has no `final_quantized` event" in line["error"] for line in lines_of(grid))
 
 
-def test_what_a_runner_before_left_behind_does_not_count(tmp_path: Path) -> None:
+def test_files_of_an_earlier_runner_are_ignored(tmp_path: Path) -> None:
     grid = write_grid(tmp_path, GRID.partition("[stacks.small.add]")[0])
     assert main(command(grid)) == 0
     (result, _), (key, _) = lines_of(grid), read_results(grid.with_suffix(".jsonl"))
@@ -420,7 +416,7 @@ def test_the_runner_stops_when_everything_fails(
     assert "5 runs in a row failed" in capsys.readouterr().err
 
 
-def test_two_runners_do_not_work_in_the_same_folder(
+def test_two_runners_cannot_use_the_same_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write_grid(tmp_path)
@@ -428,7 +424,7 @@ def test_two_runners_do_not_work_in_the_same_folder(
     with open(tmp_path / "work/lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(command(grid)) == 2
-    assert "another runner is at work" in capsys.readouterr().err
+    assert "another runner uses " in capsys.readouterr().err
     assert not lines_of(grid)
 
 
@@ -460,7 +456,7 @@ def test_the_script_itself_can_be_ablated(tmp_path: Path, data: TinyData) -> Non
     assert [len(line["steps_ms"]) for line in lines_of(grid, TIMES)] == [3, 3]
     assert main(["table", str(grid)]) == 0
     assert "| xsa | `XSA_LAST_N=2` |" in (text := grid.with_suffix(".md").read_text())
-    assert "Step of the reference, of 2 measurements: " in text
+    assert "Step time of the reference in 2 measurements: " in text
 
 
 # --- Step times ----------------------------------------------------------------------------------
@@ -470,22 +466,22 @@ NUM_TIMINGS = 3 + 2
 
 
 def timing_grid(folder: Path, better: str = "QUALITY=0.1 STEP_MS=300", base: str = "") -> Path:
-    """GRID with runs of 20 steps that note when they start."""
+    """Write GRID with runs of 20 steps that log their starts."""
     text = GRID.replace("steps = 3", "steps = 20").replace('"QUALITY=0.1"', f'"{better}"')
     return write_grid(folder, text.replace('"OTHER=0"', f'"OTHER=0 STARTS={folder}/starts {base}"'))
 
 
 def time_command(grid: Path, *more: str) -> list[str]:
-    """Arguments that measure one step time after the other."""
+    """Return arguments that measure one step time after the other."""
     return command(grid, "--jobs", "1", "--steps", "6", *more, verb="time")
 
 
 def starts_of(grid: Path) -> list[dict[str, Any]]:
-    """What the runs of a timing grid have noted, in the order of their starts."""
+    """Return what the runs of a timing grid have logged, in the order of their starts."""
     return [json.loads(line) for line in (grid.parent / "starts").read_text().splitlines()]
 
 
-def test_a_step_is_timed_right_after_that_of_its_stack_on_the_same_core(tmp_path: Path) -> None:
+def test_a_step_is_timed_directly_after_that_of_its_stack_on_the_same_core(tmp_path: Path) -> None:
     cores = os.sched_getaffinity(0)
     grid = timing_grid(tmp_path)
     assert main(time_command(grid)) == 0
@@ -510,7 +506,7 @@ def test_a_step_is_timed_right_after_that_of_its_stack_on_the_same_core(tmp_path
     assert list(tmp_runs(grid).iterdir()) == [] == lines_of(grid)
 
 
-def test_what_was_timed_is_not_timed_again(tmp_path: Path) -> None:
+def test_a_measured_step_time_is_not_measured_again(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path)
     assert main(time_command(grid)) == 0
     before = lines_of(grid, TIMES)
@@ -522,27 +518,27 @@ def test_what_was_timed_is_not_timed_again(tmp_path: Path) -> None:
     assert main(time_command(grid, "--seeds", "2")) == 0
     assert {line["seed"] for line in lines_of(grid, TIMES)[NUM_TIMINGS + 1 :]} == {2}
     timing_grid(tmp_path, "QUALITY=0.1 STEP_MS=275", base="STEP_MS=260")
-    assert main(time_command(grid)) == 0  # another base: all of it, but not what was there before
+    assert main(time_command(grid)) == 0  # another base: everything is measured again
     assert len(lines_of(grid, TIMES)) == 3 * NUM_TIMINGS + 1
     assert main(time_command(grid, "--hours", "0")) == 0
 
 
-def test_steps_that_change_count_by_their_share_of_the_whole_run(tmp_path: Path) -> None:
+def test_stages_are_weighted_with_their_share_of_the_whole_run(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path, "QUALITY=0.1 CHANGE_AT=0.75 LATE_MS=450")
     assert main(time_command(grid)) == 0
     line = next(line for line in lines_of(grid, TIMES) if line["variant"] == "better")
     assert line["phases"] == [{"share": 0.75, "step_ms": 250.0}, {"share": 0.25, "step_ms": 450.0}]
     assert line["step_ms"] == 0.75 * 250 + 0.25 * 450
-    # Two steps of each phase are counted, and the first is not: three make the last quarter.
+    # Two steps of each stage are timed, and its first is not: the last quarter has three.
     assert len(line["steps_ms"]) == 12 and len(line["base_steps_ms"]) == 6
 
 
-def test_of_several_seeds_the_median_is_shown() -> None:
+def test_the_median_of_several_seeds_is_shown() -> None:
     measured = {seed: {"step_ms": 100.0 * seed, "ratio": 1 + seed / 4} for seed in (1, 2, 9)}
     assert ablations.time_cells(measured) == ["200", "1.50"]
 
 
-def test_neither_the_first_steps_nor_those_after_a_change_count() -> None:
+def test_the_first_steps_and_the_first_after_a_change_are_not_timed() -> None:
     assert ablations.counted_steps("aaaabbbac") == [2, 3, 5, 6]
 
 
@@ -557,7 +553,7 @@ def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(
     stage_at: Any = lambda cfg, progress, scale: (1, 1, progress, scale)  # noqa: E731
     monkeypatch.setattr(train_gpt, "train_stage_at", stage_at)
     settings = {"ITERATIONS": "20", "MIN_LR": "0.1", "MAX_WALLCLOCK_SECONDS": "0"}
-    stages = ablations.phases_by_step(train_gpt, {**settings, **parse_settings(warmdown, "")})
+    stages = ablations.stages_by_step(train_gpt, {**settings, **parse_settings(warmdown, "")})
     for step, (_, _, progress, scale) in enumerate(stages):
         assert progress == step / 20
         expected = max(min(1.0, (1 - progress) / share), 0.1) if share else 1.0
@@ -566,16 +562,16 @@ def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
-def test_every_variant_of_the_grids_that_are_here_can_be_timed(path: Path) -> None:
+def test_every_variant_of_the_grids_in_the_repository_can_be_timed(path: Path) -> None:
     short_runs = ablations.list_short_runs(read_grid(path), 12, 1, train_gpt)
     changing = {run.name: run.shares for run in short_runs if len(run.shares) > 1}
     assert changing["stack/loop"] == (0.5, 0.5)
     assert changing["stack/late_qat"] == (99 / 120, 21 / 120)  # the last 0.3 of 0.6 of 120 steps
-    assert all(12 <= len(run.phase_of) < 30 for run in short_runs)
+    assert all(12 <= len(run.stage_of_step) < 30 for run in short_runs)
 
 
 def start_timer(grid: Path) -> subprocess.Popen[bytes]:
-    """A runner that has timed the first stack itself, and waits for the variant after it."""
+    """Start a runner; return it when it has timed the first stack and its variant waits."""
 
     def is_ready() -> bool:
         begun = (grid.parent / "starts").exists() and len(starts_of(grid)) == 4
@@ -590,7 +586,7 @@ def test_a_killed_measurement_starts_again_with_its_stack(tmp_path: Path) -> Non
     (pid,) = waiting_pids(grid)
     process.kill()
     process.communicate()
-    os.kill(pid, signal.SIGKILL)  # nobody is left who could end it
+    os.kill(pid, signal.SIGKILL)  # the runner cannot end it any more
     before = lines_of(grid, TIMES)
     assert [start["QUALITY"] for start in starts_of(grid)] == ["", "", "", "0.1"]
     (tmp_path / "go").touch()
@@ -600,18 +596,18 @@ def test_a_killed_measurement_starts_again_with_its_stack(tmp_path: Path) -> Non
     assert len(lines_of(grid, TIMES)) == len(read_results(grid.with_name("grid" + TIMES))) == 5
 
 
-def test_a_measurement_that_is_told_to_stop_ends_its_run(tmp_path: Path) -> None:
+def test_a_measurement_that_gets_sigterm_ends_its_run(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path, f"QUALITY=0.1 WAIT_FOR={tmp_path}/go")
     process = start_timer(grid)
     (pid,) = waiting_pids(grid)
     process.terminate()
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"the same command goes on" in said
+    assert process.returncode == 130 and b"the same command continues" in said
     assert not is_alive(pid) and len(lines_of(grid, TIMES)) == 1
 
 
 @pytest.mark.parametrize("where", ["variant", "base"])
-def test_a_failed_measurement_is_written_down_and_made_again_on_demand(
+def test_a_failed_measurement_is_recorded_and_repeated_with_retry(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fail = f"FAIL={tmp_path}/go"
@@ -643,16 +639,16 @@ def test_a_run_that_logs_too_few_steps_gives_no_time(tmp_path: Path) -> None:
     assert all("has 5 of 6 steps" in line["error"] for line in lines_of(grid, TIMES))
 
 
-def test_more_measurements_side_by_side_than_cores_are_refused(
+def test_more_parallel_measurements_than_cores_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = timing_grid(tmp_path)
     assert main(command(grid, "--jobs", "9999", verb="time")) == 2
-    assert "--jobs 9999 of 1 threads need as many cores" in capsys.readouterr().err
+    assert "--jobs 9999 with --threads 1 needs 9999 cores" in capsys.readouterr().err
     assert not lines_of(grid, TIMES)
 
 
-def test_the_table_shows_the_ratio_to_the_stack_in_whose_measurement_it_was(tmp_path: Path) -> None:
+def test_the_table_shows_the_ratio_to_the_stack_of_the_same_measurement(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path, "QUALITY=0.1 CHANGE_AT=0.75 LATE_MS=450")
     assert main(command(grid)) == 0
     assert main(["table", str(grid)]) == 0
@@ -664,10 +660,12 @@ def test_the_table_shows_the_ratio_to_the_stack_in_whose_measurement_it_was(tmp_
     text = grid.with_suffix(".md").read_text()
     ends = [row.split(" | ")[-2:] for row in text.splitlines() if row.startswith("| better")]
     assert ends == [["300", "1.20 |"], ["250", "1.00 |"]]
-    assert "\nStep of the reference, of 3 measurements: median 250 ms, 250 to 250 ms.\n" in text
+    assert "\nStep time of the reference in 3 measurements: median 250 ms, 250 to 250 ms.\n" in text
     assert "\nSteps of better: 75% at 250 ms, 25% at 450 ms.\n" in text
-    assert "- Step times: `python records/ablations.py time grid.toml`, ratios within one" in text
-    assert "x reference: over what\nthe reference's takes" in text
+    assert (
+        "- Step times: `python records/ablations.py time grid.toml`; both halves of a ratio" in text
+    )
+    assert "x reference: this time divided by\nthat of the reference" in text
 
 
 # --- Statistics ----------------------------------------------------------------------------------
@@ -691,7 +689,7 @@ SCORES = {
 
 
 def write_results(folder: Path, scores: dict[str, list[float]], **changes: Any) -> Path:
-    """The grid TRIAL, and results with these scores, one a seed, nothing else of interest."""
+    """Write the grid TRIAL and results with these scores, one for each seed."""
     path = write_grid(folder, TRIAL)
     (stack,) = read_grid(path).stacks
     for variant in stack.variants:
@@ -710,35 +708,35 @@ def write_results(folder: Path, scores: dict[str, list[float]], **changes: Any) 
 
 
 def comparisons(path: Path, mode: str) -> dict[str, ablations.Comparison]:
-    """The comparisons of TRIAL's stack by the name of the variant."""
+    """Return the comparisons of the stack in TRIAL by the name of the variant."""
     grid = read_grid(path)
     found = ablations.compare(grid.stacks[0], mode, read_results(grid.results))
     return {c.variant.name: c for c in found}
 
 
 def student_4(t: float) -> float:
-    """Student's distribution with 4 degrees of freedom, above t, in closed form."""
+    """Return the tail probability of Student's t with 4 degrees of freedom (closed form)."""
     share = 1 + t * t / 4
     return 0.5 - 3 / 8 * t / math.sqrt(share) * (1 - t * t / (12 * share))
 
 
 def student_2(t: float) -> float:
-    """The same with 2 degrees of freedom."""
+    """Return the same with 2 degrees of freedom."""
     return 0.5 - t / (2 * math.sqrt(2 + t * t))
 
 
-def test_an_added_technique_gains_what_the_scores_fall_by(tmp_path: Path) -> None:
+def test_the_gain_of_an_added_technique_is_the_decrease_of_the_score(tmp_path: Path) -> None:
     found = comparisons(write_results(tmp_path, SCORES), "add")
     assert list(found) == ["gate", "worse", "late"]  # best first, not run yet last
     gate, worse, late = found.values()
     assert gate.differences == pytest.approx([-0.1] * 3) and gate.gains == pytest.approx([0.1] * 3)
-    # Both sides have the variance 0.01, so that Welch's degrees of freedom are 2 * (3 - 1).
+    # Both sides have the variance 0.01, so Welch's degrees of freedom are 2 * (3 - 1).
     assert gate.welch == pytest.approx(student_4(0.1 / math.sqrt(0.02 / 3)), abs=1e-9)
     assert worse.gains == pytest.approx([-0.1, -0.13, -0.1])
     assert late.gains == [] and late.welch is late.paired is None
 
 
-def test_a_technique_that_is_left_out_gains_what_the_scores_rise_by(tmp_path: Path) -> None:
+def test_the_gain_of_a_technique_left_out_is_the_increase_of_the_score(tmp_path: Path) -> None:
     leaky = comparisons(write_results(tmp_path, SCORES), "leave_out")["leaky"]
     assert leaky.differences == leaky.gains == pytest.approx([0.04, 0.06, 0.02])
     # Mean 0.04, standard deviation 0.02, three seeds.
@@ -763,7 +761,7 @@ def test_without_a_second_seed_there_is_no_test(tmp_path: Path) -> None:
 # --- Table and plot ------------------------------------------------------------------------------
 
 
-def test_the_table_says_what_each_technique_is_worth(tmp_path: Path) -> None:
+def test_the_table_shows_the_gain_of_each_technique(tmp_path: Path) -> None:
     path = write_results(tmp_path, SCORES)
     assert main(["table", str(path)]) == 0
     text = path.with_suffix(".md").read_text()
@@ -781,10 +779,10 @@ def test_the_table_says_what_each_technique_is_worth(tmp_path: Path) -> None:
     assert rows[5] == "| late | `LATE=1` | - | - | - | 0 | - | - | - | - | - | - | - | - |"
     assert "12 of 15 runs are done." in text
     assert "Every run: 3 steps (12,288 tokens); seeds 1, 2, 3." in text
-    assert "Made by `python records/ablations.py table grid.toml`: do not edit." in text
+    assert "Generated by `python records/ablations.py table grid.toml`; do not edit." in text
 
 
-def test_the_table_names_all_that_the_numbers_depend_on(tmp_path: Path) -> None:
+def test_the_table_names_hardware_versions_text_and_sources(tmp_path: Path) -> None:
     path = write_results(tmp_path, {"reference": [2.0, 2.1]})
     write_results(tmp_path, {"gate": [1.9]}, source_sha256="cd34")
     text = ablations.format_ablations(read_grid(path), read_results(path.with_suffix(".jsonl")))

@@ -11,6 +11,7 @@ import pytest
 from records import evaluations
 from records.evaluations import (
     Evaluation,
+    list_evaluations,
     main,
     method_rows,
     read_plan,
@@ -57,7 +58,7 @@ def result(evaluation: Evaluation, sliding: float, adapted: float) -> dict[str, 
 
 
 def test_every_artifact_is_scored_with_every_method_a_seed_of_each_model_first(plan: Path):
-    _, found = read_plan(plan)
+    found = list_evaluations(read_plan(plan))
     assert [(e.artifact, e.method) for e in found] == [
         (artifact, method)
         for artifact in ("a.bin", "c.bin", "b.bin")
@@ -73,12 +74,23 @@ def test_every_artifact_is_scored_with_every_method_a_seed_of_each_model_first(p
 
 
 @pytest.mark.parametrize(
-    "text", ["", "settings = 3", "not toml", PLAN.replace("TTT_METHOD=", "X ")]
+    "text",
+    [
+        "",
+        "settings = 3",
+        "not toml",
+        PLAN.replace("TTT_METHOD=", "X "),
+        PLAN.replace('["c.bin"]', "[]"),
+        PLAN.replace('["c.bin"]', "[3]"),
+        PLAN.replace('"NGRAM_TILT=1"', "7"),
+        PLAN.replace('settings = "', 'settings = ["').replace('=64"', '=64"]'),
+    ],
 )
 def test_what_is_no_plan_is_refused(plan: Path, text: str, capsys: pytest.CaptureFixture[str]):
     plan.write_text(text, encoding="utf-8")
     assert main(["table", str(plan)]) == 2
-    assert "InputError" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("evaluations.py: ") and ("is not a plan" in said or "KEY=value" in said)
 
 
 def test_a_damaged_line_of_results_is_refused(plan: Path, capsys: pytest.CaptureFixture[str]):
@@ -90,7 +102,7 @@ def test_a_damaged_line_of_results_is_refused(plan: Path, capsys: pytest.Capture
 
 
 def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path):
-    _, found = read_plan(plan)
+    found = list_evaluations(read_plan(plan))
     small = [e for e in found if e.model == "small"]
     bpb = {"lora": (1.5, 1.7), "tilt": (1.9, 2.0)}
     results = [
@@ -102,20 +114,20 @@ def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path)
     rows = method_rows(scores, {"lora": "TTT_METHOD=lora"})
     assert [row[0] for row in rows] == ["lora", "tilt", "sliding", "plain"]
     assert rows[0][1:4] == ["1.6000", "0.1414", "-0.4500"] and rows[0][-1] == "TTT_METHOD=lora"
-    assert rows[2][3] == "-0.0000" or rows[2][3] == "+0.0000"
+    assert rows[2][:5] == ["sliding", "2.0500", "0.0707", "-", "-"]
 
 
 def test_a_method_that_lacks_an_artifact_is_not_compared(plan: Path):
-    _, found = read_plan(plan)
+    found = list_evaluations(read_plan(plan))
     results = [result(e, 2.0, 1.5) for e in found if e.artifact == "a.bin" or e.method == "tilt"]
     assert "lora" not in scores_by_method(results, ["a.bin", "b.bin"])
 
 
 def test_the_table_and_the_plot_are_written_from_what_is_done(plan: Path):
-    _, found = read_plan(plan)
+    found = list_evaluations(read_plan(plan))
     lines = [json.dumps(result(e, 2.0 + 0.01 * i, 1.5)) for i, e in enumerate(found[:4])]
     plan.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    evaluations.write_table(plan)
+    evaluations.write_table(read_plan(plan))
     text = plan.with_suffix(".md").read_text(encoding="utf-8")
     assert "4 of 6 evaluations are done" in text and "| lora " in text
     assert plan.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -123,4 +135,16 @@ def test_the_table_and_the_plot_are_written_from_what_is_done(plan: Path):
 
 def test_a_table_of_nothing_is_refused(plan: Path):
     with pytest.raises(InputError, match="no result"):
-        evaluations.write_table(plan)
+        evaluations.write_table(read_plan(plan))
+
+
+@pytest.mark.parametrize("score", [None, 3, "1.5", {"val_bpb": "low", "eval_s": 1.0}, {}])
+def test_a_result_of_wrong_types_is_refused(
+    score: Any, plan: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [result(e, 2.0, 1.5) for e in list_evaluations(read_plan(plan))]
+    results[1]["final_sliding"] = score
+    text = "".join(json.dumps(line) + "\n" for line in results)
+    plan.with_suffix(".jsonl").write_text(text, encoding="utf-8")
+    assert main(["table", str(plan)]) == 2
+    assert "has a result of wrong types" in capsys.readouterr().err

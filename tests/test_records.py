@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+from matplotlib.text import Text
 
 import train_gpt
-from records import ROOT, check, demo, pages, plots, tables
+from records import ROOT, check, compressors, demo, pages, plots, tables
 from records.check import check_record
 from records.compressors import measure_yardsticks, validation_text
 from records.logs import RunLog, run_settings
@@ -46,6 +47,7 @@ from tests.record_data import (
     write_runs,
 )
 
+plots.STYLE["figure.dpi"] = 40  # small pictures are drawn faster
 SLOW_MACHINE_S = 600  # what a process may need to start on a machine that does other work
 
 
@@ -233,15 +235,118 @@ def test_a_folder_without_metrics_is_refused_by_name(
 # --- Plot ----------------------------------------------------------------------------------------
 
 
+PNG = b"\x89PNG\r\n"
+
+
 @pytest.mark.parametrize("drop_learning_if_late", [0, 1, 6, None])
 def test_a_plot_is_drawn_of_whatever_part_of_a_run_there_is(tmp_path: Path, cut: int) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
     events = run_events(1, 1.3)
     events = events[1:] if cut is None else events[:cut] or events
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    assert main(["plot", str(folder)]) == 0
-    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
+    (tmp_path / "metrics.jsonl").write_text(metrics_text(events))
+    assert main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"train_loss": float("nan")}, {"tokens": 5}, {"train_s": 0}]
+)
+def test_a_plot_is_drawn_of_losses_that_are_not_finite_and_clocks_that_stand(
+    tmp_path: Path, change: Event
+) -> None:
+    events = [e | change if e["event"] == "step" else e for e in run_events(1, 1.3)]
+    for event in events:
+        if event["event"] == "final_sliding":
+            event["val_bpb"] = float("inf")
+    (tmp_path / "metrics.jsonl").write_text(metrics_text(events))
+    assert main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def drawn_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets every text of the figures that are saved from now on."""
+    texts: list[str] = []
+    save_figure = plots.save_figure
+
+    def save(figure: Any, path: Path) -> None:
+        save_figure(figure, path)
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(plots, "save_figure", save)
+    return texts
+
+
+def test_the_plot_of_a_run_shows_its_name_its_stages_and_the_compressors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = {"event": "yardstick", "xz_bpb": 1.7, "zstd_bpb": 1.8, "ppmd_bpb": 1.6}
+    events = run_events(1, 1.3, submission_name="Named")
+    (tmp_path / "metrics.jsonl").write_text(metrics_text([*events, mark]))
+    texts = drawn_texts(monkeypatch)
+    assert main(["plot", str(tmp_path)]) == 0
+    assert any(text.startswith("Named:  4,123,456 parameters  |  ") for text in texts)
+    for expected in ("quantized", "1.3250", "sliding window", "1.3000", "PPMd", "1.6000"):
+        assert expected in texts
+    assert "test-time training" not in texts
+
+
+@pytest.mark.parametrize("num_runs", [2, 3, 19])
+def test_several_runs_are_drawn_over_each_other_under_their_names(
+    num_runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    for i in range(num_runs):
+        folder = tmp_path / f"run_{i}"
+        folder.mkdir()
+        events = run_events(i, 1.3 + i / 100, submission_name=f"System {i}")
+        (folder / "metrics.jsonl").write_text(metrics_text(events))
+        folders.append(str(folder))
+    texts = drawn_texts(monkeypatch)
+    assert main(["plot", *folders, "--out", f"{tmp_path}/all.png"]) == 0
+    assert {f"System {i}" for i in range(num_runs)} <= {*texts}
+    assert {"million tokens", "seconds of training", "bits per byte"} <= {*texts}
+    if num_runs <= plots.MAX_LABELED_RUNS:
+        assert {f"{1.3 + i / 100:.4f}" for i in range(num_runs)} <= {*texts}
+
+
+def test_runs_of_one_name_are_told_apart_and_records_can_be_drawn(
+    record: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = plots.read_runs([record, record])
+    assert [run.name for run in found[:2]] == [
+        f"run_{seed}, {record.name}, seed {seed}" for seed in (1, 2)
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot", *map(str, runs)]) == 0
+    assert (tmp_path / "runs.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("$a^$b_{", "$a^$b_{"),
+        ("$\\frac{$", "$\\frac{$"),
+        ("new\nline\x00", "new\\nline\\x00"),
+        ("caf\udce9", "caf\\udce9"),
+        ("x" * 300, "x" * 45 + "..."),
+        ("", "run"),
+    ],
+)
+def test_any_name_can_be_drawn(
+    name: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    for number in (1, 2):
+        folder = tmp_path / str(number) / "run"
+        folder.mkdir(parents=True)
+        events = run_events(number, 1.3, submission_name=name)
+        events[1]["run_id"] = ""
+        (folder / "metrics.jsonl").write_text(metrics_text(events))
+        folders.append(str(folder))
+    out, texts = tmp_path / "out.png", drawn_texts(monkeypatch)
+    assert main(["plot", folders[0]]) == 0 == main(["plot", *folders, "--out", str(out)])
+    assert (Path(folders[0]) / "plot.png").read_bytes().startswith(PNG)
+    assert out.read_bytes().startswith(PNG)
+    assert any(text.startswith(f"{shown}:  ") for text in texts)
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value() -> None:
@@ -289,15 +394,80 @@ def test_text_spelled_from_shards_is_the_text_whose_bytes_are_scored(data_path: 
     assert text.startswith(some) and 0 < len(some) < len(text)
 
 
-def test_yardstick_of_a_run_joins_its_log_and_metrics(tmp_path: Path, data_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [7, 64, 10**6])
+def test_training_text_is_read_in_pieces(
+    at_once: int, data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pieces join to the text of all training shards, however many tokens are read at once."""
+    monkeypatch.setattr(compressors, "TOKENS_AT_ONCE", at_once)
+    shutil.copytree(data_path, tmp_path / "set")
+    for number in (0, 1):
+        shutil.copy(data_path / "x_val_000000.bin", tmp_path / f"set/x_train_{number:06d}.bin")
+    data = train_gpt.config_from_env({"DATA_PATH": f"{tmp_path}/set", "MODE": "describe"})
+    pieces = [*compressors.training_text(data)]
+    assert b"".join(pieces) == 2 * (data_path / "expected.txt").read_bytes()
+    assert {*map(len, pieces[:-1])} == {compressors.PRIME_PIECE_BYTES}
+
+
+def test_ppmd_is_what_its_decoder_gives_back() -> None:
+    module = compressors.find_ppmd()
+    text, prime = b"The cat sat on the mat. " * 200, b"A cat, a mat. " * 300
+    encoder = module.Ppmd7Encoder(compressors.PPMD_ORDER, compressors.PPMD_MEMORY_BYTES)
+    packed = encoder.encode(text) + encoder.flush()
+    decoder = module.Ppmd7Decoder(compressors.PPMD_ORDER, compressors.PPMD_MEMORY_BYTES)
+    assert decoder.decode(packed, len(text)) == text
+    marks = compressors.measure_ppmd(text, [prime], 10**6)
+    assert marks["ppmd_bpb"] == round(8 * len(packed) / len(text), 6)
+    assert 0 < marks["ppmd_primed_bpb"] < marks["ppmd_bpb"] and marks["prime_bytes"] == len(prime)
+
+
+@pytest.mark.parametrize("num_bytes", [2500, 10_000, 40_000])
+def test_the_prime_compresses_into_the_bytes_of_the_artifact(num_bytes: int) -> None:
+    """At most that many, and another piece would not fit for certain."""
+    words = np.random.default_rng(0).integers(97, 105, 400_000, dtype=np.uint8).tobytes()
+    size = compressors.PRIME_PIECE_BYTES
+    pieces = [words[place : place + size] for place in range(0, len(words), size)]
+    marks = compressors.measure_ppmd(b"x" * 5000, pieces, num_bytes)
+    module = compressors.find_ppmd()
+    encoder = module.Ppmd7Encoder(compressors.PPMD_ORDER, compressors.PPMD_MEMORY_BYTES)
+    prime = words[: marks["prime_bytes"]]
+    packed = len(encoder.encode(prime) + encoder.flush())
+    assert num_bytes - 3 * size < packed <= num_bytes
+
+
+def test_without_pyppmd_the_other_compressors_are_measured(
+    tmp_path: Path, data_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pyppmd", None)
+    changes = dict(data_path=str(data_path), vocab_size=300)
+    folder = write_run(tmp_path / "run", run_events(1, 1.3, **changes))
+    assert main(["yardstick", str(folder)]) == 0
+    assert "it needs the package pyppmd" in capsys.readouterr().out
+    mark = RunLog.read(folder / "metrics.jsonl").last("yardstick")
+    assert mark.keys() == {"event", "xz_bpb", "zstd_bpb", "text_bytes"}
+
+
+def test_yardstick_of_a_run_joins_its_log_and_metrics(
+    tmp_path: Path, data_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = dict(data_path=str(data_path), vocab_size=300)
     folder = write_run(tmp_path / "run", run_events(1, 1.3, **changes))
     (folder / "train.log").write_text("cut sho")
     assert main(["yardstick", str(folder)]) == 0
+    assert "PPMd is not primed: " in capsys.readouterr().out  # there are no training shards
+    text = (data_path / "expected.txt").read_bytes()
+    expected = {**measure_yardsticks(text), **compressors.measure_ppmd(text)}
     mark = RunLog.read(folder / "metrics.jsonl").last("yardstick")
-    expected = measure_yardsticks((data_path / "expected.txt").read_bytes())
     assert mark == {"event": "yardstick", **expected}
     assert train_gpt.format_event(**mark) in (folder / "train.log").read_text().splitlines()
+    shutil.copytree(data_path, tmp_path / "set")
+    shutil.copy(data_path / "x_val_000000.bin", tmp_path / "set/x_train_000000.bin")
+    changes["data_path"] = f"{tmp_path}/set"
+    folder = write_run(tmp_path / "other", run_events(1, 1.3, **changes))
+    assert main(["yardstick", str(folder)]) == 0
+    mark = RunLog.read(folder / "metrics.jsonl").last("yardstick")
+    assert mark["ppmd_primed_bpb"] < mark["ppmd_bpb"] and mark["prime_bytes"] == len(text)
 
 
 # --- Submission ----------------------------------------------------------------------------------
@@ -413,7 +583,7 @@ def test_the_yardstick_is_part_of_the_result(tmp_path: Path) -> None:
     mark = {"event": "yardstick", "xz_bpb": 1.7034, "zstd_bpb": 1.7312, "text_bytes": 10_000}
     folder = write_run(tmp_path / "run", [*run_events(1, 1.3), mark])
     assert main(["build", f"{tmp_path}/record", str(folder)]) == 0
-    assert "`xz -9e` 1.7034 bpb" in (tmp_path / "record/README.md").read_text()
+    assert "xz -9e 1.7034, zstd" in (tmp_path / "record/README.md").read_text()
 
 
 def test_a_record_names_the_one_before_and_its_significance(record: Path, tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import train_gpt
-from records import ROOT, check
+from records import ROOT, check, plots
 from records.check import check_record
 from records.logs import RunLog, run_settings
 from records.pages import HEADINGS, format_result
@@ -42,6 +42,7 @@ from tests.record_data import (
     write_runs,
 )
 
+plots.STYLE["figure.dpi"] = 40  # small pictures are drawn faster
 TRACK, NAME = "track_10min_16mb", "2026-01-03_Try"
 
 
@@ -490,24 +491,33 @@ def test_a_name_that_is_not_one_line_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "größe", "$a^$b_{", "a b'c\"d|e", "new\nline"])
-def test_a_run_s_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
-    """A process with an ASCII terminal: neither a traceback nor a wrong exit status."""
+def test_a_run_s_folder_may_have_any_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record is built where README.md can name its folder, and refused elsewhere."""
     run = write_run(tmp_path / name, run_events(1, 1.3))
-    program = [sys.executable, str(ROOT / "records/records.py")]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    call: Any = functools.partial(subprocess.run, capture_output=True, env=env, cwd=tmp_path)
-    drawn = call([*program, "plot", os.fsencode(run)])
-    assert (drawn.returncode, drawn.stderr) == (0, b"")
+    assert main(["plot", str(run)]) == 0
     assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
     out = tmp_path / f"record {name}"
-    made = call([*program, "build", os.fsencode(out), os.fsencode(run)])
-    assert b"Traceback" not in made.stderr
+    status = main(["build", str(out), str(run)])
     if name.isprintable():
-        assert made.returncode == 0
-        checked = call([*program, "check", os.fsencode(out)])
-        assert checked.returncode == 0, checked.stdout
+        assert status == 0 == main(["check", str(out)])
+        assert f"SEED=1 python {shlex.quote(str(out))}/train_gpt.py" in (
+            (out / "README.md").read_text(encoding="utf-8")
+        )
     else:
-        assert made.returncode == 2 and b"printable" in made.stderr
+        assert status == 2 and "printable" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_not_utf_8_gets_its_lines(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "größe caf\udce9", run_events(1, 1.3))
+    done = subprocess.run(
+        [sys.executable, ROOT / "records/records.py", "plot", os.fsencode(run)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"/gr\\xf6\\xdfe caf\\udce9/plot.png\n")
 
 
 # --- Reproducing ---------------------------------------------------------------------------------
@@ -527,20 +537,13 @@ def command_of(record: Path) -> tuple[dict[str, str], str]:
 def test_the_command_of_a_record_runs_its_own_script_with_its_settings(record: Path) -> None:
     env, script = command_of(record)
     assert ROOT / script == record / "train_gpt.py"
-    inherited = {k: v for k in ("PATH", "HOME") if (v := os.environ.get(k))}
-    done = subprocess.run(
-        [sys.executable, script],
-        env={**inherited, **env, "MODE": "describe"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_script({**env, "MODE": "describe"}, ROOT, ROOT / script)
+    assert (done.status, done.err) == (0, "")
     (log,) = check.read_logs(record)
-    assert f"params:{log.need('model')['params']} " in done.stdout
+    assert f"params:{log.need('model')['params']} " in done.out
     values = log.config["values"]
     for name in run_settings(log):
-        assert f"\n* {name}={values[name]}\n" in done.stdout
+        assert f"\n* {name}={values[name]}\n" in done.out
 
 
 # --- Scoring again -------------------------------------------------------------------------------

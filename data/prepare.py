@@ -464,17 +464,19 @@ def check_tokenizer(processor: Processor, name: str) -> None:
     belong to a token that counts it, so there must be a piece for a space, and byte pieces for
     characters that have no piece.
     """
-    problems = []
     num_pieces = processor.get_piece_size()
+    try:
+        for token in range(num_pieces):
+            processor.id_to_piece(token)
+    except UnicodeDecodeError:
+        raise InputError(f"{name}: piece {token} is not UTF-8; the file is damaged") from None
+    problems = []
     if num_pieces > MAX_TOKEN_ID + 1:
         problems.append(f"it has {num_pieces} pieces, a shard holds ids up to {MAX_TOKEN_ID}")
     if processor.bos_id() != BOS_ID:
         problems.append(f"BOS has id {processor.bos_id()}, shards need {BOS_ID}")
-    num_bytes = sum(map(processor.is_byte, range(num_pieces)))
-    if num_bytes == 0:
+    if not any(map(processor.is_byte, range(num_pieces))):  # SentencePiece wants all or none
         problems.append("no byte pieces, so unknown characters would count as no bytes")
-    elif num_bytes < 256:
-        problems.append(f"only {num_bytes} of 256 byte pieces, so some characters would be lost")
     elif processor.unk_id() in processor.encode("\U000f1234\U0010fffd"):
         problems.append("byte fallback is off, so unknown characters would count as no bytes")
     if processor.piece_to_id(SPACE) == processor.unk_id():
@@ -490,7 +492,7 @@ def parse_tokenizer(model: bytes, name: str) -> Processor:
     """The tokenizer in a SentencePiece file; InputError if it is none or is not usable."""
     try:
         processor = Processor(model_proto=model or b"empty")
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the latter of a message that names a piece
         raise InputError(f"{name}: not a SentencePiece model; give a .model file") from None
     check_tokenizer(processor, name)
     return processor

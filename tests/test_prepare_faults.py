@@ -463,6 +463,30 @@ def test_a_tokenizer_that_miscounts_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"<0x41>", b"<0xG1>", "not a SentencePiece model"),
+        (b"<0xFF>", b"<0x00>", "not a SentencePiece model"),
+        ("\u2581t".encode(), b"\xff\x96\x81t", "not UTF-8"),
+        (b"", b"\xff", "not a SentencePiece model"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    corpus: Path,
+    old: bytes,
+    new: bytes,
+    message: str,
+):
+    model = train_model(tmp_path / "own.model")
+    model.write_bytes(model.read_bytes().replace(old, new, 1))
+    words = ["--out", tmp_path / "out", "--input", corpus, "--tokenizer", model]
+    found = fail(capsys, *words)
+    assert message in found
+
+
+@pytest.mark.parametrize(
     ("name", "run_of"), [("x.jsonl", " "), ("x.txt", " "), ("x.parquet", "\u3000")]
 )
 def test_a_token_of_more_bytes_than_a_sidecar_holds_is_named(

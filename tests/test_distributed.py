@@ -494,7 +494,7 @@ def test_what_rank_0_refuses_ends_all_ranks(data: TinyData, work: Path):
     env = run_environment(data, mode="train", iterations=2)
     assert run_script(env, work).status == 0
     (work / "run" / "run_state.json").write_bytes(b"{")
-    problem = "artifact.bin exists, but not a whole run/run_state.json"
+    problem = "run/run_state.json does not fit this run"
     assert_refused(run_ranks([env, env], work), problem)
     (work / "run" / "artifact.bin").unlink()
     (work / "run" / "checkpoint" / "step_000000002" / "state.safetensors").write_bytes(b"")

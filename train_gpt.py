@@ -7141,16 +7141,18 @@ def report_error(error: Exception) -> int:
     if rank == "0" or not (os.environ.get("WORLD_SIZE") or "").isdecimal():
         print(text, file=sys.stderr, flush=True)
         post(RANK0_REPORTED)
+        wait_for_ranks()
     elif not rank0_reports(status):
         print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
         if status == 2:
             post(PEER_MET_BAD_INPUT)
+    post(RANKS_ENDED)
     return status
 
 
-# Keys in the store of the process group, which outlives a broken connection between two ranks.
-RANK0_REPORTED, PEER_MET_BAD_INPUT = "rank0_reported", "peer_met_bad_input"
-REPORT_WAIT_S = 5.0
+# Counters in the store of the process group, which outlives a broken connection of two ranks.
+RANK0_REPORTED, PEER_MET_BAD_INPUT, RANKS_ENDED = "rank0_reported", "bad_input", "ranks_ended"
+REPORT_WAIT_S, LAST_RANKS_WAIT_S = 5.0, 1.0
 
 
 def rank0_reports(status: int) -> bool:
@@ -7162,24 +7164,35 @@ def rank0_reports(status: int) -> bool:
         time.sleep(0.1)
         reported = posted(RANK0_REPORTED)
     ignore_signals()
-    return reported
+    return reported > 0
+
+
+def wait_for_ranks() -> None:
+    """Rank 0, which may hold the store: let the ranks end first that have the error as well."""
+    deadline_s = time.monotonic() + LAST_RANKS_WAIT_S
+    while dist.is_initialized() and time.monotonic() < deadline_s:
+        if posted(RANKS_ENDED) >= dist.get_world_size() - 1:
+            break
+        time.sleep(0.02)
 
 
 def post(key: str) -> None:
-    """Tell the other ranks, if there is a process group, that `key` holds."""
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            dist.distributed_c10d._get_default_store().set(key, "1")
+    """Tell the other ranks, if there is a process group, that `key` holds for this one."""
+    count_posts(key, 1)
 
 
-def posted(key: str) -> bool:
-    """Whether a rank has posted `key`; also if rank 0, which may hold the store, has ended."""
+def posted(key: str) -> int:
+    """How many ranks have posted `key`; 1 if rank 0, which may hold the store, has ended."""
+    return count_posts(key, 0)
+
+
+def count_posts(key: str, added: int) -> int:
     if not dist.is_initialized():
-        return False
+        return 0
     try:
-        return bool(dist.distributed_c10d._get_default_store().check([key]))
+        return int(dist.distributed_c10d._get_default_store().add(key, added))
     except RuntimeError:
-        return True
+        return 1
 
 
 if __name__ == "__main__":

@@ -496,7 +496,8 @@ def test_what_rank_0_refuses_ends_all_ranks(data: TinyData, work: Path):
     (work / "run" / "run_state.json").write_bytes(b"{")
     problem = "run/run_state.json does not fit this run"
     assert_refused(run_ranks([env, env], work), problem)
-    (work / "run" / "artifact.bin").unlink()
+    for name in ("artifact.bin", "run_state.json"):
+        (work / "run" / name).unlink()
     (work / "run" / "checkpoint" / "step_000000002" / "state.safetensors").write_bytes(b"")
     assert_refused(run_ranks([env, env], work), "step_000000002 is damaged")
 

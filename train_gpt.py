@@ -6655,8 +6655,9 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may be unable to encode a name
             stream.reconfigure(errors="backslashreplace")
+    env = os.environ
     try:
-        run_mode(os.environ)
+        run_mode(env)
         ignore_signals()
         return 0
     except Exception as error:
@@ -6664,7 +6665,7 @@ def main() -> int:
         if expected is None:
             raise
         ignore_signals()
-        return report_error(expected)
+        return report_error(expected, env)
 
 
 def run_mode(env: Mapping[str, str]) -> None:
@@ -6715,7 +6716,7 @@ def artifact_path(run: Run) -> Path:
     return run.directory / "artifact.bin"
 
 
-# --- RUN_DIR: what a run finds there, and what it records
+# RUN_DIR: what a run finds there, and what it records.
 
 
 def prepare_directory(run: Run, artifact: Path) -> None:
@@ -6852,7 +6853,7 @@ def hash_bytes(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-# --- Training and export
+# Training and export.
 
 
 def train_and_write(
@@ -6920,7 +6921,7 @@ def encode_model(
     return payload
 
 
-# --- Rules and results
+# Rules and results.
 
 
 class Track(NamedTuple):
@@ -7100,7 +7101,7 @@ def estimate_bytes(cfg: Config, sizes: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-# --- Signals and errors
+# Signals and errors.
 
 
 def raise_interrupted(number: int, frame: Any) -> None:
@@ -7131,14 +7132,14 @@ def explain_error(error: Exception) -> Exception | None:
     return None
 
 
-def report_error(error: Exception) -> int:
+def report_error(error: Exception, env: Mapping[str, str]) -> int:
     """Print an error once for all ranks that have it, and return the exit status.
 
     A rank above 0 waits, and prints its error if rank 0 has reported none.
     """
     status = {InputError: 2, Interrupted: 143}.get(type(error), 1)
-    text, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK") or "0"
-    if rank == "0" or not (os.environ.get("WORLD_SIZE") or "").isdecimal():
+    text, rank = f"{type(error).__name__}: {error}", env.get("RANK") or "0"
+    if rank == "0" or not (env.get("WORLD_SIZE") or "").isdecimal():
         print(text, file=sys.stderr, flush=True)
         post(RANK0_REPORTED)
         wait_for_ranks()

@@ -82,9 +82,14 @@ def unquote(text: str) -> str:
 
 
 def normalize_line(line: str) -> Line:
-    """Return a line of train.log in the form of normalize_event."""
+    """Return a line of train.log in the form of normalize_event.
+
+    The line of a pass says `legal` where its event says `compliant`.
+    """
     name, _, rest = line.partition(" ")
     pairs = [(key, unquote(value)) for key, value in TOKEN.findall(rest)]
+    if name.startswith("final_"):
+        pairs = [("compliant" if key == "legal" else key, value) for key, value in pairs]
     return (name, *sorted(f"{key}:{normalize(value)}" for key, value in pairs))
 
 

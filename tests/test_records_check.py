@@ -19,7 +19,7 @@ import pytest
 
 import train_gpt
 from records import ROOT, check, plots
-from records.check import check_record
+from records.check import check_code_size, check_record
 from records.logs import RunLog, run_settings
 from records.pages import HEADINGS, format_result
 from records.records import main
@@ -304,7 +304,7 @@ def test_the_forger_s_record_without_an_edit_is_accepted(tmp_path: Path) -> None
     assert problems_of(record) == ""
 
 
-@pytest.mark.parametrize("lines", [3, 40, 400])
+@pytest.mark.parametrize("lines", [40, 100, 400])
 def test_check_refuses_a_source_that_is_larger_than_the_counted_code(
     lines: int, tmp_path: Path
 ) -> None:
@@ -313,6 +313,18 @@ def test_check_refuses_a_source_that_is_larger_than_the_counted_code(
     source = SOURCE + "".join(f"x_{i} = 0x{number}\n" for i, number in enumerate(numbers))
     record = forge(tmp_path / "records" / TRACK / NAME, run_events(1, 1.3), source)
     assert "the source packs into" in problems_of(record)
+
+
+@pytest.mark.parametrize("more", [-1, 1, 1000])
+def test_the_size_of_the_packed_script_is_exact_if_it_packs_as_this_one(more: int) -> None:
+    source = train_gpt.script_source()
+    size = len(train_gpt.pack_source(source))
+    assert check_code_size(source, size) == ([], [])
+    problems, notes = check_code_size(source, size + more)
+    assert f"code_bytes is {size + more:,}" in problems[0] and notes == []
+    older = source.replace("def pack_source(", "def pack_source_of_today(")
+    problems, notes = check_code_size(older, size + more)
+    assert problems == [] and "not proven" in notes[0]
 
 
 @pytest.mark.parametrize("source", ["def f(:\n", "'''", "\0", "x = (\n"])
@@ -404,7 +416,7 @@ def test_run_env_has_the_knobs_of_the_pass_that_gave_the_score(method: str, tmp_
 
 def test_an_audit_after_the_score_does_not_change_the_record(tmp_path: Path) -> None:
     events = run_events(1, 1.3, ttt_method="lora")
-    audit = setup_events(1, mode="audit", ttt_method="chunk", val_tokens_limit=64)
+    audit = setup_events(1, mode="eval", ttt_method="chunk", val_tokens_limit=64)
     out = build_one(tmp_path, [*events, *audit, {"event": "audit", "verdict": "pass"}])
     cfg = train_gpt.config_from_env({"RECIPE": f"{out}/run.env"})
     assert (cfg.ttt_method, cfg.val_tokens_limit) == ("lora", 0)

@@ -516,7 +516,9 @@ def test_solved_steps_fill_the_budget_with_code_and_artifact(
     )
     (run.directory / "train_gpt.py").write_bytes(bytes(CODE_BYTES))
     payload, times = export(run, *larger)
-    assert 0.998 * budget <= len(payload) <= budget and times <= TRIES
+    # The size of a brotli stream of this length jumps by 1 % between neighboring scales.
+    fill = 0.99 if compressor == "brotli" else 0.998
+    assert fill * budget <= len(payload) <= budget and times <= TRIES
 
 
 def test_clip_sigmas_switch_the_solver_off(larger: Any, make_run: MakeRun):

@@ -558,7 +558,7 @@ def test_signal_during_validation_does_not_lose_the_steps_before_it(
     new_run: MakeRun, data: TinyData, tmp_path: Path
 ):
     cfg = new_run(val_loss_every=3).cfg
-    with train_gpt.start_run(cfg, {}) as run:
+    with pytest.raises(Interrupted), train_gpt.start_run(cfg, {}) as run:
         model = train_gpt.build_model(run)
         validation = train_gpt.load_validation(cfg, data.tokenizer)
 
@@ -566,9 +566,8 @@ def test_signal_during_validation_does_not_lose_the_steps_before_it(
             os.kill(os.getpid(), signal.SIGTERM)
             return train_gpt.evaluate(run, model, validation, 32)
 
-        with pytest.raises(Interrupted):
-            train_gpt.train(run, model, open_loader(run), validate)
-        assert [f.name for f in train_gpt.checkpoint_folders(run)] == ["step_000000003"]
+        train_gpt.train(run, model, open_loader(run), validate)
+    assert [f.name for f in train_gpt.checkpoint_folders(run)] == ["step_000000003"]
 
 
 def test_handlers_of_signals_are_as_before_when_the_run_is_over(new_run: MakeRun, tmp_path: Path):
@@ -1026,7 +1025,7 @@ def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 # Runs the script and kills it before the file operation number KILL_AT on anything under run/.
 # With KILL_AT=0 it only counts them.
 CRASHING_SCRIPT = f"""
-import atexit, os, runpy, signal, sys
+import os, runpy, signal, sys
 count, kill_at, main_pid = 0, int(os.environ.pop("KILL_AT")), os.getpid()
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -1039,7 +1038,15 @@ def hook(event, args):
             os.kill(main_pid, signal.SIGKILL)
 
 sys.addaudithook(hook)
-atexit.register(lambda: open("file_operations", "w").write(str(count)))
+leave = os._exit
+
+def write_count_and_leave(status):
+    if os.getpid() == main_pid:
+        with open("file_operations", "w") as file:
+            file.write(str(count))
+    leave(status)
+
+os._exit = write_count_and_leave  # the script ends by it
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 

@@ -357,7 +357,7 @@ def check_export(cfg: Config, folder: Path) -> None:
 def small_run(data: TinyData, tmp_path: Path, name: str) -> tuple[Config, Path]:
     """The small Config of a recipe, and the folder of a run of it."""
     cfg = recipe(name)
-    changes = {**shrink(cfg), "DATA_PATH": str(data.folder)}
+    changes = {**shrink(cfg), "DATA_PATH": str(data.folder), "TRACK": "demo"}
     env = {**environment(Config()), **changes, "RECIPE": str(FOLDER / name / "run.env")}
     result = run_script(env, tmp_path)
     assert result.status == 0, result.err

@@ -280,7 +280,7 @@ def test_mutated_artifacts_are_refused_or_models(
 ):
     outcomes = check_mutations(125, seed, whole, make_run, tmp_path / "a.bin")
     assert outcomes["raw_file: a model"] == outcomes["other_version: a model"] == 0
-    assert outcomes["resealed_body: refused"] > 0 and outcomes["edited_header: refused"] > 10
+    assert outcomes["resealed_body: refused"] > 0 and outcomes["edited_header: refused"] > 5
 
 
 @pytest.mark.slow

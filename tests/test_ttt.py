@@ -299,7 +299,7 @@ def test_the_trace_accepts_score_first_and_names_what_is_not():
     assert trace(good, StateUpdate(2, (0, 2), whole, True)) == []
     assert "were scored at step 3" in trace(good, StateUpdate(2, (0, 3), whole, True))[0]
     assert "from left to right" in trace([3, 1, 3, 3], StateUpdate(2, (1, 2), whole, True))[0]
-    assert "another stream" in trace(good, StateUpdate(3, (0, 2), (2, 4), False))[0]
+    assert "outside" in trace(good, StateUpdate(3, (0, 2), (2, 4), False))[0]
     assert trace([3, 3, 1, 1], StateUpdate(1, (2, 3), (2, 4), False)) == []  # streams in any order
 
 
@@ -533,7 +533,7 @@ def test_what_is_frozen_stays_and_all_else_is_trained(knobs, frozen):
     assert all(not any(name.startswith(f) for f in frozen) for name in trained)
     assert {n for n in names if "blocks.1." in n} <= trained.keys()
     if cfg.ttt_train == "blocks":
-        assert {"blocks.0.attn_scale", "skip_weights"} <= trained.keys()
+        assert "blocks.0.attn_scale" in trained and "skip_weights" not in trained
 
 
 def test_every_call_of_a_looped_block_has_its_own_adapter(make_run: MakeRun):

@@ -401,9 +401,6 @@ class Config:
     ttt_chunk_size: int = knob(
         24, "targets of a document between two adapter steps", unit="tokens", low=1
     )
-    ttt_short_chunks: str = knob(
-        "", "smaller chunks at the start of a document: SIZE@UNTIL,..., then TTT_CHUNK_SIZE"
-    )
     ttt_batch_size: int = knob(64, "documents adapted side by side", low=1, high=2**16)
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
@@ -569,10 +566,10 @@ def is_increasing_list(text: str, allowed: range) -> bool:
     return increasing and bool(numbers) == bool(text)
 
 
-def is_increasing_schedule(text: str, limit: float) -> bool:
-    """Whether `text` is VALUE@LIMIT,...: positive values, increasing limits below `limit`."""
+def is_increasing_schedule(text: str) -> bool:
+    """Whether `text` is VALUE@LIMIT,...: positive values, increasing limits below 1."""
     pairs = parse_schedule(text)
-    limits = [until for value, until in pairs if value > 0 and 0 < until < limit]
+    limits = [until for value, until in pairs if value > 0 and 0 < until < 1]
     return limits == sorted(set(limits)) and len(limits) == len(pairs)
 
 
@@ -603,7 +600,7 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
         f"list blocks below NUM_LAYERS={cfg.num_layers}, such as 0,2,5-7",
     )
     schedule: ListRule = (
-        lambda text: is_increasing_schedule(text, 1.0),
+        is_increasing_schedule,
         "be VALUE@PROGRESS,... with increasing values of progress below 1, "
         "such as 1024@0.1,2048@0.7",
     )
@@ -617,10 +614,6 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
         "enable_looping_at": (
             lambda text: is_loop_schedule(text, cfg.num_loops),
             "be one value of progress, or NUM_LOOPS non-decreasing ones",
-        ),
-        "ttt_short_chunks": (
-            lambda text: is_increasing_schedule(text, math.inf),
-            "be SIZE@UNTIL,... with increasing lengths, such as 8@256,24@2000",
         ),
         "ttt_phases": (
             lambda text: is_increasing_list(text, range(1, 2**31)),
@@ -763,9 +756,7 @@ def stage_rules(cfg: Config) -> list[Rule]:
 
 def check_eval_context(cfg: Config) -> list[str]:
     """Messages about knobs that do not fit the evaluation context, which an artifact may set."""
-    context, sizes = cfg.score_seq_len, [cfg.ttt_chunk_size]
-    with contextlib.suppress(ValueError):  # check_list_knobs reports malformed text
-        sizes += [size for size, _ in parse_schedule(cfg.ttt_short_chunks)]
+    context = cfg.score_seq_len
     uses_chunks = cfg.ttt_method == "chunk" or (cfg.ttt_method == "none" and cfg.needs_mixer)
     look_back = EMBEDDING_CONTEXT * (cfg.ttt_context == "incremental")
     rules: list[Rule] = [
@@ -780,7 +771,7 @@ def check_eval_context(cfg: Config) -> list[str]:
             f"context {context}",
         ),
         (
-            cfg.ttt_method != "lora" or max(sizes) + look_back <= context,
+            cfg.ttt_method != "lora" or cfg.ttt_chunk_size + look_back <= context,
             f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size} must be below the evaluation context {context}, "
             f"and {EMBEDDING_CONTEXT} less with TTT_CONTEXT=incremental",
         ),
@@ -3191,7 +3182,8 @@ class TiledCausalAttention(torch.autograd.Function):
         return tiled_attention_backward(grad, q, k, v, torch.stack([lse_BHT, delta_BHT]))
 
 
-@torch.library.custom_op("golf::tiled_gradients", mutates_args=())
+# The module's name is part of the operator's: a second import of this file must not replace it.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::tiled_gradients", mutates_args=())
 def tiled_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse_delta_2BHT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -5464,11 +5456,13 @@ NEEDS_SPACE = re.compile(r"[\w.'\"]{2}")
 
 
 def minify(source: str) -> str:
-    """The source without comments, docstrings and optional whitespace: the same syntax tree.
+    """The source without comments, docstrings, annotations and optional whitespace.
 
     A statement takes one line, and each level of indentation one space. The text of a token is
     never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
     """
+    for span in annotation_spans(source):
+        source = source[: span[0]] + source[span[1] :]
     docstrings, output = docstring_positions(source), list[str]()
     statement, indent, first, previous_end = "", 0, (0, 0), (0, 0)
     for kind, text, start, end in source_tokens(source):
@@ -5529,6 +5523,41 @@ def docstring_positions(source: str) -> dict[Position, str]:
     return positions
 
 
+def annotation_spans(source: str) -> list[tuple[int, int]]:
+    """Spans of characters that hold annotations without effect, the last one first.
+
+    They are those of arguments, results and variables of functions. A decorator may read those of
+    its function, and a class needs its own.
+    """
+    lines, spans = list(io.StringIO(source)), list[tuple[int, int]]()
+    line_starts = [0, *itertools.accumulate(map(len, lines))]
+
+    def offset(row: int, num_bytes: int) -> int:
+        return line_starts[row - 1] + len(lines[row - 1].encode()[:num_bytes].decode())
+
+    def add(x: Any) -> None:
+        if x is not None:
+            start, end = offset(x.lineno, x.col_offset), offset(x.end_lineno, x.end_col_offset)
+            before = source[:start].rstrip()
+            if before.endswith((":", "->")):  # not in parentheses
+                spans.append((len(before.removesuffix("->").removesuffix(":").rstrip()), end))
+
+    def visit(node: Any, in_function: bool) -> None:
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if isinstance(node, ast.AnnAssign) and in_function and node.value and node.simple:
+            add(node.annotation)
+        if is_function and not node.decorator_list:
+            add(node.returns)
+            for child in ast.walk(node.args):
+                add(getattr(child, "annotation", None))
+        in_function = is_function or (in_function and not isinstance(node, ast.ClassDef))
+        for child in ast.iter_child_nodes(node):
+            visit(child, in_function)
+
+    visit(ast.parse(source), False)
+    return sorted(spans, reverse=True)
+
+
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     """Bytes on disk of the packed script and of the artifact; RunFailed if over the budget."""
     files = {"artifact_bytes": artifact, "code_bytes": run.directory / "train_gpt.py"}
@@ -5579,6 +5608,12 @@ class EvalStep(NamedTuple):
         """Rows and positions of the padded batch."""
         return len(self.windows), max([self.width, *(w.end - w.start for w in self.windows)])
 
+    def without_training(self) -> EvalStep:
+        """The step that scores the same targets and trains nothing."""
+        if self.action == "train":
+            return EvalStep("score")
+        return self._replace(num_learning_rows=0)
+
 
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
     """Sliding windows that score each target exactly once, including the tail.
@@ -5604,7 +5639,6 @@ class EvalPlanner:
     def __init__(self, cfg: Config, rank: int, world_size: int):
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
         self.seq_len, self.stride = cfg.score_seq_len, cfg.eval_stride or cfg.score_seq_len
-        self.chunk_sizes = [*parse_schedule(cfg.ttt_short_chunks), (cfg.ttt_chunk_size, math.inf)]
 
     def split_over_ranks(self, step: EvalStep, windows: Sequence[Window]) -> list[EvalStep]:
         """Copies of `step` over this rank's windows; every rank gets the same number of steps."""
@@ -5692,19 +5726,9 @@ class EvalPlanner:
                 steps += self.epochs(bounds[last])
         return steps
 
-    def chunk_size(self, offset: int) -> int:
-        """Number of targets of the chunk that starts `offset` targets into its document.
-
-        Legality: it depends on the offset only; the document's length is not known yet.
-        """
-        return next(size for size, until in self.chunk_sizes if offset < until)
-
     def chunk_bounds(self, first: int, stop: int) -> list[Span]:
-        """The chunks of a document."""
-        cuts = [first]
-        while cuts[-1] < stop:
-            cuts.append(min(cuts[-1] + self.chunk_size(cuts[-1] - first), stop))
-        return [*itertools.pairwise(cuts)]
+        """The chunks of a document, of TTT_CHUNK_SIZE targets each but the last."""
+        return [*itertools.pairwise([*range(first, stop, self.cfg.ttt_chunk_size), stop])]
 
     def batches(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
         """Batches of documents for each rank, the longest document of a batch first.
@@ -5740,7 +5764,7 @@ class EvalPlanner:
 
         def window(document: Span, first: int, stop: int) -> Window:
             earliest = {"window": document[0], "text": 0, "incremental": first}
-            full_stop = first + self.chunk_size(first - document[0])
+            full_stop = first + self.cfg.ttt_chunk_size
             start = max(earliest[self.cfg.ttt_context], full_stop - self.seq_len)
             return Window(start, stop, first)
 
@@ -5748,18 +5772,16 @@ class EvalPlanner:
             [window(document, *chunk) for chunk in self.chunk_bounds(*document)]
             for document in documents
         ]
-        steps = list[EvalStep]()
-        for index, longest in enumerate(rows[0]):
-            min_width = self.chunk_size(longest.first - documents[0][0]) if is_incremental else 0
-            step = EvalStep(
+        return [
+            EvalStep(
                 "adapt",
                 [row[index] for row in rows if index < len(row)],
                 resets=index == 0,
                 num_learning_rows=sum(index + 1 < len(row) for row in rows),
-                width=min_width,
+                width=self.cfg.ttt_chunk_size if is_incremental else 0,
             )
-            steps.append(step)
-        return steps
+            for index in range(len(rows[0]))
+        ]
 
 
 def longest_first(spans: Sequence[Span]) -> list[Span]:
@@ -5885,9 +5907,20 @@ class Scorer:
         return Score(nats, num_tokens, int(num_bytes), partial, eval_s, tuple(problems), self.nll_T)
 
 
+class PassAbandoned(RuntimeError):
+    """A pass does not fit into the time left; the message says what it needs."""
+
+
+def max_over_ranks(run: Run, value: float) -> float:
+    """The largest value of any rank."""
+    return float(run.all_reduce_max(torch.tensor(float(value), device=run.device)))
+
+
 # Seconds are estimated from a measurement before the pass. Until the pass itself has shown its
 # pace, the measurement counts like this part of the pass.
 PRIOR_FRAC = 0.1
+# The pace of the last steps is an exponential average with this decay per step.
+PACE_DECAY = 0.8
 # Remaining scoring is assumed to take this much longer than estimated.
 SAFETY_FACTOR = 1.1
 # A training step costs as much as three forward passes: its backward pass costs two.
@@ -5895,20 +5928,35 @@ TRAIN_COST = 3.0
 
 
 class EvalBudget:
-    """Time budget of an adaptive pass: adaptation is dropped before scoring would not fit.
+    """Decides before each step of a pass what the time left is enough for.
 
-    `cost` holds the seconds of a scoring step and of one position in it.
+    Training is dropped if the rest could not be scored after it. The pass is abandoned if the rest
+    cannot be scored even without training, first on the rank that finds it, then on all of them.
+
+    `cost` holds the seconds of a scoring step and of one position in it, as measured before the
+    pass. Without it, steps count alike, and the pass is measured by its own steps from the second
+    one on: the first one compiles the model.
     """
 
     def __init__(
-        self, run: Run, plan: Sequence[EvalStep], limit_s: float, cost: tuple[float, float]
+        self,
+        run: Run,
+        plan: Sequence[EvalStep],
+        limit_s: float,
+        cost: tuple[float, float] | None = None,
     ):
         self.run, self.limit_s, self.started_s = run, limit_s, time.perf_counter()
-        self.cost, self.num_dropped = cost, 0
+        self.is_measured, self.cost = cost is not None, cost or (1.0, 0.0)
         scoring_s = [self.seconds(step) * (step.action != "train") for step in plan]
-        # Estimated seconds to score everything from each step on.
+        # Estimated seconds to score everything from each step on, and to train all steps.
         self.to_score = [*np.cumsum(scoring_s[::-1])[::-1].tolist(), 0.0]
-        self.spent_s = self.work = PRIOR_FRAC * self.to_score[0] + 1e-9
+        self.to_train = sum(map(self.training_seconds, plan))
+        self.estimated_s = self.to_score[0] + self.to_train if self.is_measured else 0.0
+        # Actual and estimated seconds so far: of the whole pass, and of the last steps.
+        prior_s = PRIOR_FRAC * self.to_score[0] if self.is_measured else 0.0
+        self.spent, self.recent = np.full(2, prior_s), np.full(2, prior_s)
+        self.checked_s, self.step_work = self.started_s, 0.0
+        self.num_dropped, self.needed_s = 0, 0.0
 
     def seconds(self, step: EvalStep) -> float:
         """Estimated seconds of the step without training."""
@@ -5923,22 +5971,49 @@ class EvalBudget:
         num_steps = self.run.cfg.ttt_grad_steps  # the first one reuses the scoring forward pass
         return learning_frac * (TRAIN_COST * num_steps - 1) * self.seconds(step)
 
-    def drop_learning_if_late(self, step: EvalStep, step_index: int) -> EvalStep:
-        """The step, without its training if the rest of the text could not be scored after it."""
-        training_s = self.training_seconds(step)
-        elapsed_s = time.perf_counter() - self.started_s
-        pace = (self.spent_s + elapsed_s) / self.work  # actual seconds per estimated second
-        needed_s = SAFETY_FACTOR * pace * (self.to_score[step_index - 1] + training_s)
-        is_late = elapsed_s + needed_s > self.limit_s
-        drop = is_late and (step.num_learning_rows > 0 or step.action == "train")
-        if step.action == "train":  # ranks train together or not at all
-            drop = bool(self.run.all_reduce_max(torch.tensor(float(drop), device=self.run.device)))
-        scored_s = self.to_score[step_index - 1] - self.to_score[step_index]
-        self.work += scored_s + (0.0 if drop else training_s)
-        if not drop:
+    def measure_pace(self, step_index: int) -> tuple[float, float]:
+        """Actual seconds per estimated second, a low and a high value; 0 before the first ones."""
+        now_s = time.perf_counter()
+        last_step = np.array([now_s - self.checked_s, self.step_work])
+        self.checked_s = now_s
+        if self.is_measured or step_index > 2:
+            self.spent = self.spent + last_step
+            if self.step_work:
+                self.recent = PACE_DECAY * self.recent + last_step
+        paces = [actual / max(work, 1e-9) for actual, work in (self.spent, self.recent)]
+        return min(paces), max(paces)
+
+    def fit_step(self, step: EvalStep, step_index: int) -> EvalStep | None:
+        """The step, without its training if that does not fit; None if the pass is abandoned."""
+        if self.limit_s == math.inf:
             return step
-        self.num_dropped += 1
-        return step._replace(num_learning_rows=0) if step.action == "adapt" else EvalStep("score")
+        low, high = self.measure_pace(step_index)
+        elapsed_s = self.checked_s - self.started_s
+        left_s, rest_s = self.limit_s - elapsed_s, self.to_score[step_index - 1]
+        scoring_s, training_s = rest_s - self.to_score[step_index], self.training_seconds(step)
+        if not self.estimated_s and high:
+            self.estimated_s = elapsed_s + high * rest_s
+        # A pass may be slow for a while: it is hopeless if it does not fit at the lower pace.
+        if high and (low * rest_s > SAFETY_FACTOR * left_s or high * scoring_s > left_s):
+            self.needed_s = max(self.needed_s, elapsed_s + high * rest_s)
+        if step.text[1]:  # all ranks run it together or not at all
+            self.needed_s = max_over_ranks(self.run, self.needed_s)
+        if self.needed_s:
+            self.step_work = 0.0
+            return None
+        drop = training_s > 0 and SAFETY_FACTOR * high * (rest_s + training_s) > left_s
+        if step.action == "train":
+            drop = max_over_ranks(self.run, drop) > 0
+        self.step_work = scoring_s + (0.0 if drop else training_s)
+        self.num_dropped += drop
+        return step.without_training() if drop else step
+
+    def check_complete(self) -> None:
+        """Raise PassAbandoned on all ranks if one of them has abandoned the pass."""
+        needed_s = max_over_ranks(self.run, self.needed_s)
+        if needed_s:
+            text = f"needs {needed_s:.1f} s, {self.limit_s:.1f} s left"
+            raise PassAbandoned(f"abandoned after {self.checked_s - self.started_s:.1f} s: {text}")
 
 
 class Batch(NamedTuple):
@@ -5974,7 +6049,10 @@ class EvalRunner:
         self.extents: list[Span] = []  # of the documents that the adapters belong to
 
     def run_steps(self, budget: EvalBudget | None = None) -> Score:
-        """Run all steps in order; `budget` may drop the training of some of them."""
+        """Run all steps in order; `budget` may drop the training of some of them.
+
+        Raises PassAbandoned if the budget ends before everything is scored.
+        """
         started_s = time.perf_counter()
         actions: dict[str, Callable[[EvalStep], None]] = {
             "score": self.score,
@@ -5985,7 +6063,9 @@ class EvalRunner:
         for step_index, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
             self.scorer.step_index = step_index
-            step = budget.drop_learning_if_late(planned, step_index) if budget else planned
+            step = budget.fit_step(planned, step_index) if budget else planned
+            if step is None:
+                continue
             if planned.action == "train" and planned.resets:
                 self.weights = None  # on every rank, also if this step is dropped
             actions[step.action](step)
@@ -5994,6 +6074,8 @@ class EvalRunner:
                     StateUpdate(step_index, step.text, self.all_targets, True)
                 )
         self.run.synchronize()
+        if budget:
+            budget.check_complete()
         return self.scorer.finish(time.perf_counter() - started_s)
 
     def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
@@ -6098,37 +6180,74 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
             param.data.copy_(value)
 
 
-def measure_step_cost(run: Run, model: GPT, plan: Sequence[EvalStep]) -> tuple[float, float]:
+def fill_cache(model: GPT, cache: KVCache, rows: int) -> None:
+    """Fill a KV cache to its capacity with zeros."""
+    cfg, T = model.cfg, cache.capacity
+    device = model.skip_weights.device
+    kv_BTKE = torch.zeros(rows, T, cfg.num_kv_heads, cfg.head_dim, dtype=model.dtype, device=device)
+    for layer in cache.layers:
+        layer.pair = kv_BTKE, kv_BTKE
+    cache.ids_BT, cache.length = torch.zeros(rows, T, dtype=torch.int64, device=device), T
+
+
+def measure_scoring(
+    run: Run, model: GPT, shape: tuple[int, int], first: int, *, adaptive: bool
+) -> float:
+    """Seconds of scoring zeros of a shape from position `first` on, without compilation."""
+    cfg, (rows, length), mixed, trainer = run.cfg, shape, None, None
+    ids_BT = torch.zeros(rows, length, dtype=torch.int64, device=run.device)
+    if adaptive and cfg.needs_mixer:
+        mixer = Mixer(run)
+        keep_BT = (torch.arange(length, device=run.device) >= first).expand(rows, -1)
+        mixed = MixerInputs(mixer, ids_BT[..., None].expand(-1, -1, mixer.num_context), keep_BT)
+    batch = Batch(ids_BT, ids_BT, first, mixed, ids_BT.float())
+    if adaptive and cfg.ttt_method == "lora":
+        trainer = AdapterTrainer(run, model, rows)
+        if trainer.past is not None:
+            fill_cache(model, trainer.past, rows)
+    elapsed_s = 0.0
+    for _ in range(2):  # the first time may compile
+        run.synchronize()
+        started_s = time.perf_counter()
+        if trainer is None:
+            model.eval_nll(*batch[:4])
+        else:
+            trainer.step(batch, 0)
+        run.synchronize()
+        elapsed_s = time.perf_counter() - started_s
+    model.set_adapters([])
+    return elapsed_s
+
+
+def measure_step_cost(
+    run: Run, model: GPT, plan: Sequence[EvalStep], *, adaptive: bool
+) -> tuple[float, float]:
     """Seconds of a scoring step and of each position in it, on the slowest rank.
 
-    Measured on zeros in the longest steps of the plan, with the fewest and with the most rows.
+    With LoRA, the longest steps are measured, with the fewest and with the most rows. Otherwise
+    all steps are padded to one shape.
     """
     trained = [step.shape for step in plan if step.windows and step.action == "train"]
-    if trained and model.run_block is not run_block:  # compile now, not during the measurement
+    if trained and model.run_block is not run_block:  # compile now, not during the pass
         ids_BT = torch.zeros(max(trained), dtype=torch.int64, device=run.device)
         model.loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
-    shapes = {step.shape for step in plan if step.windows and step.action != "train"}
-    length = max((shape[1] for shape in shapes), default=1)
-    rows = sorted(shape[0] for shape in shapes if shape[1] == length) or [0]
-    measured = list[tuple[int, float]]()
-    for size in (rows[0], rows[-1]):
-        ids_BT, elapsed_s = torch.zeros(size, length, dtype=torch.int64, device=run.device), 0.0
-        batch = Batch(ids_BT, ids_BT, 0, None, ids_BT.float())
-        adapters = AdapterTrainer(run, model, size) if run.cfg.ttt_method == "lora" else None
-        # Repeat until everything is compiled and the KV cache is full.
-        for _ in range(2 + run.cfg.score_seq_len // length if size else 0):
-            run.synchronize()
-            started_s = time.perf_counter()
-            adapters.step(batch, 0) if adapters else model.eval_nll(*batch[:2])
-            run.synchronize()
-            elapsed_s = time.perf_counter() - started_s
-        measured.append((ids_BT.numel(), elapsed_s))
-    model.set_adapters([])
-    (few, few_s), (many, many_s) = measured
-    position_s = max(0.0, many_s - few_s) / (many - few) if many > few else 0.0
-    cost = torch.tensor([max(0.0, few_s - few * position_s), position_s], dtype=torch.float64)
-    step_s, position_s = run.all_reduce_max(cost.to(run.device)).tolist()
+    steps = [step for step in plan if step.windows and step.action != "train"]
+    length, step_s, position_s = max((step.shape[1] for step in steps), default=0), 0.0, 0.0
+    if steps:
+        longest = [step for step in steps if step.shape[1] == length]
+        rows = sorted(step.shape[0] for step in longest)
+        first = min(w.first - w.start for w in longest[-1].windows)
+        few, many = rows[0], rows[-1]
+        if not (adaptive and run.cfg.ttt_method == "lora"):
+            few, length = many, run.cfg.score_seq_len
+        step_s = measure_scoring(run, model, (few, length), first, adaptive=adaptive)
+        if many > few:
+            many_s = measure_scoring(run, model, (many, length), first, adaptive=adaptive)
+            position_s = max(0.0, many_s - step_s) / ((many - few) * length)
+            step_s = max(0.0, step_s - few * length * position_s)
+    cost = torch.tensor([step_s, position_s], dtype=torch.float64, device=run.device)
+    step_s, position_s = run.all_reduce_max(cost).tolist()
     return step_s, position_s
 
 
@@ -6136,29 +6255,63 @@ def measure_step_cost(run: Run, model: GPT, plan: Sequence[EvalStep]) -> tuple[f
 USABLE_BUDGET_FRAC = 0.98
 # A plan fits if its estimated seconds times this are left.
 PLANNING_FACTOR = 1.2
+# An adaptive pass must have time for this part of its training, or scoring by windows is as good.
+MIN_TRAINED_FRAC = 0.5
+# Sliding windows get this part of the time left if an adaptive pass follows.
+SLIDING_FRAC = 0.5
+# Any later pass, and its measurement, takes at least as long as this many passes by disjoint
+# windows.
+MIN_PASS_COST = 2.0
 
 
-def plan_within_budget(run: Run, model: GPT, ids: np.ndarray) -> tuple[list[EvalStep], EvalBudget]:
-    """The steps of the adaptive pass and their budget.
+class TimeLimit(NamedTuple):
+    """Time for a pass over the artifact; the default is no limit."""
 
-    TTT_CHUNK_SIZE or EVAL_STRIDE is doubled until scoring alone fits into the time left.
+    end_s: float = math.inf  # by time.perf_counter() of rank 0
+    min_s: float = 0.0  # the pass is known to need at least this
+
+    def check(self, run: Run, needed_s: float) -> float:
+        """Seconds left, on rank 0's clock; PassAbandoned on all ranks if they are too few."""
+        left_s = float(run.broadcast_object(self.end_s - time.perf_counter()))
+        if needed_s > left_s:
+            raise PassAbandoned(f"skipped: needs {needed_s:.1f} s, {left_s:.1f} s left")
+        return left_s
+
+
+def plan_pass(
+    run: Run, model: GPT, validation: Validation, kind: str, limit: TimeLimit
+) -> tuple[Sequence[EvalStep], EvalBudget, str]:
+    """The steps of a pass, its budget, and what was adjusted (`ttt_chunk_size 24 -> 48`) or "".
+
+    A plan fits if there is time for scoring and for a part of the training, as measured. Until it
+    does, TTT_CHUNK_SIZE (with LoRA) or EVAL_STRIDE is doubled; PassAbandoned if it never does.
     """
-    cfg, end_s, cost = run.cfg, math.inf, (0.0, 1.0)
-    if cfg.eval_max_seconds:
-        left_s = USABLE_BUDGET_FRAC * cfg.eval_max_seconds - run.ledger["evaluation"]
-        end_s = time.perf_counter() + run.broadcast_object(left_s)
+    cfg: Any = run.cfg  # fields are replaced by name
+    adaptive, cost, adjusted = kind == "ttt", None, ""
+    name, size = "eval_stride", cfg.eval_stride or cfg.score_seq_len
+    if adaptive and cfg.ttt_method == "lora":
+        name, size = "ttt_chunk_size", cfg.ttt_chunk_size
+    old_size, max_size = size, (cfg.score_seq_len - EMBEDDING_CONTEXT) // 2
     while True:
-        plan = plan_adaptive(EvalPlanner(cfg, run.rank, run.world_size), ids)
-        if cfg.eval_max_seconds:
-            cost = measure_step_cost(run, model, plan)
-        limit_s = run.broadcast_object(end_s - time.perf_counter())
-        budget = EvalBudget(run, plan, limit_s, cost)
-        most_s = float(run.all_reduce_max(torch.tensor(budget.to_score[0], device=run.device)))
-        name = "ttt_chunk_size" if cfg.ttt_method == "lora" else "eval_stride"
-        size = min(2 * (now := getattr(cfg, name)), (cfg.score_seq_len - EMBEDDING_CONTEXT) // 2)
-        if PLANNING_FACTOR * most_s <= limit_s or size <= now:
-            return plan, budget
+        planner = EvalPlanner(cfg, run.rank, run.world_size)
+        stride = planner.stride if kind == "sliding" else cfg.score_seq_len
+        steps = planner.score(validation.num_targets, stride)
+        if adaptive:
+            steps = plan_adaptive(planner, validation.ids)
+        if kind == "quantized" or limit.end_s == math.inf:
+            return steps, EvalBudget(run, steps, limit.check(run, -math.inf)), ""
+        if cost is None:
+            limit.check(run, max_over_ranks(run, limit.min_s))
+            cost = measure_step_cost(run, model, steps, adaptive=adaptive)
+        budget = EvalBudget(run, steps, limit.check(run, -math.inf), cost)
+        needed_s = budget.to_score[0] + MIN_TRAINED_FRAC * budget.to_train
+        needed_s = PLANNING_FACTOR * max_over_ranks(run, needed_s)
+        if needed_s <= budget.limit_s or size >= max_size:
+            limit.check(run, needed_s)
+            return steps, budget, adjusted
+        size = min(2 * size, max_size)
         cfg = dataclasses.replace(cfg, **{name: size})
+        adjusted = f"{name} {old_size} -> {size}"
 
 
 def evaluate(
@@ -6170,42 +6323,109 @@ def evaluate(
     adaptive: bool = False,
     learns: bool = True,
 ) -> Score:
-    """Score every target once: with windows of `stride`, or in the adaptive pass.
+    """Score every target once, without a time limit: with windows of `stride`, or adaptively.
 
     The adaptive pass restores the model afterwards; with learns=False it trains nothing.
     """
     model.schedule = model.schedules[-1]
+    planner = EvalPlanner(run.cfg, run.rank, run.world_size)
     if not adaptive:
-        plan = EvalPlanner(run.cfg, run.rank, run.world_size).score(validation.num_targets, stride)
+        plan = planner.score(validation.num_targets, stride)
         return EvalRunner(run, model, validation, plan).run_steps()
+    plan = plan_adaptive(planner, validation.ids)
+    if not learns:
+        plan = [step.without_training() for step in plan]
     with restore_model_after(run.cfg, model):
-        plan, budget = plan_within_budget(run, model, validation.ids)
-        budget.limit_s = budget.limit_s if learns else -math.inf
-        score = EvalRunner(run, model, validation, plan, adaptive=True).run_steps(budget)
-    if budget.num_dropped and learns:
-        run.log(
-            "warning",
-            text=f"{budget.num_dropped} of {len(plan)} steps were scored without training, to stay "
-            f"within EVAL_MAX_SECONDS={run.cfg.eval_max_seconds}",
-        )
-    return score
+        return EvalRunner(run, model, validation, plan, adaptive=True).run_steps()
 
 
-def evaluate_and_log(run: Run, model: GPT, validation: Validation, kind: str) -> None:
-    """Score as `kind` (prequant, quantized, sliding, ttt) says; log and keep it."""
-    cfg = run.cfg
-    stride = cfg.score_seq_len if kind in ("prequant", "quantized") else cfg.eval_stride
+def evaluate_in_time(
+    run: Run, model: GPT, validation: Validation, kind: str, limit: TimeLimit
+) -> tuple[Score, EvalBudget, dict[str, Any]]:
+    """Plan and run a pass: its score, its budget, and what to log with the score.
+
+    Raises PassAbandoned if the pass does not fit.
+    """
+    started_s, cfg, adaptive = time.perf_counter(), run.cfg, kind == "ttt"
+    marks = dict[str, Any]()
+    model.schedule = model.schedules[-1]
+    with restore_model_after(cfg, model) if adaptive else contextlib.nullcontext():
+        steps, budget, adjusted = plan_pass(run, model, validation, kind, limit)
+        if adjusted:
+            marks["adjusted"] = adjusted
+        if budget.estimated_s:
+            run.log("pass", name=kind, estimated_s=round(budget.estimated_s, 3), **marks)
+        runner = EvalRunner(run, model, validation, steps, adaptive=adaptive)
+        score = runner.run_steps(budget)
+    if budget.num_dropped:
+        marks["untrained"] = f"{budget.num_dropped} of {len(steps)} steps"
+    if budget.estimated_s:
+        marks["estimated_s"] = round(budget.estimated_s, 3)
+    spent_s = run.ledger["evaluation"] + time.perf_counter() - started_s
+    if kind != "quantized" and 0 < cfg.eval_max_seconds < max_over_ranks(run, spent_s):
+        raise PassAbandoned(f"complete too late: after {spent_s:.1f} s of evaluation")
+    return score, budget, marks
+
+
+def evaluate_and_log(
+    run: Run, model: GPT, validation: Validation, kind: str, limit: TimeLimit | None = None
+) -> float:
+    """Run the pass `kind` (prequant, quantized, sliding, ttt); log and keep its score.
+
+    Returns its seconds without compilation. Raises PassAbandoned if it does not fit.
+    """
+    limit = limit or TimeLimit()
     with run.stage(f"evaluate_{kind}", "other" if kind == "prequant" else "evaluation"):
-        score = evaluate(run, model, validation, stride, adaptive=kind == "ttt")
+        score, budget, marks = evaluate_in_time(run, model, validation, kind, limit)
     if not math.isfinite(score.nats):
         raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
-    if score.problems and not cfg.allow_noncompliant:
+    if score.problems and not run.cfg.allow_noncompliant:
         raise RunFailed(f"final_{kind}: {score.problems[0]}")
     for problem in score.problems[:1]:
         run.log("warning", text=f"not compliant: {problem}")
-    marks = {"compliant": not (score.partial or cfg.allow_noncompliant)}
+    marks["compliant"] = not (score.partial or run.cfg.allow_noncompliant)
     run.scores[f"final_{kind}"] = values = score.summary() | marks
     run.log(f"final_{kind}", **values)
+    spent_s, work = budget.spent
+    return spent_s / work * budget.to_score[0] if work else score.eval_s
+
+
+PASS_NAMES = {"sliding": "sliding windows", "ttt": "test-time training"}
+
+
+def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
+    """Score with disjoint windows, sliding windows and the adaptive pass, as far as time allows.
+
+    The last complete pass is the final score. The seconds of a pass that was skipped or abandoned
+    are counted as `other`. RunFailed if not even the disjoint windows fit.
+    """
+    cfg, notes, end_s, final = run.cfg, list[str](), math.inf, "quantized"
+    if cfg.eval_max_seconds:
+        usable_s = USABLE_BUDGET_FRAC * cfg.eval_max_seconds - run.ledger["evaluation"]
+        end_s = time.perf_counter() + usable_s
+    try:
+        pass_s = evaluate_and_log(run, model, validation, "quantized", TimeLimit(end_s))
+    except PassAbandoned as error:
+        raise RunFailed(
+            f"EVAL_MAX_SECONDS={cfg.eval_max_seconds} is too short for disjoint windows: {error}; "
+            "raise it, or lower VAL_TOKENS_LIMIT"
+        ) from error
+    passes = {"sliding": cfg.eval_stride > 0, "ttt": cfg.adapts}
+    for kind in [kind for kind, is_on in passes.items() if is_on]:
+        limit_s, spent_s = end_s, run.ledger["evaluation"]
+        if kind == "sliding" and cfg.adapts and end_s < math.inf:
+            now_s = time.perf_counter()
+            limit_s = now_s + SLIDING_FRAC * (end_s - now_s)
+        try:
+            limit = TimeLimit(limit_s, MIN_PASS_COST * pass_s)
+            evaluate_and_log(run, model, validation, kind, limit)
+            final = kind
+        except PassAbandoned as error:
+            notes.append(f"{PASS_NAMES[kind]} {error}")
+            run.ledger["other"] += run.ledger["evaluation"] - spent_s
+            run.ledger["evaluation"] = spent_s
+    run.scores["final"] = {"score": final, "notes": "; ".join(notes)}
+    run.log("final", **run.scores["final"])
 
 
 # --- 11. Test-time training ----------------------------------------------------------------------
@@ -6701,11 +6921,7 @@ def execute(run: Run) -> None:
     run.log("bytes", **groups)
     if validation is None:  # the artifact, not the environment, has the vocabulary's size
         validation = load_validation(run.cfg, processor)
-    evaluate_and_log(run, model, validation, "quantized")
-    if cfg.eval_stride:
-        evaluate_and_log(run, model, validation, "sliding")
-    if cfg.adapts:
-        evaluate_and_log(run, model, validation, "ttt")
+    evaluate_artifact(run, model, validation)
     finish(run, sizes, groups)
 
 
@@ -7030,6 +7246,8 @@ def finish(run: Run, sizes: Mapping[str, int], groups: Mapping[str, int]) -> Non
         "train_s": train_end["train_s"],
         "eval_s": budget["time"]["evaluation_s"],
         "artifact_bytes": sizes["artifact_bytes"],
+        **({"adjusted": score["adjusted"]} if score.get("adjusted") else {}),
+        **({"skipped": skipped} if (skipped := run.scores["final"]["notes"]) else {}),
     }
     report = {
         "author": cfg.submission_author,

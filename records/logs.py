@@ -29,7 +29,7 @@ METRICS, LOG, SOURCE = "metrics.jsonl", "train.log", "train_gpt_source.py"
 # Scores of the artifact, in the order in which a run computes them; the last one is its result.
 FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
 # Events of the session that scored; those of other sessions belong to other scores.
-SCORING_EVENTS = {*FINAL_SCORES, "size", "bytes", "ledger"}
+SCORING_EVENTS = {*FINAL_SCORES, "pass", "final", "size", "bytes", "ledger"}
 # Knobs of one run or one person. They are not part of the settings that a record publishes.
 RUN_KNOBS = {
     "ARTIFACT", "MODE", "RECIPE", "RESUME", "RUN_DIR", "RUN_ID", "SEED", "SUBMISSION_AUTHOR",
@@ -45,7 +45,7 @@ MAX_NUMBER = 1e18
 COUNT, NUMBER, LOSS, TEXT, FLAG = "a count", "a number of 0 or more", "a number", "text", "a flag"
 SCORE_KINDS = {
     "val_loss": LOSS, "val_bpb": LOSS, "eval_s": NUMBER, "tokens": COUNT, "bytes": COUNT,
-    "partial": FLAG, "compliant": FLAG,
+    "partial": FLAG, "compliant": FLAG, "adjusted": TEXT, "estimated_s": NUMBER,
 }  # fmt: skip
 PACE_KINDS = {"step_avg_ms": NUMBER, "tokens_per_s": NUMBER, "train_s": NUMBER, "tokens": COUNT}
 EVENT_KINDS: dict[str, dict[str, str]] = {
@@ -70,6 +70,8 @@ EVENT_KINDS: dict[str, dict[str, str]] = {
         "text_bytes": COUNT,
         "prime_bytes": COUNT,
     },
+    "pass": {"name": TEXT, "estimated_s": NUMBER, "adjusted": TEXT},
+    "final": {"score": TEXT, "notes": TEXT},
     **dict.fromkeys(("final_prequant", *FINAL_SCORES), SCORE_KINDS),
 }
 ALL_KEYS = {"versions": TEXT, "bytes": COUNT}  # events of any keys, with one kind of value

@@ -101,6 +101,16 @@ def format_result(logs: Sequence[RunLog], submission: Json, previous: Json | Non
     ]
     reasons = find_violations(logs, submission["track"], submission["budget"])
     lines += [f"- **Not compliant**: {reason}." for reason in reasons]
+    lines += [
+        f"- **Adjusted** to the evaluation budget: seed {seed}: {result['adjusted']}."
+        for seed, result in submission["seeds"].items()
+        if "adjusted" in result
+    ]
+    lines += [
+        f"- Seed {seed}: {result['skipped']}."
+        for seed, result in submission["seeds"].items()
+        if "skipped" in result
+    ]
     lines += [format_comparison(submission, previous)] if previous else []
     return "\n".join([*lines, *format_yardsticks(logs)])
 

@@ -94,6 +94,10 @@ def seed_result(log: RunLog) -> Json:
         "train_s": end.get("train_s", 0.0),
         "eval_s": log.need("ledger", "evaluation_s")["evaluation_s"],
         "artifact_bytes": log.need("size", "artifact_bytes")["artifact_bytes"],
+        # Knobs that the run has changed to stay within EVAL_MAX_SECONDS.
+        **({"adjusted": score["adjusted"]} if score.get("adjusted") else {}),
+        # Passes that did not fit, and why.
+        **({"skipped": skipped} if (skipped := log.last("final").get("notes")) else {}),
     }
 
 

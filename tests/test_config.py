@@ -112,7 +112,6 @@ LISTS = {
     "ve_layers": "7,8",
     "enable_looping_at": "0.5",
     "clip_sigmas": "attn:13,mlp:11.5,embed:14,table:12.85",
-    "ttt_short_chunks": "8@256,24@2000",
     "ttt_phases": "833,1666",
     "ttt_lora_targets": "q,head",
     "mixer_orders": "0-3,8",

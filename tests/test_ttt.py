@@ -34,7 +34,6 @@ from tests.processes import (
 from train_gpt import (
     BOS_ID,
     GPT,
-    USABLE_BUDGET_FRAC,
     EvalPlanner,
     EvalRunner,
     EvalStep,
@@ -76,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_window": {**LORA, "ttt_grad_steps": 2},
     "lora_text": {**LORA, "ttt_context": "text"},
     "lora_incremental": {**LORA, **RICH, "ttt_context": "incremental", "ttt_grad_steps": 2},
-    "lora_warm": {**LORA, "ttt_warm_start_a": True, "ttt_lora_wd": 0.5, "ttt_short_chunks": "4@12"},
+    "lora_warm": {**LORA, "ttt_warm_start_a": True, "ttt_lora_wd": 0.5},
     "mixer": {
         **SMALL, "mixer": "backoff", "mixer_orders": "0-2", "ngram_tilt": 1.0,
         "ngram_tilt_orders": "2", "ttt_chunk_tokens": 2 * T, "ngram_table_bits": 12,
@@ -548,14 +547,8 @@ def test_documents_end_at_the_next_bos():
     assert document_bounds(np.array([5, 6, BOS_ID, 7])) == [0, 2, 3]
 
 
-def test_chunks_of_a_document_are_short_at_its_beginning():
-    cfg = tiny_config(**{**LORA, "ttt_short_chunks": "2@4,4@10"})
-    spans = EvalPlanner(cfg, 0, 1).chunk_bounds(100, 125)
-    assert spans == [(100, 102), (102, 104), (104, 108), (108, 112), (112, 120), (120, 125)]
-
-
 @pytest.mark.parametrize("context", ["window", "text", "incremental"])
-@pytest.mark.parametrize("knobs", [{}, {"ttt_short_chunks": "3@20"}, {"ttt_batch_size": 2}])
+@pytest.mark.parametrize("knobs", [{}, {"ttt_chunk_size": 3}, {"ttt_batch_size": 2}])
 def test_where_the_next_document_begins_does_not_show_before(make_run: MakeRun, context, knobs):
     run = make_run(**{**LORA, **knobs, "ttt_context": context})
     model, ids = random_model(run.cfg), np.full(131, 5, np.uint16)
@@ -577,124 +570,6 @@ def test_a_window_of_the_text_may_begin_before_its_document(data):
                    if 90 <= w.first < 100]  # fmt: skip
         assert {w.start for w in windows} == starts
         assert all(isinstance(w, Window) and w.end - w.start <= T for w in windows)
-
-
-# --- Time ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["chunk", "lora_incremental", "lora_phases"])
-def test_without_time_nothing_is_learned_and_everything_is_scored(make_run: MakeRun, data, name):
-    knobs = {**METHODS[name], "ttt_chunk_size": T // 2, "eval_stride": T // 2}
-    run, ids = make_run(**knobs, eval_max_seconds=1e-9), text_of(data)
-    idle = make_run(**{**knobs, "ttt_lr": 0.0, "ttt_lora_lr": 0.0})
-    model = random_model(run.cfg)
-    np.testing.assert_array_equal(nats_of(run, model, ids), nats_of(idle, model, ids))
-
-
-def test_a_pass_that_could_not_score_in_time_takes_longer_chunks(make_run: MakeRun, data):
-    ids = text_of(data)
-    windows = []
-    for limit_s in (1e-9, 1e9):
-        run = make_run(**LORA, eval_max_seconds=limit_s / USABLE_BUDGET_FRAC)
-        model = random_model(run.cfg)
-        with train_gpt.restore_model_after(run.cfg, model):
-            plan, budget = train_gpt.plan_within_budget(run, model, ids)
-        assert budget is not None
-        windows.append(sum(len(step.windows) for step in plan))
-    assert windows[0] < windows[1] / 1.5
-
-
-def test_a_step_costs_time_by_itself_and_by_its_positions(
-    make_run: MakeRun, data, monkeypatch: pytest.MonkeyPatch
-):
-    clock, ids = [0.0], np.tile(text_of(data), 10)
-
-    def seconds(rows: int, length: int) -> float:
-        return 3.0 + 0.25 * rows * length
-
-    def adapt(self: train_gpt.AdapterTrainer, batch: train_gpt.Batch, learns: int) -> torch.Tensor:
-        clock[0] += seconds(*batch.ids_BT.shape)
-        return torch.zeros(batch.ids_BT.shape)
-
-    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train_gpt.AdapterTrainer, "step", adapt)
-    knobs = {**LORA, "ttt_context": "incremental"}
-    calibrating_s, passes = 0.0, dict[int, float]()
-    for size in (2, 4, 8):
-        shapes = [s.shape for s in plan_of(ids, 0, 1, **{**knobs, "ttt_chunk_size": size})]
-        rows = [shape[0] for shape in shapes if shape[1] == size]
-        calibrating_s += (2 + T // size) * (seconds(min(rows), size) + seconds(max(rows), size))
-        passes[size] = sum(itertools.starmap(seconds, shapes))
-        # The smallest chunks whose steps fit behind the calibrations, with a fifth in reserve.
-        limit_s = calibrating_s + 1.21 * passes[size]
-        run = make_run(
-            **{**knobs, "ttt_chunk_size": 2}, eval_max_seconds=limit_s / USABLE_BUDGET_FRAC
-        )
-        model = random_model(run.cfg)
-        with train_gpt.restore_model_after(run.cfg, model):
-            plan, budget = train_gpt.plan_within_budget(run, model, ids)
-        assert budget.cost == pytest.approx((3.0, 0.25)) and len(plan) == len(shapes)
-        assert budget.to_score[0] == pytest.approx(passes[size])
-        assert budget.limit_s == pytest.approx(limit_s - calibrating_s)
-    assert passes[2] > 1.3 * passes[4] > 1.3 * passes[8]
-
-
-def test_a_phase_whose_first_step_was_dropped_learns_with_the_next(make_run: MakeRun, data):
-    run, ids = make_run(**METHODS["lora_phases"], eval_max_seconds=1e6), text_of(data)
-    model = random_model(run.cfg)
-    whole = nats_of(run, model, ids)
-    with pytest.MonkeyPatch.context() as patch:
-        cut = train_gpt.EvalBudget.drop_learning_if_late
-
-        def drop_first(self: train_gpt.EvalBudget, step: EvalStep, tick: int) -> EvalStep:
-            drops = step.action == "train" and step.resets
-            return EvalStep("score") if drops else cut(self, step, tick)
-
-        patch.setattr(train_gpt.EvalBudget, "drop_learning_if_late", drop_first)
-        partly = nats_of(run, model, ids)
-    assert (partly[:90] == whole[:90]).all() and (partly != whole).any()
-
-
-def test_an_optimizer_begins_anew_even_if_its_first_step_was_dropped(make_run: MakeRun, data):
-    run, ids = make_run(**CHUNK, ttt_momentum=0.9), text_of(data)
-    plan = plan_of(ids, 0, 1, **CHUNK)
-    trained = [i for i, step in enumerate(plan) if step.action == "train"]
-    first = next(i for i in trained[2:] if i + 1 in trained)
-    plan[first] = plan[first]._replace(resets=True)
-    without = [*plan[:first], plan[first + 1]._replace(resets=True), *plan[first + 2 :]]
-
-    class DropsOne(train_gpt.EvalBudget):
-        def drop_learning_if_late(self, step: EvalStep, tick: int) -> EvalStep:
-            return EvalStep("score") if tick == first + 1 else step
-
-    dropping = DropsOne(run, plan, math.inf, (0.0, 1.0))
-    nats = []
-    for steps, budget in ((plan, None), (plan, dropping), (without, None)):
-        model = random_model(run.cfg)
-        done = train_gpt.EvalRunner(run, model, validation_of(ids), steps, adaptive=True)
-        nats.append(done.run_steps(budget).nll_T)
-    whole, dropped, other = nats
-    assert (dropped == other).all() and (dropped != whole).any()
-
-
-def test_learning_stops_when_the_rest_of_the_time_is_needed_to_score(
-    make_run: MakeRun, data, monkeypatch: pytest.MonkeyPatch
-):
-    run = make_run(**{**LORA, "ttt_context": "incremental", "ttt_batch_size": 1})
-    plan = plan_of(text_of(data), 0, 1, **{**LORA, "ttt_context": "incremental",
-                                          "ttt_batch_size": 1})  # fmt: skip
-    clock = [0.0]
-    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
-    total = sum(math.prod(step.shape) for step in plan)
-    budget = train_gpt.EvalBudget(run, plan, limit_s=2.0 * total, cost=(0.0, 1.0))  # all: 3
-    learned = []
-    for tick, step in enumerate(plan, start=1):
-        done = budget.drop_learning_if_late(step, tick)
-        learned.append(done.num_learning_rows)
-        clock[0] += math.prod(step.shape) * (3.0 if done.num_learning_rows else 1.0)
-    assert clock[0] <= 2.0 * total
-    assert 0.2 < np.mean(np.array(learned) > 0) < 0.6 and budget.num_dropped > 0
-    assert learned[0] > 0 and learned[-2] == 0
 
 
 # --- Audit ---------------------------------------------------------------------------------------

@@ -5896,15 +5896,23 @@ class Scorer:
         device, run = self.run.device, self.run
         sums = torch.tensor([self.nats, self.num_bytes], dtype=torch.float64, device=device)
         nats, num_bytes = run.all_reduce_sum(sums).tolist()
-        both = torch.from_numpy(np.stack([self.scored_at, self.scored_at > 0])).to(device)
-        scored_at, times = run.all_reduce_sum(both).cpu().numpy()
-        assert (times == 1).all(), f"{(times != 1).sum()} targets not scored once"
+        num_tokens, num_wrong = len(self.scored_at), 0
+        scored_at = np.empty_like(self.scored_at)
+        for start in range(0, num_tokens, REDUCED_TARGETS):  # in pieces: the text may be long
+            piece = self.scored_at[start : start + REDUCED_TARGETS]
+            both = torch.from_numpy(np.stack([piece, piece > 0])).to(device)
+            scored_at[start : start + len(piece)], times = run.all_reduce_sum(both).cpu().numpy()
+            num_wrong += int((times != 1).sum())
+        assert num_wrong == 0, f"{num_wrong} targets not scored once"
         problems = rule_violations(self.updates, scored_at, self.scored_at)
         any_problem = run.all_reduce_max(torch.tensor(float(bool(problems)), device=device))
         if any_problem and not problems:
             problems = ["a rule was broken on another rank"]
-        partial, num_tokens = self.validation.partial, len(times)
+        partial = self.validation.partial
         return Score(nats, num_tokens, int(num_bytes), partial, eval_s, tuple(problems), self.nll_T)
+
+
+REDUCED_TARGETS = 2**22  # whose steps are summed over the ranks at once
 
 
 class PassAbandoned(RuntimeError):

@@ -356,6 +356,7 @@ def test_a_killed_runner_loses_only_the_runs_in_progress(tmp_path: Path) -> None
     assert len(lines_of(grid)) == len(set(names(lines_of(grid)))) == NUM_RUNS
 
 
+@pytest.mark.slow
 def test_a_runner_that_gets_sigterm_ends_its_runs(tmp_path: Path) -> None:
     grid = waiting_grid(tmp_path)
     process = start_runner(grid)
@@ -580,6 +581,7 @@ def start_timer(grid: Path) -> subprocess.Popen[bytes]:
     return start_runner(grid, time_command(grid), is_ready)
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_starts_again_with_its_stack(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path, f"QUALITY=0.1 WAIT_FOR={tmp_path}/go")
     process = start_timer(grid)
@@ -596,6 +598,7 @@ def test_a_killed_measurement_starts_again_with_its_stack(tmp_path: Path) -> Non
     assert len(lines_of(grid, TIMES)) == len(read_results(grid.with_name("grid" + TIMES))) == 5
 
 
+@pytest.mark.slow
 def test_a_measurement_that_gets_sigterm_ends_its_run(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path, f"QUALITY=0.1 WAIT_FOR={tmp_path}/go")
     process = start_timer(grid)
@@ -648,6 +651,7 @@ def test_more_parallel_measurements_than_cores_are_refused(
     assert not lines_of(grid, TIMES)
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_ratio_to_the_stack_of_the_same_measurement(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path, "QUALITY=0.1 CHANGE_AT=0.75 LATE_MS=450")
     assert main(command(grid)) == 0

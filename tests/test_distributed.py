@@ -242,6 +242,7 @@ def test_final_scores_of_two_processes_are_those_of_one_within_rounding(pair: Pa
     assert two["hardware"] == one["hardware"] or "2" in two["hardware"]
 
 
+@pytest.mark.slow
 def test_bad_environment_under_torchrun_is_said_once_and_ends(data: TinyData, work: Path):
     env = {**run_environment(data), "NUM_LAYER": "3", "MATRIX_LR": "fast"}
     with torchrun(SCRIPT, env, work) as started:
@@ -349,8 +350,10 @@ def test_the_clip_of_these_runs_is_felt(alone: list[Path]):
     assert norms[1] < 6 * CLIP_NORMS[1] < norms[0]  # sums of 6 gradients
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("clip", [0, 1], ids=["free", "clipped"])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "clip", [pytest.param(0, marks=pytest.mark.slow, id="free"), pytest.param(1, id="clipped")]
+)
 def test_processes_with_uneven_shares_give_what_one_gives(
     data: TinyData, work: Path, worker: Path, alone: list[Path], *, clip: int, num_ranks: int
 ):
@@ -379,7 +382,7 @@ def test_more_ranks_than_windows_score_all(data: TinyData, work: Path):
     assert metrics(work / "run", "final_sliding")[0]["tokens"] == 5
 
 
-@pytest.mark.parametrize("heard_by", [[0, 1], [1]])
+@pytest.mark.parametrize("heard_by", [pytest.param([0, 1], marks=pytest.mark.slow), [1]])
 def test_sigterm_leaves_a_checkpoint_that_one_process_goes_on_from(
     data: TinyData, work: Path, worker: Path, heard_by
 ):
@@ -428,7 +431,10 @@ def test_clock_stops_all_ranks_after_the_same_step(data: TinyData, work: Path, w
     assert 1 < end["steps"] < 1.0 / 0.03  # at the pace of the slow one
 
 
-@pytest.mark.parametrize("knobs", [{}, {"num_layers": 3, "grad_clip_norm": 0.1}])
+@pytest.mark.parametrize(
+    "knobs",
+    [pytest.param({}, marks=pytest.mark.slow), {"num_layers": 3, "grad_clip_norm": 0.1}],
+)
 def test_two_ranks_that_were_killed_go_on_to_the_same_bits(
     data: TinyData, work: Path, worker: Path, knobs: dict[str, Any]
 ):
@@ -458,7 +464,10 @@ def test_two_ranks_that_were_killed_go_on_to_the_same_bits(
         assert all(torch.equal(first[name], second[name]) for name in first), rank
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 2), (3, 2)))],
+)
 def test_checkpoint_is_gone_on_from_by_another_number_of_ranks(
     data: TinyData, work: Path, worker: Path, alone: list[Path], *, before: int, after: int
 ):
@@ -515,7 +524,13 @@ BAD_INPUT_OF_RANK_1 = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_INPUT_OF_RANK_1)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (i > 0))
+        for i, name in enumerate(BAD_INPUT_OF_RANK_1)
+    ],
+)
 def test_bad_input_of_one_rank_is_named_by_that_rank(data: TinyData, work: Path, name: str):
     knobs, problem = BAD_INPUT_OF_RANK_1[name]
     env = run_environment(data)

@@ -504,7 +504,7 @@ CODE_BYTES = 777
         ("uniform", "ans", 16_000),
         ("uniform", "ans", 22_000),
         ("uniform", "brotli", 16_000),
-        ("trellis", "ans", 12_000),
+        pytest.param("trellis", "ans", 12_000, marks=pytest.mark.slow),
         ("trellis", "ans", 18_000),
     ],
 )

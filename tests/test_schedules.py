@@ -506,7 +506,9 @@ def test_after_training_the_model_scores_its_own_weights_not_those_of_the_grid(n
 
 @pytest.mark.parametrize(
     "backend",
-    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # traced; made machine code
+    [  # traced; made machine code
+        pytest.param(backend, marks=pytest.mark.slow) for backend in ("aot_eager", "inductor")
+    ],
 )
 def test_after_compilation_the_switch_is_really_active(
     backend: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch

@@ -1002,7 +1002,7 @@ def test_an_adapter_on_the_untied_head_changes_the_scores():
 @pytest.mark.parametrize(
     ("backend", "name"),
     [
-        ("aot_eager", "everything_merge"),  # traced
+        pytest.param("aot_eager", "everything_merge", marks=pytest.mark.slow),  # traced
         pytest.param("inductor", "everything_routed", marks=pytest.mark.slow),  # machine code
         pytest.param("inductor", "frontier", marks=pytest.mark.slow),
     ],

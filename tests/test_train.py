@@ -1097,7 +1097,13 @@ def crash_and_resume(crash: Crash, work: Path, kill_at: int) -> None:
     assert submission(work / "run")["val_bpb"] == crash.score
 
 
-@pytest.mark.parametrize("part", [0.25, 0.45, 0.65, 0.85])
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=[pytest.mark.slow] * (part < 0.8))
+        for part in (0.25, 0.45, 0.65, 0.85)
+    ],
+)
 def test_run_killed_at_a_file_operation_goes_on_to_the_same_bits(crash: Crash, work: Path, part):
     crash_and_resume(crash, work, round(part * crash.operations))
 

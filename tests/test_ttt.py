@@ -406,7 +406,7 @@ def plain_nats(model: GPT, ids: np.ndarray) -> np.ndarray:
     return model.eval_nll(window[:, :-1], window[:, 1:])[0].numpy()
 
 
-@pytest.mark.parametrize("chunk", [2, 5, 29])
+@pytest.mark.parametrize("chunk", [pytest.param(2, marks=pytest.mark.slow), 5, 29])
 @pytest.mark.parametrize("rich", [{}, RICH, {**RICH, "isolate_documents": True}])
 def test_kept_keys_and_values_give_what_a_pass_over_the_whole_document_gives(
     make_run: MakeRun, data, rich, chunk
@@ -581,7 +581,10 @@ def verdicts_of(run: Run) -> dict[str, str]:
     return {event["condition"][:2]: event["verdict"] for event in events}
 
 
-@pytest.mark.parametrize("name", ["sliding", "chunk_hedge", "lora_incremental"])
+@pytest.mark.parametrize(
+    "name",
+    ["sliding", "chunk_hedge", pytest.param("lora_incremental", marks=pytest.mark.slow)],
+)
 def test_an_audit_passes_what_is_legal(make_run: MakeRun, data, name):
     run = make_run(**METHODS[name])
     audit.audit(run, random_model(run.cfg), validation_of(text_of(data)))
@@ -606,6 +609,7 @@ def test_an_audit_fails_what_is_not(make_run: MakeRun, data, knobs, broken):
     assert min(broken) in {c for c, verdict in verdicts_of(run).items() if verdict == "fail"}
 
 
+@pytest.mark.slow
 def test_the_script_scores_an_artifact_as_it_learns_and_audits_it(data: TinyData, tmp_path):
     work = tmp_path / "work"
     work.mkdir()

@@ -68,8 +68,9 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 
 # --- 1. Configuration ----------------------------------------------------------------------------
-# One frozen dataclass, one line a knob. config_from_env is pure; it refuses unknown names, bad
-# values and contradictions, all in one message. Derived values are properties, never fields.
+# One frozen dataclass, one line per knob. config_from_env refuses values out of range,
+# contradictions, and names that look like a misspelled knob, all in one message; errors in the
+# lines of a recipe are reported before the rest. Derived values are properties, never fields.
 
 
 class InputError(ValueError):
@@ -77,16 +78,20 @@ class InputError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run went wrong by itself: a budget was passed, the loss is not finite."""
+    """The run itself failed: a budget was exceeded, the loss is not finite."""
 
 
 class Interrupted(RuntimeError):
-    """A signal asked the run to stop; what it had is saved."""
+    """A signal stopped the run, which can be resumed from its last checkpoint."""
 
 
 def knob(default: Any, doc: str, **meta: Any) -> Any:
-    """A field set by the variable of its name; bounds are inclusive; shape: artifacts carry it."""
-    unset = {"unit": "", "low": None, "high": None, "choices": (), "shape": False}
+    """Declare a knob; `low` and `high` are inclusive.
+
+    `stored` marks the knobs that the artifact stores and that override the environment in
+    MODE=eval: the shape of the model, and SEED, from which the evaluation draws the LoRA's A.
+    """
+    unset = {"unit": "", "low": None, "high": None, "choices": (), "stored": False}
     assert meta.keys() <= unset.keys(), f"unknown: {meta.keys() - unset.keys()}"
     return field(default=default, metadata={"doc": doc, **unset, **meta})
 
@@ -121,12 +126,17 @@ class Config:
     """Every knob of the script; an environment variable has the field's name in capitals."""
 
     # Run
-    mode: str = knob("all", "which stages to run; see the module docstring", choices=MODES)
+    mode: str = knob(
+        "all",
+        "all = train and score; train = stop after the artifact; eval = score ARTIFACT; "
+        "describe = print the configuration",
+        choices=MODES,
+    )
     recipe: str = knob("", "file of KEY=value lines, used as defaults below the environment")
     run_id: str = knob("", "name of the run; empty = date, time and process number")
     run_dir: str = knob("", "folder for everything the run writes; empty = logs/RUN_ID")
     seed: int = knob(
-        1337, "random seed of initialization and data order", low=0, high=2**31 - 1, shape=True
+        1337, "random seed of initialization and data order", low=0, high=2**31 - 1, stored=True
     )
     track: str = knob("track_10min_16mb", "competition track named in submission.json")
     submission_name: str = knob("", "name in submission.json; empty = RUN_ID")
@@ -155,10 +165,10 @@ class Config:
     )
     loader: str = knob("stream", "order of training windows", choices=LOADER_CHOICES)
     isolate_documents: bool = knob(
-        True, "attention does not cross document boundaries (BOS)", shape=True
+        True, "attention does not cross document boundaries (BOS)", stored=True
     )
     train_seq_len: int = knob(
-        2048, "training sequence length", unit="tokens", low=1, high=2**20, shape=True
+        2048, "training sequence length", unit="tokens", low=1, high=2**20, stored=True
     )
     train_batch_tokens: int = knob(
         786_432, "tokens per optimizer step, over all ranks", unit="tokens", low=1, high=2**30
@@ -173,18 +183,18 @@ class Config:
         98_304, "maximum tokens in one forward pass of a rank", unit="tokens", low=1, high=2**30
     )
     # Model
-    vocab_size: int = knob(8192, "number of tokenizer pieces", low=4, high=65_536, shape=True)
-    num_layers: int = knob(11, "number of distinct blocks", low=1, high=256, shape=True)
+    vocab_size: int = knob(8192, "number of tokenizer pieces", low=4, high=65_536, stored=True)
+    num_layers: int = knob(11, "number of distinct blocks", low=1, high=256, stored=True)
     model_dim: int = knob(
-        512, "width of the residual stream", unit="channels", low=2, high=16_384, shape=True
+        512, "width of the residual stream", unit="channels", low=2, high=16_384, stored=True
     )
-    num_heads: int = knob(8, "query heads; divides MODEL_DIM", low=1, high=1024, shape=True)
-    num_kv_heads: int = knob(4, "key/value heads; divides NUM_HEADS", low=1, high=1024, shape=True)
-    mlp_mult: float = knob(4.0, "MLP width / MODEL_DIM", low=0.125, high=64, shape=True)
+    num_heads: int = knob(8, "query heads; divides MODEL_DIM", low=1, high=1024, stored=True)
+    num_kv_heads: int = knob(4, "key/value heads; divides NUM_HEADS", low=1, high=1024, stored=True)
+    mlp_mult: float = knob(4.0, "MLP width / MODEL_DIM", low=0.125, high=64, stored=True)
     leaky_slope: float = knob(
-        0.5, "the MLP activation is leaky_relu(x, slope)^2; 0 = relu^2", low=0, high=1, shape=True
+        0.5, "the MLP activation is leaky_relu(x, slope)^2; 0 = relu^2", low=0, high=1, stored=True
     )
-    tie_embeddings: bool = knob(True, "the output head is the token embedding", shape=True)
+    tie_embeddings: bool = knob(True, "the output head is the token embedding", stored=True)
     tied_embed_init_std: float = knob(
         0.005, "initial standard deviation of the token embedding if tied", low=0
     )
@@ -195,66 +205,66 @@ class Config:
         "last", "resid_mix starts as (1, 0), or early blocks prefer x0 (phase)", choices=MIX_INITS
     )
     init: str = knob("orthogonal", "initial matrices; see GPT.init_weights_", choices=MATRIX_INITS)
-    logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", low=1e-3, shape=True)
+    logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", low=1e-3, stored=True)
     asym_logit_rescale: bool = knob(
-        True, "separate trainable caps for positive and negative logits", shape=True
+        True, "separate trainable caps for positive and negative logits", stored=True
     )
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", low=1, shape=True)
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", low=1, stored=True)
     rope_scaling: str = knob(
         "ntk", "rotary base beyond TRAIN_SEQ_LEN: NTK-scaled, or unchanged", choices=("ntk", "none")
     )
     rope_dims: int = knob(
-        16, "rotated channels per head; 0 = all", unit="channels", low=0, shape=True
+        16, "rotated channels per head; 0 = all", unit="channels", low=0, stored=True
     )
     qk_gain_init: float = knob(5.0, "initial gain of each query head", low=0)
     ln_scale: bool = knob(
-        True, "scale the normalized input of block i by 1/sqrt(i + 1)", shape=True
+        True, "scale the normalized input of block i by 1/sqrt(i + 1)", stored=True
     )
-    skip_gates: bool = knob(True, "U-net skips are gated blends instead of sums", shape=True)
+    skip_gates: bool = knob(True, "U-net skips are gated blends instead of sums", stored=True)
     xsa_last_n: int = knob(
-        11, "exclusive self-attention (XSA) in the last n blocks", low=0, shape=True
+        11, "exclusive self-attention (XSA) in the last n blocks", low=0, stored=True
     )
-    xsa_layers: str = knob("", "XSA in these blocks as well, such as 0,2,5-7", shape=True)
+    xsa_layers: str = knob("", "XSA in these blocks as well, such as 0,2,5-7", stored=True)
     attn_gate: str = knob(
-        "sparse", "gate of each attention head; see AttnOutputGate", choices=GATES, shape=True
+        "sparse", "gate of each attention head; see AttnOutputGate", choices=GATES, stored=True
     )
     gate_window: int = knob(
-        12, "input channels of the small gates", unit="channels", low=1, shape=True
+        12, "input channels of the small gates", unit="channels", low=1, stored=True
     )
     sparse_attn_gate_scale: float = knob(
-        0.5, "factor inside the sigmoid of the sparse gate", low=0, shape=True
+        0.5, "factor inside the sigmoid of the sparse gate", low=0, stored=True
     )
     smear_gate: str = knob(
-        "lambda", "mix the previous token into each; see SmearGate", choices=SMEARS, shape=True
+        "lambda", "mix the previous token into each; see SmearGate", choices=SMEARS, stored=True
     )
     bigram_vocab_size: int = knob(
-        0, "rows of the hashed bigram table; 0 = no table", low=0, high=2**20, shape=True
+        0, "rows of the hashed bigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    bigram_dim: int = knob(128, "width of the bigram table", unit="channels", low=1, shape=True)
+    bigram_dim: int = knob(128, "width of the bigram table", unit="channels", low=1, stored=True)
     trigram_vocab_size: int = knob(
-        0, "rows of the hashed trigram table; 0 = no table", low=0, high=2**20, shape=True
+        0, "rows of the hashed trigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    trigram_dim: int = knob(32, "width of the trigram table", unit="channels", low=1, shape=True)
+    trigram_dim: int = knob(32, "width of the trigram table", unit="channels", low=1, stored=True)
     trigram_hash: str = knob(
-        "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, shape=True
+        "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, stored=True
     )
     value_residual: str = knob(
-        "none", "block 0's values in later blocks, or x0 after each", choices=VALUES, shape=True
+        "none", "block 0's values in later blocks, or x0 after each", choices=VALUES, stored=True
     )
     ve_layers: str = knob(
-        "", "blocks that add the shared value embedding, such as 9,10", shape=True
+        "", "blocks that add the shared value embedding, such as 9,10", stored=True
     )
-    ve_dim: int = knob(128, "width of the value embedding", unit="channels", low=1, shape=True)
-    num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, shape=True)
-    loop_start: int = knob(3, "first looped block", low=0, shape=True)
-    loop_end: int = knob(5, "last looped block", low=0, shape=True)
+    ve_dim: int = knob(128, "width of the value embedding", unit="channels", low=1, stored=True)
+    num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, stored=True)
+    loop_start: int = knob(3, "first looped block", low=0, stored=True)
+    loop_end: int = knob(5, "last looped block", low=0, stored=True)
     enable_looping_at: str = knob(
         "0.35", "training progress at which loops start: one value, or one for each loop"
     )
     parallel_residual: str = knob(
-        "lanes", "parallel attention and MLP; see Block.forward", choices=LANES, shape=True
+        "lanes", "parallel attention and MLP; see Block.forward", choices=LANES, stored=True
     )
-    parallel_start_layer: int = knob(8, "first parallel block", low=0, shape=True)
+    parallel_start_layer: int = knob(8, "first parallel block", low=0, stored=True)
     # Optimization
     embed_lr: float = knob(0.6, "Adam learning rate of an untied embedding", low=0)
     head_lr: float = knob(0.008, "Adam learning rate of an untied head", low=0)
@@ -4453,10 +4463,10 @@ MIN_BUDGET_FILL, MAX_BUDGET_TRIES = 0.998, 8  # fraction of the budget that ends
 def fill_budget(
     groups: Sequence[MatrixGroup], encode: Callable[[float], bytes], budget_bytes: int
 ) -> bytes:
-    """The largest artifact within `budget_bytes`, over a factor common to all scales.
+    """The largest of at most MAX_BUDGET_TRIES artifacts within `budget_bytes`.
 
-    `encode` makes the artifact for a scale factor. If none fits, the smallest artifact tried last
-    is returned, which is too large.
+    They differ in one factor of all scales; `encode` makes the artifact for a scale factor. If none
+    fits, the one tried last is returned; it is too large, and `check_sizes` then fails the run.
     """
     num_weights = sum(group.weight_LOI.numel() for group in groups)
     finest = scale_factor_for(groups, MAX_BITS_PER_WEIGHT * num_weights)
@@ -4781,7 +4791,7 @@ MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
 # Bound of the memory that reading takes, about 12 bytes per weight at its peak: a model that is not
 # small has at least an eighth of a bit per weight.
 MAX_WEIGHTS, SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE = MAX_MODEL_WEIGHTS, 2**24, 64
-SHAPE_KNOBS = [f.name for f in fields(Config) if f.metadata["shape"]]
+STORED_KNOBS = [f.name for f in fields(Config) if f.metadata["stored"]]
 
 
 def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha256: str) -> bytes:
@@ -4791,7 +4801,7 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
         packed = pack_group([tensors[name] for name in names], cfg.compressor)
         streams |= {f"{kind}/{group}": stream for kind, stream in packed.items()}
     header = {
-        "model": {name: getattr(cfg, name) for name in SHAPE_KNOBS},
+        "model": {name: getattr(cfg, name) for name in STORED_KNOBS},
         "tokenizer_sha256": tokenizer_sha256,
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
@@ -4827,7 +4837,7 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
 def check_shape_knobs(knobs: Mapping[str, Any]) -> None:
     """Refuse a header whose knobs are not exactly those of a model, each of its type."""
     types = get_type_hints(Config)
-    differences = sorted(knobs.keys() ^ set(SHAPE_KNOBS))
+    differences = sorted(knobs.keys() ^ set(STORED_KNOBS))
     require(not differences, f"its knobs are not the model's: {differences}")
     for name, value in knobs.items():
         is_finite = type(value) is not float or math.isfinite(value)
@@ -5599,7 +5609,8 @@ class EvalStep(NamedTuple):
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
     num_learning_rows: int = 0  # adapt: the first rows, whose documents have more to score
     width: int = 0  # adapt: minimum padded length, so that the KV cache hides document ends
-    progress: float = 0.0  # train: from 0 at the first chunk to 1 at the last trained one
+    # train: 0 at the first chunk, 1 at the last one of the plan, which `plan_chunks` only scores
+    progress: float = 0.0
     chunk_frac: float = 0.0  # train: index of the chunk / number of chunks
     text: Span = (0, 0)  # train, update_ngrams: the targets that all ranks together learn from
 
@@ -6399,7 +6410,7 @@ def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
     The last complete pass is the final score. The seconds of a pass that was skipped or abandoned
     are counted as `other`. RunFailed if not even the disjoint windows fit.
     """
-    cfg, notes, end_s, final = run.cfg, list[str](), math.inf, "quantized"
+    cfg, notes, end_s = run.cfg, list[str](), math.inf
     if cfg.eval_max_seconds:
         usable_s = USABLE_BUDGET_FRAC * cfg.eval_max_seconds - run.ledger["evaluation"]
         end_s = time.perf_counter() + usable_s
@@ -6419,12 +6430,12 @@ def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
         try:
             limit = TimeLimit(limit_s, MIN_PASS_COST * pass_s)
             evaluate_and_log(run, model, validation, kind, limit)
-            final = kind
         except PassAbandoned as error:
             notes.append(f"{PASS_NAMES[kind]} {error}")
             run.ledger["other"] += run.ledger["evaluation"] - spent_s
             run.ledger["evaluation"] = spent_s
-    run.scores["final"] = {"score": final, "notes": "; ".join(notes)}
+    score = final_score(run.scores).removeprefix("final_")
+    run.scores["final"] = {"score": score, "notes": "; ".join(notes)}
     run.log("final", **run.scores["final"])
 
 
@@ -7153,7 +7164,13 @@ TRACKS = {  # a run under another name, such as demo, has only its own budgets
     "track_h200_10min_16mb": Track(16_000_000, 600.0, 600.0),
     "track_cpu_10min_1mb": Track(1_000_000, 600.0, 600.0),
 }
-FINAL_SCORES = ("final_ttt", "final_sliding", "final_quantized")  # the first one is the result
+# Scores of the artifact, in the order in which a run computes them; the last one is the result.
+FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
+
+
+def final_score(scores: Collection[str]) -> str:
+    """The log event of the last complete pass over the artifact, whose score is the result."""
+    return [name for name in FINAL_SCORES if name in scores][-1]
 
 
 class Verdict(NamedTuple):
@@ -7171,13 +7188,13 @@ def judge(
 
     `scores` are the values of the log events final_*, `budget` is that of submission.json.
     """
-    final = next(name for name in FINAL_SCORES if name in scores)
+    final = final_score(scores)
     score, overruns = scores[final], find_overruns(budget)
     reasons = [*overruns, *find_loose_budgets(track, budget)]
     if score["partial"]:
         reasons.append("the score covers only a part of the validation text")
     elif not score["compliant"]:
-        reasons.append("the score is by a method that the rules forbid (ALLOW_NONCOMPLIANT=1)")
+        reasons.append("ALLOW_NONCOMPLIANT=1 allows a method that the rules forbid")
     return Verdict(final, overruns, reasons)
 
 

@@ -27,6 +27,8 @@ Json = dict[str, Any]
 
 METRICS, LOG, SOURCE = "metrics.jsonl", "train.log", "train_gpt_source.py"
 # Scores of the artifact, in the order in which a run computes them; the last one is its result.
+# Repeated here, as the tracks in submission.py are: the checker does not take the rules from the
+# script that it checks.
 FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
 # Events of the session that scored; those of other sessions belong to other scores.
 SCORING_EVENTS = {*FINAL_SCORES, "pass", "final", "size", "bytes", "ledger"}

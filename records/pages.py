@@ -23,10 +23,10 @@ HEADINGS = (
 MAX_README_LINES = 120
 RULES = f"""\
 - Causal: a prediction reads only the tokens before it (`{train_gpt.CausalSelfAttention.__name__}`).
-- Normalized: the probabilities are a softmax over the whole vocabulary
-  (`{train_gpt.softcapped_cross_entropy.__name__}`).
+- Normalized: the probabilities of the whole vocabulary sum to 1
+  (`{train_gpt.softcapped_cross_entropy.__name__}`, `{train_gpt.Mixer.__name__}`).
 - Score before update: a target is scored before the model learns from it
-  (`{train_gpt.evaluate.__name__}`).
+  (`{train_gpt.rule_violations.__name__}`, `{train_gpt.Scorer.__name__}`).
 - Single pass: every target is scored exactly once (`{train_gpt.plan_windows.__name__}`,
   `{train_gpt.Scorer.__name__}`)."""
 

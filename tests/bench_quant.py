@@ -204,7 +204,7 @@ def train_models(folder: Path) -> list[Path]:
 def changed(config: Json) -> str:
     """Return the knobs of a training that differ from RECIPE."""
     recipe = dataclasses.asdict(tg.config_from_env(tg.read_recipe(RECIPE)))
-    names = [*tg.SHAPE_KNOBS, "iterations", "max_wallclock_seconds", "data_path"]
+    names = [*tg.STORED_KNOBS, "iterations", "max_wallclock_seconds", "data_path"]
     return " ".join(
         f"{name.upper()}={config[name]}"
         for name in names
@@ -216,7 +216,7 @@ def load_subject(directory: Path, scratch: Path) -> Subject:
     """Load the model of the last checkpoint of a run."""
     folder = max(directory.glob("checkpoint/step_*"))
     meta = json.loads((folder / "meta.json").read_text())
-    shape = {name: meta["config"][name] for name in tg.SHAPE_KNOBS if name in meta["config"]}
+    shape = {name: meta["config"][name] for name in tg.STORED_KNOBS if name in meta["config"]}
     kept = ("train_batch_tokens", "val_batch_size", "loader", "micro_batch_tokens")
     cfg = tg.Config(
         **shape, **{name: meta["config"][name] for name in kept},

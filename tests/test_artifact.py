@@ -159,7 +159,7 @@ def test_the_shape_comes_from_the_artifact_and_all_else_from_the_run(
     model = read_artifact(path, run, SHA)
     wanted = tiny_config(**knobs)
     for f in fields(Config):
-        expected = getattr(wanted if f.metadata["shape"] else run.cfg, f.name)
+        expected = getattr(wanted if f.metadata["stored"] else run.cfg, f.name)
         assert getattr(model.cfg, f.name) == expected, f.name
     assert (run.cfg.eval_stride, run.cfg.run_id, run.cfg.num_layers) == (4, "mine", 3)
     ids = torch.randint(40, (1, 9))
@@ -540,7 +540,7 @@ def test_an_artifact_sealed_again_without_an_edit_is_read(
         assert isinstance(read(Parts(payload).seal()), GPT)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.metadata["shape"]])
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.metadata["stored"]])
 def test_a_header_that_leaves_out_a_knob_of_the_shape_is_refused(
     name: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
 ):
@@ -548,7 +548,7 @@ def test_a_header_that_leaves_out_a_knob_of_the_shape_is_refused(
     del parts.header["model"][name]
     default = tiny_config(**SHAPE)
     # The run's own value fits, so that nothing else is wrong.
-    shape = {f.name: getattr(default, f.name) for f in fields(Config) if f.metadata["shape"]}
+    shape = {f.name: getattr(default, f.name) for f in fields(Config) if f.metadata["stored"]}
     refusal_of(read, parts.seal(), **shape)
 
 

@@ -406,7 +406,9 @@ class Config:
     )
     eval_hash_lr_mult: float = knob(10.0, "learning rate of that table / TTT_LR", low=0)
     ttt_context: str = knob(
-        "incremental", "context of a chunk: see EvalPlanner.batch", choices=TTT_CONTEXTS
+        "incremental",
+        "context of a chunk: see EvalPlanner.plan_document_batch",
+        choices=TTT_CONTEXTS,
     )
     ttt_chunk_size: int = knob(
         24, "targets of a document between two adapter steps", unit="tokens", low=1
@@ -469,7 +471,7 @@ class Config:
 
     @property
     def trains(self) -> bool:
-        """Whether the model is this run's own, not one that an artifact describes."""
+        """Whether this configuration describes the model; in MODE=eval the artifact does."""
         return self.mode != "eval"
 
     @property
@@ -830,7 +832,7 @@ FOREIGN_PREFIXES = tuple(
 )
 
 
-def misspelt_knob(name: str, knobs: Collection[str]) -> str:
+def explain_misspelled_knob(name: str, knobs: Collection[str]) -> str:
     """What to say about a variable that is no knob but was probably meant as one, or nothing.
 
     A variable is refused if it is a knob in lower case, a name in PUBLISHED_NAMES, the beginning,
@@ -944,7 +946,7 @@ def config_from_env(env: Mapping[str, str]) -> Config:
                 values[name.lower()] = parse_value(text, kinds[name])
             except ValueError:
                 problems.append(f"{name}={text!r} is not a valid {kinds[name].__name__}")
-        elif problem := misspelt_knob(name, kinds):
+        elif problem := explain_misspelled_knob(name, kinds):
             problems.append(problem)
     try:
         cfg = Config(**values)
@@ -981,12 +983,12 @@ class Run:
     signal_received: bool = False
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     def log(self, event: str, **values: Any) -> None:
         """Rank 0: write one line to stdout, to train.log and to metrics.jsonl."""
-        if self.is_main:
+        if self.is_rank0:
             line = format_event(event, **values)
             print(line, flush=True)
             self.append("train.log", line)
@@ -994,7 +996,7 @@ class Run:
 
     def append(self, name: str, line: str) -> None:
         """Rank 0: add a line to a file in RUN_DIR."""
-        if self.is_main:
+        if self.is_rank0:
             path = self.directory / name
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
@@ -1033,7 +1035,7 @@ class Run:
     def run_on_rank0(self, function: Callable[[], Any]) -> Any:
         """The result of `function` on rank 0, on every rank; its exceptions are raised on all."""
         result = problem = None
-        if self.is_main:
+        if self.is_rank0:
             try:
                 result = function()
             except Exception as error:
@@ -1336,7 +1338,7 @@ def log_setup(run: Run) -> None:
     run.log("versions", **VERSIONS, source_sha256=hashlib.sha256(source.encode()).hexdigest())
     run.log("hardware", name=describe_hardware(run))
     run.append("train.log", f"{'=' * 30} source {'=' * 30}\n{source}\n{'=' * 68}")
-    if run.is_main:
+    if run.is_rank0:
         write_atomic(run.directory / "train_gpt_source.py", source.encode())
 
 
@@ -2288,7 +2290,9 @@ class BlockInputs(NamedTuple):
     x0_BTD: Tensor  # normalized embedding
     rotary_2TE: Tensor
     mask: Any  # result of the attention backend's `prepare`
-    first_v_BTC: Tensor | None  # values of block 0, if VALUE_RESIDUAL mixes them into later blocks
+    first_block_v_BTC: (
+        Tensor | None
+    )  # values of block 0, if VALUE_RESIDUAL mixes them into later blocks
     shared_v_BTC: Tensor | None  # shared value embedding
     kv_cache: LayerKVCache | None = None
 
@@ -2316,9 +2320,9 @@ class CausalSelfAttention(nn.Module):
         self.head_dim, self.use_xsa, self.attend = E, layer in cfg.xsa_blocks, attention.attend
         self.adapter: nn.Module | None = None  # parallel to the whole module
 
-    def forward(self, n_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars) -> Tensor:
+    def forward(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
         """Attention output (B, T, D) for the normalized stream n."""
-        heads = (self.c_q(n_BTD), self.c_k(n_BTD), self.values(n_BTD, inputs, mix))
+        heads = (self.c_q(n_BTD), self.c_k(n_BTD), self.values(n_BTD, inputs, scalars))
         q_BTHE, k_BTKE, v_BTKE = [x.unflatten(-1, (-1, self.head_dim)) for x in heads]
         q_BTHE, k_BTKE, all_v_BTKE = rms_norm(q_BTHE), rms_norm(k_BTKE), v_BTKE
         if inputs.kv_cache is not None:
@@ -2334,7 +2338,7 @@ class CausalSelfAttention(nn.Module):
         y_BTD = self.proj(y_BTHE.flatten(2))
         return y_BTD if self.adapter is None else y_BTD + self.adapter(n_BTD)
 
-    def values(self, n_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars) -> Tensor:
+    def values(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
         """Values (B, T, K * E), with the value residual and the shared value embedding added.
 
         The value residual comes first: own * v + first * (values of block 0), by ResFormer
@@ -2342,13 +2346,13 @@ class CausalSelfAttention(nn.Module):
         value embedding (openai/parameter-golf#414) is added with its own factor.
         """
         v_BTC = self.c_v(n_BTD)
-        if mix.value is not None and inputs.first_v_BTC is not None:
-            factor = mix.value.to(v_BTC.dtype)
+        if scalars.value is not None and inputs.first_block_v_BTC is not None:
+            factor = scalars.value.to(v_BTC.dtype)
             if len(factor) == 2:
                 v_BTC = factor[1] * v_BTC
-            v_BTC = v_BTC + factor[0] * inputs.first_v_BTC
-        if mix.shared is not None and inputs.shared_v_BTC is not None:
-            v_BTC = v_BTC + mix.shared.to(v_BTC.dtype) * inputs.shared_v_BTC
+            v_BTC = v_BTC + factor[0] * inputs.first_block_v_BTC
+        if scalars.shared is not None and inputs.shared_v_BTC is not None:
+            v_BTC = v_BTC + scalars.shared.to(v_BTC.dtype) * inputs.shared_v_BTC
         return v_BTC
 
 
@@ -2379,19 +2383,19 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: int, attention: AttentionBackend):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(cfg, layer, attention), MLP(cfg)
-        D, self.parallel = cfg.model_dim, cfg.parallel_residual
+        D, self.form = cfg.model_dim, cfg.parallel_residual
         self.attn_scale = nn.Parameter(torch.ones(D))
         self.mlp_scale = nn.Parameter(torch.ones(D))
         keep = 1.0
         if cfg.resid_mix_init == "phase":  # a sigmoid of depth: early blocks prefer x0
             keep = 1 / (1 + math.exp(-3 * (layer / max(1, cfg.num_layers - 1) - 0.5)))
         self.resid_mix = nn.Parameter(torch.tensor([[keep], [1 - keep]]).repeat(1, D))
-        self.is_parallel = self.parallel == "stream" and layer >= cfg.parallel_start_layer
+        self.shares_input = self.form == "stream" and layer >= cfg.parallel_start_layer
         # A tensor, because a Python number would give every depth a compiled graph of its own.
         scale = torch.tensor((layer + 1) ** -0.5, device="cpu")
         self.norm_scale = nn.Buffer(scale, persistent=False) if cfg.ln_scale else None
 
-    def forward(self, lanes: Lanes, inputs: BlockInputs, mix: BlockScalars) -> Lanes:
+    def forward(self, lanes: Lanes, inputs: BlockInputs, scalars: BlockScalars) -> Lanes:
         """The residual stream after this block, or its two lanes.
 
         PARALLEL_RESIDUAL decides what happens from block PARALLEL_START_LAYER on. Where the
@@ -2409,25 +2413,25 @@ class Block(nn.Module):
           writes to it, and the skip acts on lane 0 only.
         """
         x_BTD, side_BTD = lanes
-        if side_BTD is not None and mix.write is not None:
-            return self.route(x_BTD, side_BTD, inputs, mix)
+        if side_BTD is not None and scalars.write is not None:
+            return self.route(x_BTD, side_BTD, inputs, scalars)
         x_BTD = self.mix_x0(x_BTD, inputs)
-        after_BTD = x_BTD + self.attn_update(x_BTD, inputs, mix)
+        after_BTD = x_BTD + self.attn_update(x_BTD, inputs, scalars)
         if side_BTD is not None:
             return after_BTD, side_BTD + self.mlp_update(side_BTD)
-        x_BTD = after_BTD + self.mlp_update(x_BTD if self.is_parallel else after_BTD)
-        if mix.x0 is not None:
-            x_BTD = x_BTD + mix.x0.to(x_BTD.dtype) * inputs.x0_BTD
+        x_BTD = after_BTD + self.mlp_update(x_BTD if self.shares_input else after_BTD)
+        if scalars.x0 is not None:
+            x_BTD = x_BTD + scalars.x0.to(x_BTD.dtype) * inputs.x0_BTD
         return x_BTD, None
 
     def route(
-        self, x_BTD: Tensor, side_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars
+        self, x_BTD: Tensor, side_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars
     ) -> Lanes:
         """The two lanes after this block in the forms `lanes` and `routed`; see forward."""
-        assert mix.write is not None and mix.carry is not None, "lanes without factors"
-        write, carry = mix.write.to(x_BTD.dtype), mix.carry.to(x_BTD.dtype)
-        a_BTD = self.attn_update(self.mix_x0(x_BTD, inputs), inputs, mix)
-        if self.parallel == "lanes":
+        assert scalars.write is not None and scalars.carry is not None, "lanes without factors"
+        write, carry = scalars.write.to(x_BTD.dtype), scalars.carry.to(x_BTD.dtype)
+        a_BTD = self.attn_update(self.mix_x0(x_BTD, inputs), inputs, scalars)
+        if self.form == "lanes":
             m_BTD = self.mlp_update(side_BTD)
             x_BTD = carry[0] * x_BTD + write[0, 0] * a_BTD + write[1, 0] * m_BTD
             side_BTD = carry[1] * side_BTD + write[0, 1] * a_BTD + write[1, 1] * m_BTD
@@ -2446,8 +2450,8 @@ class Block(nn.Module):
         keep, inject = self.resid_mix.to(x_BTD.dtype)
         return keep * x_BTD + inject * inputs.x0_BTD
 
-    def attn_update(self, x_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars) -> Tensor:
-        return self.attn_scale.to(x_BTD.dtype) * self.attn(self.norm(x_BTD), inputs, mix)
+    def attn_update(self, x_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
+        return self.attn_scale.to(x_BTD.dtype) * self.attn(self.norm(x_BTD), inputs, scalars)
 
     def mlp_update(self, x_BTD: Tensor) -> Tensor:
         return self.mlp_scale.to(x_BTD.dtype) * self.mlp(self.norm(x_BTD))
@@ -2584,7 +2588,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         The constants are targets (N), weights (N) and the function, softcapped_cross_entropy or
         its compiled form.
         """
-        (target_N, weight_N, nll), head = constants, head_VD.to(x_ND.dtype)
+        (target_N, weight_N, nll_function), head = constants, head_VD.to(x_ND.dtype)
         chunk = max(1, MAX_LOGITS_PER_CHUNK // len(head))
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         grad_x_ND, grad_head_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
@@ -2592,11 +2596,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for n in range(0, len(x_ND), chunk):
             rows = slice(n, n + chunk)
             z_NV = x_ND[rows] @ head.T
-            nll_N[rows], grad_NV, grad_caps = nll(z_NV, target_N[rows], weight_N[rows], cap)
+            nll_N[rows], grad_NV, cap_part = nll_function(z_NV, target_N[rows], weight_N[rows], cap)
             torch.mm(grad_NV, head, out=grad_x_ND[rows])
             grad_head_VD += grad_NV.T @ x_ND[rows]
             if grad_cap is not None:
-                grad_cap += grad_caps
+                grad_cap += cap_part
         ctx.save_for_backward(grad_x_ND, grad_head_VD, grad_cap)
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weight_N).sum(), nll_N
@@ -2635,7 +2639,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, attention: AttentionBackend, dtype: torch.dtype):
         super().__init__()
-        self.cfg, self.dtype, self.prepare, D = cfg, dtype, attention.prepare, cfg.model_dim
+        self.cfg, self.dtype, self.prepare_mask, D = cfg, dtype, attention.prepare, cfg.model_dim
         self.tok_emb = Embedding(cfg.vocab_size, D)
         self.blocks = nn.ModuleList(Block(cfg, i, attention) for i in range(cfg.num_layers))
         self.schedules = layer_schedules(cfg)
@@ -2777,8 +2781,8 @@ class GPT(nn.Module):
             self.attach_adapters(index)
             if past is not None:
                 inputs = inputs._replace(kv_cache=past.layers[index])
-            block, mix = self.blocks[call.block], self.block_scalars_of(call.block)
-            x_BTD, side_BTD = self.run_block(block, (x_BTD, side_BTD), inputs, mix)
+            block, scalars = self.blocks[call.block], self.block_scalars_of(call.block)
+            x_BTD, side_BTD = self.run_block(block, (x_BTD, side_BTD), inputs, scalars)
             if call.save:
                 saved.append(x_BTD)
         return rms_norm(x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD))
@@ -2816,12 +2820,12 @@ class GPT(nn.Module):
         inputs = BlockInputs(
             x0_BTD=x0_BTD,
             rotary_2TE=table_2PE[:, :length],
-            mask=self.prepare(ids_BT, self.cfg.isolate_documents, length - T),
-            first_v_BTC=None,
+            mask=self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T),
+            first_block_v_BTC=None,
             shared_v_BTC=self.shared_values(ids_BT),
         )
         if "value" in self.block_scalars:
-            inputs = inputs._replace(first_v_BTC=self.first_values(inputs))
+            inputs = inputs._replace(first_block_v_BTC=self.first_block_values(inputs))
         return inputs
 
     def shared_values(self, ids_BT: Tensor) -> Tensor | None:
@@ -2831,7 +2835,7 @@ class GPT(nn.Module):
         table_BTI = self.ve_table(ids_BT).to(self.dtype)
         return self.ve_proj(table_BTI) * self.ve_scale.to(self.dtype)
 
-    def first_values(self, inputs: BlockInputs) -> Tensor:
+    def first_block_values(self, inputs: BlockInputs) -> Tensor:
         """Values of block 0 (B, T, K * E) without its adapter, as in openai/parameter-golf#457.
 
         Block 0 computes them again in its own call, which costs less than a second compiled graph
@@ -2876,7 +2880,7 @@ class GPT(nn.Module):
         first: int = 0,
         *,
         past: KVCache | None = None,
-        mixed: MixerInputs | None = None,
+        mixer_inputs: MixerInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihoods in nats of the targets from position `first` on.
 
@@ -2885,23 +2889,26 @@ class GPT(nn.Module):
         """
         B, head = len(ids_BT), self.head_VD.to(self.dtype)
         x_BTD, target_BT = self(ids_BT, past)[:, first:], target_BT[:, first:]
-        mixed = mixed and mixed.at(slice(first, None))
+        if mixer_inputs is not None:
+            mixer_inputs = mixer_inputs.at(slice(first, None))
         if self.head.adapter is None:  # without one, rows need not be kept apart
             x_BTD, target_BT = x_BTD.flatten(0, 1)[None], target_BT.flatten()[None]
-            mixed = mixed and mixed.as_one_row()
+            if mixer_inputs is not None:
+                mixer_inputs = mixer_inputs.as_one_row()
         num_rows, T = target_BT.shape
         chunk_len = max(1, MAX_LOGITS_PER_CHUNK // (len(head) * num_rows))
         nll_parts, recorded_parts = [], []
         for start in range(0, max(1, T), chunk_len):
             positions = slice(start, start + chunk_len)
-            chunk = (x_BTD[:, positions], target_BT[:, positions], mixed and mixed.at(positions))
+            mixer_chunk = None if mixer_inputs is None else mixer_inputs.at(positions)
+            chunk = (x_BTD[:, positions], target_BT[:, positions], mixer_chunk)
             nll_BT, recorded_BT = self.chunk_nll(head, *chunk)
             nll_parts.append(nll_BT)
             recorded_parts.append(recorded_BT)
         return torch.cat(nll_parts, dim=1).view(B, -1), torch.cat(recorded_parts, dim=1).view(B, -1)
 
     def chunk_nll(
-        self, head_VD: Tensor, x_BTD: Tensor, target_BT: Tensor, mixed: MixerInputs | None
+        self, head_VD: Tensor, x_BTD: Tensor, target_BT: Tensor, mixer_inputs: MixerInputs | None
     ) -> tuple[Tensor, Tensor]:
         """What token_nll returns, for one chunk whose logits exist at the same time."""
         z_BTV = x_BTD @ head_VD.T
@@ -2909,28 +2916,32 @@ class GPT(nn.Module):
             z_BTV = z_BTV + self.head.adapter(x_BTD)
         z_NV, target_N = z_BTV.flatten(0, 1), target_BT.flatten()
         nll_N = recorded_N = self.nll(z_NV, target_N, None, self.cap)[0]
-        if mixed is not None:
-            recorded_N = self.mixed_nll(z_NV, target_N, nll_N, mixed)
+        if mixer_inputs is not None:
+            recorded_N = self.mixed_nll(z_NV, target_N, nll_N, mixer_inputs)
         if self.normalization_check is not None:
-            self.normalization_check(z_NV, target_N, recorded_N, mixed)
+            self.normalization_check(z_NV, target_N, recorded_N, mixer_inputs)
         return nll_N.view(target_BT.shape), recorded_N.view(target_BT.shape)
 
     def mixed_nll(
-        self, z_NV: Tensor, target_N: Tensor, nll_N: Tensor, mixed: MixerInputs
+        self, z_NV: Tensor, target_N: Tensor, nll_N: Tensor, mixer_inputs: MixerInputs
     ) -> Tensor:
         """The mixer's nll of the targets that are recorded, the softmax's of the others."""
-        keep_N, context_NK = mixed.keep_BT.flatten(), mixed.context_BTK.flatten(0, 1)
+        keep_N, context_NK = mixer_inputs.keep_BT.flatten(), mixer_inputs.context_BTK.flatten(0, 1)
         logits_NV = softcap_logits(z_NV[keep_N], self.cap)[0]
         recorded_N = nll_N.detach().clone()
-        recorded_N[keep_N] = mixed.mixer.nll(logits_NV, context_NK[keep_N], target_N[keep_N])
+        recorded_N[keep_N] = mixer_inputs.mixer.nll(logits_NV, context_NK[keep_N], target_N[keep_N])
         return recorded_N
 
     @torch.no_grad()
     def eval_nll(
-        self, ids_BT: Tensor, target_BT: Tensor, first: int = 0, mixed: MixerInputs | None = None
+        self,
+        ids_BT: Tensor,
+        target_BT: Tensor,
+        first: int = 0,
+        mixer_inputs: MixerInputs | None = None,
     ) -> Tensor:
         """The nll to record (B, T - first) of token_nll, without gradients."""
-        return self.token_nll(ids_BT, target_BT, first, mixed=mixed)[1]
+        return self.token_nll(ids_BT, target_BT, first, mixer_inputs=mixer_inputs)[1]
 
 
 class ParamRole(NamedTuple):
@@ -3323,9 +3334,9 @@ class Muon:
         for stack, pair in zip(self.stacks, updates, strict=True):
             update_LOI, (rows, columns) = wait_for(*pair)[: len(stack)], stack[0].shape
             # Entries of a tall orthogonal matrix are smaller; this keeps the update's RMS equal.
-            scale = -lr * max(1.0, rows / columns) ** 0.5
+            update_factor = -lr * max(1.0, rows / columns) ** 0.5
             torch._foreach_mul_(stack, 1 - lr * weight_decay)
-            torch._foreach_add_(stack, list(update_LOI.float()), alpha=scale)
+            torch._foreach_add_(stack, list(update_LOI.float()), alpha=update_factor)
         self.pending = []
 
     def gather(self, shard_LOI: Tensor) -> tuple[Tensor, Any]:
@@ -3540,16 +3551,16 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         trainer.enter_stage(stage)
         loss = trainer.step(loader.batch(trainer.progress.tokens, stage)).item()
         now_s = time.perf_counter()
-        votes = StepVotes(
+        flags = StepFlags(
             checkpoint_due=0 < cfg.checkpoint_every_seconds <= now_s - saved_s,
             interrupted=run.signal_received,
             bad_loss=not math.isfinite(loss),
         )
-        votes, clock_s = sync_step_state(trainer, votes, now_s - clock_s), now_s
+        flags, clock_s = sync_step_state(trainer, flags, now_s - clock_s), now_s
         step, is_over = trainer.progress.step, trainer.progress.is_over(cfg)
         has_time_to_save = not trainer.progress.is_over(cfg, save_s)
-        saves = (votes.checkpoint_due and has_time_to_save) or votes.interrupted or is_over
-        check_finite(trainer, loss, previous_loss, bad_loss=votes.bad_loss, check_weights=saves)
+        saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
+        check_finite(trainer, loss, previous_loss, bad_loss=flags.bad_loss, check_weights=saves)
         previous_loss = loss
         if step % cfg.train_log_every == 0 or step <= resumed_step + FIRST_LOGGED_STEPS or is_over:
             log_step(trainer, loss, scale)
@@ -3559,10 +3570,10 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
             run.run_on_rank0(functools.partial(save_checkpoint, trainer))
             saved_s = time.perf_counter()
             if not is_over:  # saving counts as training time
-                sync_step_state(trainer, StepVotes(), saved_s - clock_s)
+                sync_step_state(trainer, StepFlags(), saved_s - clock_s)
                 clock_s, save_s = saved_s, trainer.progress.train_s - before_s
-        if votes.interrupted and not is_over:
-            raise Interrupted(f"stopped by a signal after step {step}; start again to go on")
+        if flags.interrupted and not is_over:
+            raise Interrupted(f"stopped by a signal after step {step}; restart to resume")
         if cfg.val_loss_every and step % cfg.val_loss_every == 0 and not is_over:
             validate_and_log(trainer, validate)
             clock_s = time.perf_counter()  # validation does not count as training time
@@ -3571,7 +3582,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
 FIRST_LOGGED_STEPS = 5  # steps after the start or a resumption that are always logged
 
 
-class StepVotes(NamedTuple):
+class StepFlags(NamedTuple):
     """Conditions of a step that hold for all ranks if they hold on any of them."""
 
     checkpoint_due: bool = False
@@ -3579,17 +3590,17 @@ class StepVotes(NamedTuple):
     bad_loss: bool = False  # the loss is not finite
 
 
-def sync_step_state(trainer: Trainer, votes: StepVotes, elapsed_s: float) -> StepVotes:
-    """Advance the training clock by the slowest rank's `elapsed_s`; returns all ranks' votes.
+def sync_step_state(trainer: Trainer, flags: StepFlags, elapsed_s: float) -> StepFlags:
+    """Advance the training clock by the slowest rank's `elapsed_s`; returns all ranks' flags.
 
     The clock determines the learning rate, so it must be the same on all ranks.
     """
     run, progress = trainer.run, trainer.progress
-    values = [progress.train_s + elapsed_s, *map(float, votes)]
+    values = [progress.train_s + elapsed_s, *map(float, flags)]
     reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64, device=run.device))
-    train_s, *flags = reduced.tolist()
+    train_s, *any_rank = reduced.tolist()
     trainer.progress = progress._replace(train_s=train_s)
-    return StepVotes(*map(bool, flags))
+    return StepFlags(*map(bool, any_rank))
 
 
 def check_finite(
@@ -3746,7 +3757,7 @@ class Trainer:
     def __init__(self, run: Run, model: GPT):
         self.run, self.model, self.params = run, model, list(model.parameters())
         self.adam, self.muon = make_optimizers(model, run)
-        self.replicated = [p for group in self.adam.param_groups for p in group["params"]]
+        self.adam_params = [p for group in self.adam.param_groups for p in group["params"]]
         self.averager = WeightAverager(run.cfg, self.params)
         self.progress, self.current_stage = Progress(), train_stages(run.cfg)[0]
         self.run_token = os.urandom(16).hex()  # marks the checkpoints that this run has written
@@ -3797,13 +3808,13 @@ class Trainer:
         Muon's part of it is sharded over the ranks, AdamW's is replicated. Note that
         openai/parameter-golf#2135 clips each rank's gradient before averaging.
         """
-        sharded, max_norm = self.muon.reduced_gradients(), self.run.cfg.grad_clip_norm
-        replicated = [param.grad for param in self.replicated if param.grad is not None]
-        sharded_sq = torch.stack([grad.square().sum() for grad in sharded]).sum()
-        replicated_sq = torch.stack([grad.square().sum() for grad in replicated]).sum()
-        norm = (self.run.all_reduce_sum(sharded_sq) + replicated_sq).sqrt()
+        muon_grads, max_norm = self.muon.reduced_gradients(), self.run.cfg.grad_clip_norm
+        adam_grads = [param.grad for param in self.adam_params if param.grad is not None]
+        muon_sq = torch.stack([grad.square().sum() for grad in muon_grads]).sum()
+        adam_sq = torch.stack([grad.square().sum() for grad in adam_grads]).sum()
+        norm = (self.run.all_reduce_sum(muon_sq) + adam_sq).sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([*sharded, *replicated], factor)
+        torch._foreach_mul_([*muon_grads, *adam_grads], factor)
 
     def step(self, window_BT: Tensor) -> Tensor:
         """One optimizer step on this rank's windows (rows, T + 1); returns the mean loss of all."""
@@ -3811,7 +3822,7 @@ class Trainer:
         loss = self.accumulate_gradients(window_BT)
         self.muon.start_reduce()
         if self.run.world_size > 1:  # average the loss and the gradients that AdamW uses
-            flat = all_reduce_gradients(self.run, loss, self.replicated)
+            flat = all_reduce_gradients(self.run, loss, self.adam_params)
             loss = flat.div_(self.run.world_size)[0]
         if cfg.grad_clip_norm:
             self.clip_gradients()
@@ -3829,7 +3840,7 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the training state by name; the tensors themselves, not copies."""
         tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
-        for i, param in enumerate(self.replicated):
+        for i, param in enumerate(self.adam_params):
             for key, tensor in self.adam.state[param].items():
                 tensors[f"adam/{i}/{key}"] = tensor
         for i, (buffer, stack) in enumerate(zip(self.muon.buffers, self.muon.stacks, strict=True)):
@@ -3849,7 +3860,7 @@ class Trainer:
         """Compile everything: run WARMUP_STEPS of each stage on random tokens, then undo them."""
         cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        uses_cu_seqlens = cfg.isolate_documents and self.model.prepare is flash_cu_seqlens
+        uses_cu_seqlens = cfg.isolate_documents and self.model.prepare_mask is flash_cu_seqlens
         for stage in train_stages(cfg) if cfg.warmup_steps else []:
             self.enter_stage(stage)
             rows = stage.batch_tokens // stage.seq_len // self.run.world_size
@@ -3920,7 +3931,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     The run's older checkpoints are removed afterwards; what others put there stays.
     """
     run, progress = trainer.run, trainer.progress
-    if not run.is_main:
+    if not run.is_rank0:
         return
     final = checkpoint_root(run) / f"step_{progress.step:09d}"
     if final.exists() and run_token_of(final) == trainer.run_token:
@@ -4177,18 +4188,18 @@ class Quantized(NamedTuple):
 
     bits: int  # PLAIN_BITS: no codes
     values: np.ndarray  # int8 or int16 codes, or float16 values; in the tensor's shape
-    scales: np.ndarray | None  # of each row: float16, or float32 entries of SCALES
-    columns: np.ndarray | None = None  # scale of each column, in the same format
+    row_scales: np.ndarray | None  # float16, or float32 entries of SCALES
+    column_scales: np.ndarray | None = None  # in the same format
     trellis: bool = False  # the codes are those of the trellis-coded grid
 
     def dequantized(self) -> Tensor:
         """The float32 tensor that a reader of the artifact gets."""
-        if self.scales is None:
+        if self.row_scales is None:
             return torch.tensor(self.values).float()
         levels = trellis_levels(self.values) / 2 if self.trellis else self.values
-        scale_OI = self.scales[:, None] * np.float32(1)
-        if self.columns is not None:
-            scale_OI = scale_OI * self.columns
+        scale_OI = self.row_scales[:, None] * np.float32(1)
+        if self.column_scales is not None:
+            scale_OI = scale_OI * self.column_scales
         weight_OI = levels.reshape(len(scale_OI), -1) * scale_OI
         return torch.tensor(weight_OI).float().view(levels.shape)
 
@@ -4362,7 +4373,7 @@ class MatrixGroup(NamedTuple):
 
     names: list[str]
     weight_LOI: Tensor
-    factor: HessianFactor | None  # None: round to nearest
+    hessian_factor: HessianFactor | None  # None: round to nearest
     row_scale_LO: Tensor
     column_scale_LI: Tensor  # ones unless ROW_STEPS=solved
     bits: int
@@ -4388,7 +4399,7 @@ def group_matrices(
             factor = factor_hessians(torch.stack([hessians[name].inputs_II for name in names]))
         if cfg.solves_scales and factor is not None:
             outputs_LO = torch.stack([hessians[name].outputs_O for name in names])
-            row_LO, column_LI = optimal_scales(outputs_LO, factor.std_LI)
+            row_LO, column_LI = optimal_scales(outputs_LO, factor.upper_diagonal_LI)
         else:
             row_LO = torch.stack(
                 [
@@ -4431,18 +4442,18 @@ def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
 ROW_DAMPING, MAX_COLUMN_RATIO = 0.1, 16  # for rows and columns that calibration rarely reaches
 
 
-def optimal_scales(outputs_LO: Tensor, column_std_LI: Tensor) -> tuple[Tensor, Tensor]:
+def optimal_scales(outputs_LO: Tensor, upper_diagonal_LI: Tensor) -> tuple[Tensor, Tensor]:
     """Relative scales of rows and columns that equalize the marginal loss per bit.
 
-    A rounding error in column j costs about outputs_O[o] * (scale / U_jj)^2 / 24 per weight
-    (column_std_LI is U_jj of factor_hessians), and one more bit saves three quarters of that. By
-    reverse water-filling all costs must be equal, which scales U_jj / sqrt(outputs_O[o]) achieve.
+    A rounding error in column j costs about outputs_O[o] * (scale / U_jj)^2 / 24 per weight, with
+    U_jj from factor_hessians. One more bit halves the scale and removes 3/4 of that cost, so that
+    all costs are equal at the optimum (reverse water-filling): scales U_jj / sqrt(outputs_O[o]).
     """
     rows, columns = [], []
-    for outputs_O, std_I in zip(outputs_LO, column_std_LI, strict=True):
-        mean, geometric_mean = outputs_O.mean().clamp_min(1e-30), std_I.log().mean().exp()
+    for outputs_O, diagonal_I in zip(outputs_LO, upper_diagonal_LI, strict=True):
+        mean, geometric_mean = outputs_O.mean().clamp_min(1e-30), diagonal_I.log().mean().exp()
         rows.append((outputs_O / mean + ROW_DAMPING).rsqrt() * mean.rsqrt() * geometric_mean)
-        columns.append((std_I / geometric_mean).clamp(1 / MAX_COLUMN_RATIO, MAX_COLUMN_RATIO))
+        columns.append((diagonal_I / geometric_mean).clamp(1 / MAX_COLUMN_RATIO, MAX_COLUMN_RATIO))
     return torch.stack(rows), torch.stack(columns)
 
 
@@ -4515,7 +4526,7 @@ def estimated_bits(groups: Sequence[MatrixGroup], scale_factor: float) -> float:
 
 def code_statistics(tensors: Mapping[str, Quantized]) -> dict[str, float]:
     """The number of codes, and their entropy in bits per code with a table for each tensor."""
-    codes = [tensor.values for tensor in tensors.values() if tensor.scales is not None]
+    codes = [tensor.values for tensor in tensors.values() if tensor.row_scales is not None]
     bits = 0.0
     for values in codes:
         counts = np.unique(values, return_counts=True)[1]
@@ -4539,7 +4550,7 @@ def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict
     if solved:  # a column with a few huge weights gets a coarser scale instead of clipped codes
         smallest_LI = largest_LI / (CLIP_HEADROOM * qmax)
         column_LI = round_scales(cfg, torch.maximum(column_LI, smallest_LI))
-    trellis = cfg.quant_grid == "trellis" and group.factor is not None
+    trellis = cfg.quant_grid == "trellis" and group.hessian_factor is not None
     if trellis:
         std_LI = (group.column_std_LI / scale_factor).clamp_min(MIN_COLUMN_STD)
         largest_code = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
@@ -4547,11 +4558,11 @@ def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict
         rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, rate_lambda=RATE_LAMBDA)
     else:
         rounding = functools.partial(round_uniform, qmax=qmax)
-    if group.factor is None:
+    if group.hessian_factor is None:
         scale_LOI = row_LO[:, :, None] * column_LI[:, None]
         codes_LOI, _ = rounding(group.weight_LOI / scale_LOI, column_LI)
     else:
-        codes_LOI = gptq(group.weight_LOI, group.factor, row_LO, column_LI, rounding)
+        codes_LOI = gptq(group.weight_LOI, group.hessian_factor, row_LO, column_LI, rounding)
     scale_type = np.float32 if cfg.compressor == "ans" else np.float16
     rows, columns = (x.cpu().numpy().astype(scale_type) for x in (row_LO, column_LI))
     codes = codes_LOI.cpu().numpy().astype(np.int16 if solved else np.int8)
@@ -4571,7 +4582,8 @@ class HessianFactor(NamedTuple):
     order_LI: Tensor  # int64: columns by descending diagonal
     upper_LII: Tensor  # U; rows and columns in that order
     alive_LI: Tensor  # bool, in the weight's order: False where the input was always zero
-    std_LI: Tensor  # U_jj in the weight's order: an error e in column j costs (e / U_jj)^2
+    # U_jj in the weight's order: an error e in column j costs (e / U_jj)^2.
+    upper_diagonal_LI: Tensor
 
 
 def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
@@ -4589,8 +4601,8 @@ def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
     ordered_LII = ordered_LII.take_along_dim(order_LI[:, None], 2)
     inverse_LII = torch.cholesky_inverse(torch.linalg.cholesky(ordered_LII))
     upper_LII = torch.linalg.cholesky(inverse_LII, upper=True)
-    std_LI = upper_LII.diagonal(dim1=1, dim2=2).gather(1, order_LI.argsort(dim=1))
-    return HessianFactor(order_LI, upper_LII, alive_LI, std_LI)
+    upper_diagonal_LI = upper_LII.diagonal(dim1=1, dim2=2).gather(1, order_LI.argsort(dim=1))
+    return HessianFactor(order_LI, upper_LII, alive_LI, upper_diagonal_LI)
 
 
 def gptq(
@@ -4807,9 +4819,9 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
         "streams": [[key, len(stream)] for key, stream in streams.items()],
     }
-    head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head))
-    body = b"".join([prefix, head, *streams.values()])
+    packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed_header))
+    body = b"".join([prefix, packed_header, *streams.values()])
     return body + hashlib.sha256(body).digest()
 
 
@@ -4854,7 +4866,7 @@ def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
         f"{len(payload)} bytes are too few for an artifact",
     )
     body, checksum = payload[:-CHECKSUM_BYTES], payload[-CHECKSUM_BYTES:]
-    magic, version, head_bytes = ARTIFACT_PREFIX.unpack_from(body)
+    magic, version, header_bytes = ARTIFACT_PREFIX.unpack_from(body)
     require(
         magic == ARTIFACT_MAGIC, f"it begins with {magic!r}, an artifact with {ARTIFACT_MAGIC!r}"
     )
@@ -4866,9 +4878,9 @@ def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
         version == ARTIFACT_VERSION,
         f"format version {version}; this script reads {ARTIFACT_VERSION}",
     )
-    head = body[ARTIFACT_PREFIX.size :][:head_bytes]
-    header = json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES))
-    return header, body[ARTIFACT_PREFIX.size + head_bytes :]
+    packed_header = body[ARTIFACT_PREFIX.size :][:header_bytes]
+    header = json.loads(zlib.decompressobj().decompress(packed_header, MAX_HEADER_BYTES))
+    return header, body[ARTIFACT_PREFIX.size + header_bytes :]
 
 
 def decode_tensors(
@@ -4947,15 +4959,15 @@ COLUMN_SCALES, TRELLIS_GRID, INT16_CODES, INDEXED_SCALES = 1, 2, 4, 8
 
 def storage_spec(tensor: Quantized) -> list[int]:
     """How the header describes a tensor: bits, number of row scales (0: plain fp16), flags."""
-    if tensor.scales is None:
+    if tensor.row_scales is None:
         return [PLAIN_BITS, 0, 0]
     flags = (
-        COLUMN_SCALES * (tensor.columns is not None)
+        COLUMN_SCALES * (tensor.column_scales is not None)
         + TRELLIS_GRID * tensor.trellis
         + INT16_CODES * (tensor.values.itemsize == 2)
-        + INDEXED_SCALES * (tensor.scales.itemsize == 4)
+        + INDEXED_SCALES * (tensor.row_scales.itemsize == 4)
     )
-    return [tensor.bits, len(tensor.scales), flags]
+    return [tensor.bits, len(tensor.row_scales), flags]
 
 
 def empty_tensor(name: str, spec: Sequence[int], shape: Sequence[int], coder: str) -> Quantized:
@@ -4998,12 +5010,12 @@ def stream_slots(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]
     """
     slots: dict[str, list[tuple[int, str]]] = {"half": [], "codes": [], "steps": []}
     for i, tensor in enumerate(stored):
-        if tensor.scales is None:
+        if tensor.row_scales is None:
             slots["half"].append((i, "values"))
             continue
-        scale_slots = slots["half" if tensor.scales.itemsize == 2 else "steps"]
+        scale_slots = slots["half" if tensor.row_scales.itemsize == 2 else "steps"]
         scale_slots.append((i, "scales"))
-        if tensor.columns is not None:
+        if tensor.column_scales is not None:
             scale_slots.append((i, "columns"))
         slots["codes"].append((i, "values"))
     return {kind: arrays for kind, arrays in slots.items() if arrays}
@@ -5164,12 +5176,12 @@ def code_grids(stored: Sequence[Quantized]) -> list[CodeGrid]:
     """The grids of the coded tensors of a group."""
     grids = []
     for tensor in stored:
-        if tensor.scales is None:
+        if tensor.row_scales is None:
             continue
-        rows = len(tensor.values if tensor.trellis else tensor.scales)
+        rows = len(tensor.values if tensor.trellis else tensor.row_scales)
         log_scale_I: np.ndarray | int = 0
-        if tensor.columns is not None:
-            log_scale_I = MAX_SCALE_INDEX - SCALES.searchsorted(tensor.columns)
+        if tensor.column_scales is not None:
+            log_scale_I = MAX_SCALE_INDEX - SCALES.searchsorted(tensor.column_scales)
         grids.append(CodeGrid(rows, tensor.values.size // rows, tensor.trellis, log_scale_I))
     return grids
 
@@ -5615,6 +5627,11 @@ class EvalStep(NamedTuple):
     text: Span = (0, 0)  # train, update_ngrams: the targets that all ranks together learn from
 
     @property
+    def is_collective(self) -> bool:
+        """Whether all ranks run the step together or not at all: it has collectives."""
+        return self.text[1] > 0
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and positions of the padded batch."""
         return len(self.windows), max([self.width, *(w.end - w.start for w in self.windows)])
@@ -5662,12 +5679,14 @@ class EvalPlanner:
             step._replace(windows=local_windows[i : i + rows]) for i in range(0, max_windows, rows)
         ]
 
-    def score(self, num_targets: int, stride: int) -> list[EvalStep]:
+    def plan_scoring(self, num_targets: int, stride: int) -> list[EvalStep]:
         """A pass without adaptation, by windows of `stride`."""
         windows = plan_windows(num_targets, self.seq_len, stride)
         return self.split_over_ranks(EvalStep("score"), windows)
 
-    def train(self, span: Span, chunk: int, num_chunks: int, resets: bool) -> list[EvalStep]:
+    def plan_training(
+        self, span: Span, chunk: int, num_chunks: int, resets: bool
+    ) -> list[EvalStep]:
         """One epoch over the targets of `span`, chunk `chunk` of `num_chunks`, in full rows."""
         (first, stop), last = span, max(1, num_chunks - 1)
         rows = [Window(s, min(s + self.seq_len, stop), s) for s in range(first, stop, self.seq_len)]
@@ -5675,17 +5694,17 @@ class EvalPlanner:
         steps = self.split_over_ranks(step, rows)
         return [steps[0]._replace(resets=resets), *steps[1:]]
 
-    def epochs(self, stop: int) -> list[EvalStep]:
+    def plan_global_phase(self, stop: int) -> list[EvalStep]:
         """A global phase: TTT_EPOCHS of weight training on all text before `stop`, by chunks."""
         chunks = [*range(0, stop, self.cfg.ttt_chunk_tokens), stop]
         spans = [*itertools.pairwise(chunks)] * self.cfg.ttt_epochs
         return [
             step
             for i, span in enumerate(spans)
-            for step in self.train(span, i, len(spans), resets=i == 0)
+            for step in self.plan_training(span, i, len(spans), resets=i == 0)
         ]
 
-    def chunks(self, num_targets: int) -> list[EvalStep]:
+    def plan_chunks(self, num_targets: int) -> list[EvalStep]:
         """Score each chunk with sliding windows, then train the weights on it, but for the last.
 
         Score-first training by chunks is from openai/parameter-golf#461 and #1413.
@@ -5702,12 +5721,12 @@ class EvalPlanner:
             if chunk == last_chunk:
                 break
             for epoch in range(num_epochs):
-                steps += self.train(span, chunk, last_chunk + 1, resets=chunk == epoch == 0)
+                steps += self.plan_training(span, chunk, last_chunk + 1, resets=chunk == epoch == 0)
             if cfg.needs_mixer:
                 steps.append(EvalStep("update_ngrams", text=span))
         return steps
 
-    def documents(self, bounds: Sequence[int]) -> list[EvalStep]:
+    def plan_documents(self, bounds: Sequence[int]) -> list[EvalStep]:
         """Score each document in chunks and train its adapter on each chunk but the last.
 
         After the numbers of documents in TTT_PHASES, all weights are trained on all text scored so
@@ -5724,8 +5743,10 @@ class EvalPlanner:
             ends = enumerate(documents, start=1)
             group_ends |= {n for n, (first, stop) in ends if stop // K > first // K}
         for first, last in itertools.pairwise(sorted(group_ends)):
-            by_rank = self.batches(documents[first:last])
-            rank_steps = [step for batch in by_rank[self.rank] for step in self.batch(batch)]
+            by_rank = self.batches_by_rank(documents[first:last])
+            rank_steps = [
+                step for batch in by_rank[self.rank] for step in self.plan_document_batch(batch)
+            ]
             # A batch has as many steps as its longest document, the first one, has chunks.
             max_steps = max(
                 sum(len(self.chunk_bounds(*batch[0])) for batch in batches) for batches in by_rank
@@ -5734,14 +5755,14 @@ class EvalPlanner:
             if self.cfg.needs_mixer and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
-                steps += self.epochs(bounds[last])
+                steps += self.plan_global_phase(bounds[last])
         return steps
 
     def chunk_bounds(self, first: int, stop: int) -> list[Span]:
         """The chunks of a document, of TTT_CHUNK_SIZE targets each but the last."""
         return [*itertools.pairwise([*range(first, stop, self.cfg.ttt_chunk_size), stop])]
 
-    def batches(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
+    def batches_by_rank(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
         """Batches of documents for each rank, the longest document of a batch first.
 
         Documents are independent, so that their order is free: similar lengths go together. With
@@ -5762,7 +5783,7 @@ class EvalPlanner:
             load[rank] += 16 * (batch[0][1] - batch[0][0]) + sum(b - a for a, b in batch)
         return by_rank
 
-    def batch(self, documents: Sequence[Span]) -> list[EvalStep]:
+    def plan_document_batch(self, documents: Sequence[Span]) -> list[EvalStep]:
         """Steps over the chunks of some documents side by side, the longest document first.
 
         TTT_CONTEXT decides what a chunk reads: `window`, up to EVAL_SEQ_LEN tokens of its document;
@@ -5812,10 +5833,12 @@ def plan_adaptive(planner: EvalPlanner, ids: np.ndarray) -> list[EvalStep]:
     """The steps of the adaptive pass of TTT_METHOD."""
     num_targets = len(ids) - 1
     if planner.cfg.ttt_method == "lora":
-        return planner.documents(document_bounds(ids))
+        return planner.plan_documents(document_bounds(ids))
     if planner.cfg.ttt_method == "pretrain":
-        return planner.epochs(num_targets) + planner.score(num_targets, planner.stride)
-    return planner.chunks(num_targets)
+        return planner.plan_global_phase(num_targets) + planner.plan_scoring(
+            num_targets, planner.stride
+        )
+    return planner.plan_chunks(num_targets)
 
 
 # --- 10. Scoring ---------------------------------------------------------------------------------
@@ -5919,7 +5942,7 @@ class Scorer:
 
 
 class PassAbandoned(RuntimeError):
-    """A pass does not fit into the time left; the message says what it needs."""
+    """A pass was skipped, stopped, or complete too late; the message says why."""
 
 
 def max_over_ranks(run: Run, value: float) -> float:
@@ -6007,7 +6030,7 @@ class EvalBudget:
         # A pass may be slow for a while: it is hopeless if it does not fit at the lower pace.
         if high and (low * rest_s > SAFETY_FACTOR * left_s or high * scoring_s > left_s):
             self.needed_s = max(self.needed_s, elapsed_s + high * rest_s)
-        if step.text[1]:  # all ranks run it together or not at all
+        if step.is_collective:
             self.needed_s = max_over_ranks(self.run, self.needed_s)
         if self.needed_s:
             self.step_work = 0.0
@@ -6032,8 +6055,8 @@ class Batch(NamedTuple):
 
     ids_BT: Tensor
     target_BT: Tensor
-    first: int  # the first scored position of any row
-    mixed: MixerInputs | None
+    first_column: int  # the first scored position of any row
+    mixer_inputs: MixerInputs | None
     weight_BT: Tensor  # of scored targets in training, 0 elsewhere
 
 
@@ -6080,7 +6103,7 @@ class EvalRunner:
             if planned.action == "train" and planned.resets:
                 self.weights = None  # on every rank, also if this step is dropped
             actions[step.action](step)
-            if step.text[1]:
+            if step.is_collective:
                 self.scorer.updates.append(
                     StateUpdate(step_index, step.text, self.all_targets, True)
                 )
@@ -6091,7 +6114,7 @@ class EvalRunner:
 
     def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
         """The windows as tensors of `rows` x `seq_len`."""
-        device, (ids, target_bytes, _), mixed = self.run.device, self.validation, None
+        device, (ids, target_bytes, _), mixer_inputs = self.run.device, self.validation, None
         padded = [*windows, *[Window(0, -1, seq_len)] * (rows - len(windows))]
         start_B1, end_B1, first_B1 = np.array(padded).T[..., None]
         position_BT = start_B1 + np.arange(seq_len + 1)
@@ -6103,7 +6126,7 @@ class EvalRunner:
         if self.mixer is not None:  # the last tokens up to each input, zeros before the text
             past_BTK = position_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
             context_BTK = np.where(past_BTK < 0, 0, ids.take(past_BTK, mode="clip"))
-            mixed = MixerInputs(
+            mixer_inputs = MixerInputs(
                 self.mixer,
                 torch.tensor(context_BTK, dtype=torch.int64, device=device),
                 torch.tensor(keep_BT, device=device),
@@ -6113,7 +6136,7 @@ class EvalRunner:
             text_BT[:, :-1],
             text_BT[:, 1:],
             int((first_B1 - start_B1).min()),
-            mixed,
+            mixer_inputs,
             torch.tensor(weight_BT, device=device),
         )
 
@@ -6128,7 +6151,7 @@ class EvalRunner:
         if step.windows:
             batch = self.batch(step.windows, self.rows, self.seq_len)
             with self.weights.scoring() if self.weights else contextlib.nullcontext():
-                self.record(step.windows, self.model.eval_nll(*batch[:4]), batch.first)
+                self.record(step.windows, self.model.eval_nll(*batch[:4]), batch.first_column)
 
     def train(self, step: EvalStep) -> None:
         """Train the weights on the targets of all ranks' windows."""
@@ -6143,18 +6166,23 @@ class EvalRunner:
         """Score the next chunk of each document, then train its adapter on it."""
         updates, step_index = self.scorer.updates, self.scorer.step_index
         if self.adapters is None or step.resets:
-            starts = self.adapters.starts if self.adapters else []
+            initial_a = self.adapters.initial_a if self.adapters else []
             if self.adapters and self.run.cfg.ttt_warm_start_a:
-                starts, reads = self.adapters.mean(), (min(self.extents)[0], max(self.extents)[1])
+                initial_a, reads = (
+                    self.adapters.take_mean_a(),
+                    (min(self.extents)[0], max(self.extents)[1]),
+                )
                 updates.append(StateUpdate(step_index - 1, reads, self.all_targets, False))
             self.extents = [
                 (w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
                 for w in step.windows
             ]
-            self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), starts)
+            self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), initial_a)
             self.weights = None  # new adapters turn off the gradients of the weights
         batch = self.batch(step.windows, *step.shape)
-        self.record(step.windows, self.adapters.step(batch, step.num_learning_rows), batch.first)
+        self.record(
+            step.windows, self.adapters.step(batch, step.num_learning_rows), batch.first_column
+        )
         updates += [
             StateUpdate(step_index, (window.first, window.end), extent, False)
             for window, extent in zip(
@@ -6205,13 +6233,15 @@ def measure_scoring(
     run: Run, model: GPT, shape: tuple[int, int], first: int, *, adaptive: bool
 ) -> float:
     """Seconds of scoring zeros of a shape from position `first` on, without compilation."""
-    cfg, (rows, length), mixed, trainer = run.cfg, shape, None, None
+    cfg, (rows, length), mixer_inputs, trainer = run.cfg, shape, None, None
     ids_BT = torch.zeros(rows, length, dtype=torch.int64, device=run.device)
     if adaptive and cfg.needs_mixer:
         mixer = Mixer(run)
         keep_BT = (torch.arange(length, device=run.device) >= first).expand(rows, -1)
-        mixed = MixerInputs(mixer, ids_BT[..., None].expand(-1, -1, mixer.num_context), keep_BT)
-    batch = Batch(ids_BT, ids_BT, first, mixed, ids_BT.float())
+        mixer_inputs = MixerInputs(
+            mixer, ids_BT[..., None].expand(-1, -1, mixer.num_context), keep_BT
+        )
+    batch = Batch(ids_BT, ids_BT, first, mixer_inputs, ids_BT.float())
     if adaptive and cfg.ttt_method == "lora":
         trainer = AdapterTrainer(run, model, rows)
         if trainer.past is not None:
@@ -6306,7 +6336,7 @@ def plan_pass(
     while True:
         planner = EvalPlanner(cfg, run.rank, run.world_size)
         stride = planner.stride if kind == "sliding" else cfg.score_seq_len
-        steps = planner.score(validation.num_targets, stride)
+        steps = planner.plan_scoring(validation.num_targets, stride)
         if adaptive:
             steps = plan_adaptive(planner, validation.ids)
         if kind == "quantized" or limit.end_s == math.inf:
@@ -6334,14 +6364,15 @@ def evaluate(
     adaptive: bool = False,
     learns: bool = True,
 ) -> Score:
-    """Score every target once, without a time limit: with windows of `stride`, or adaptively.
+    """Score every target once, with windows of `stride`, or adaptively.
 
+    Without a time limit, for validation during training and for audits; see run_pass for scores.
     The adaptive pass restores the model afterwards; with learns=False it trains nothing.
     """
     model.schedule = model.schedules[-1]
     planner = EvalPlanner(run.cfg, run.rank, run.world_size)
     if not adaptive:
-        plan = planner.score(validation.num_targets, stride)
+        plan = planner.plan_scoring(validation.num_targets, stride)
         return EvalRunner(run, model, validation, plan).run_steps()
     plan = plan_adaptive(planner, validation.ids)
     if not learns:
@@ -6350,7 +6381,7 @@ def evaluate(
         return EvalRunner(run, model, validation, plan, adaptive=True).run_steps()
 
 
-def evaluate_in_time(
+def run_pass(
     run: Run, model: GPT, validation: Validation, kind: str, limit: TimeLimit
 ) -> tuple[Score, EvalBudget, dict[str, Any]]:
     """Plan and run a pass: its score, its budget, and what to log with the score.
@@ -6387,7 +6418,7 @@ def evaluate_and_log(
     """
     limit = limit or TimeLimit()
     with run.stage(f"evaluate_{kind}", "other" if kind == "prequant" else "evaluation"):
-        score, budget, marks = evaluate_in_time(run, model, validation, kind, limit)
+        score, budget, marks = run_pass(run, model, validation, kind, limit)
     if not math.isfinite(score.nats):
         raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
     if score.problems and not run.cfg.allow_noncompliant:
@@ -6567,13 +6598,13 @@ class AdapterTrainer:
     The weights of the model do not change.
     """
 
-    def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
+    def __init__(self, run: Run, model: GPT, rows: int = 1, initial_a: Sequence[Tensor] = ()):
         self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
         modules = [lora_modules(model, index) for index in range(len(model.schedule))]
         sizes = [lora_sizes(module) for module in itertools.chain(*modules)]
         # Every document starts with the same A, so that their order does not matter; B is zero.
-        self.starts = [*starts] or [
+        self.initial_a = [*initial_a] or [
             ((2 * torch.rand(cfg.ttt_lora_rank, width, generator=generator) - 1) * width**-0.5).to(
                 run.device
             )
@@ -6581,12 +6612,13 @@ class AdapterTrainer:
         ]
         self.adapters = [
             BatchedLoRA(start_RI, rows, num_outputs, cfg.ttt_lora_alpha)
-            for start_RI, (_, num_outputs) in zip(self.starts, sizes, strict=True)
+            for start_RI, (_, num_outputs) in zip(self.initial_a, sizes, strict=True)
         ]
         # Two calls of the same block have adapters of their own.
         adapters = iter(self.adapters)
-        self.visits = [[(module, next(adapters)) for module in row] for row in modules]
-        self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
+        # The (module, adapter) pairs of each layer call.
+        self.call_adapters = [[(module, next(adapters)) for module in row] for row in modules]
+        self.finished_a_sums = [torch.zeros_like(start_RI) for start_RI in self.initial_a]
         self.params = [param for adapter in self.adapters for param in adapter.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.params,
@@ -6601,11 +6633,11 @@ class AdapterTrainer:
             else None
         )
         model.requires_grad_(False)
-        model.set_adapters(self.visits)
+        model.set_adapters(self.call_adapters)
 
     def drop_finished_rows(self, rows: int) -> None:
         """Keep the first rows of adapters and optimizer; the other documents have ended."""
-        for adapter, sum_RI in zip(self.adapters, self.sums, strict=True):
+        for adapter, sum_RI in zip(self.adapters, self.finished_a_sums, strict=True):
             sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
         for param in self.params:
             param.data = param.data[:rows].clone()
@@ -6613,28 +6645,30 @@ class AdapterTrainer:
             state.update({k: x[:rows].clone() for k, x in state.items() if x.dim() == 3})
         self.rows = rows
 
-    def mean(self) -> list[Tensor]:
-        """The mean A of all documents of the batch, all of which have ended."""
+    def take_mean_a(self) -> list[Tensor]:
+        """Drop all adapters; returns the mean A of the documents of the batch, which have ended."""
         self.drop_finished_rows(0)
-        return [sum_RI / self.num_documents for sum_RI in self.sums]
+        return [sum_RI / self.num_documents for sum_RI in self.finished_a_sums]
 
-    def step(self, batch: Batch, learns: int) -> Tensor:
+    def step(self, batch: Batch, num_learning_rows: int) -> Tensor:
         """Nats of the batch before any update (B, T - first), then train the first rows."""
-        if len(batch.ids_BT) <= 0.75 * self.rows:  # a copy of all has to pay
+        if (
+            len(batch.ids_BT) <= 0.75 * self.rows
+        ):  # copying pays when a quarter of the rows have ended
             self.drop_finished_rows(len(batch.ids_BT))
-        weight_BT = batch.weight_BT[:learns, batch.first :]
+        weight_BT = batch.weight_BT[:num_learning_rows, batch.first_column :]
         weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1)
         scored = list[Tensor]()
-        for step in range(self.cfg.ttt_grad_steps if learns else 1):
+        for step in range(self.cfg.ttt_grad_steps if num_learning_rows else 1):
             if step and self.past is not None:
                 self.past.keep_positions(0, self.past.length - batch.ids_BT.size(1))  # once more
-            with torch.set_grad_enabled(learns > 0):
+            with torch.set_grad_enabled(num_learning_rows > 0):
                 nll_BT, scored_BT = self.model.token_nll(
-                    *batch[:3], past=self.past, mixed=None if step else batch.mixed
+                    *batch[:3], past=self.past, mixer_inputs=None if step else batch.mixer_inputs
                 )
             scored.append(scored_BT.detach())
-            if learns:
-                (nll_BT[:learns] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
+            if num_learning_rows:
+                (nll_BT[:num_learning_rows] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         return scored[0]
@@ -6643,7 +6677,8 @@ class AdapterTrainer:
 # --- 12. N-gram mixers ---------------------------------------------------------------------------
 # A Mixer combines the model's next-token distribution with n-gram counts of the scored text. The
 # result depends on the prefix alone and sums to 1 (except with MIXER=hedge_entropy). Counts and
-# mixture weights change in `update` only, in the same way on every rank.
+# mixture weights change in `update` only, in the same way on every rank. Further suffixes: O n-gram
+# orders, C candidate tokens, K context tokens; and in Hedge, E experts, M those that it is given.
 
 
 def mix_bits(bits: Tensor) -> Tensor:
@@ -6664,9 +6699,11 @@ class NgramCounts:
     def __init__(self, orders: Sequence[int], vocab_size: int, bits: int, device: torch.device):
         self.orders, self.vocab_size, self.mask = orders, vocab_size, 2**bits - 1
         self.history_K = torch.zeros(max(1, *orders), dtype=torch.int64, device=device)
-        self.num_tokens = self.most_keys = 0
+        self.num_tokens = 0
+        self.max_keys_used = 0  # upper bound of the rows in use
         self.table = self.history_K.new_zeros(3, 2**bits)
-        self.keys, self.counts, self.tops = self.table
+        # A best successor is count * vocab_size + token: the maximum is the most frequent token.
+        self.keys, self.counts, self.best_successors = self.table
 
     def find(self, key_N: Tensor, claim: bool = False) -> Tensor:
         """The row of each key, or the empty row where it belongs; claim=True inserts it."""
@@ -6701,24 +6738,29 @@ class NgramCounts:
             hash_NO = self.hashes(window[:, :-1])
             token_NO = window[:, -1:].expand_as(hash_NO)
             key_M = torch.cat([self.row_keys(hash_NO), self.row_keys(hash_NO, token_NO)]).flatten()
-            self.most_keys += len(key_M)
-            if 2 * self.most_keys > len(self.keys):  # some were there before: count them
-                self.most_keys = int(self.keys.count_nonzero()) + len(key_M)
-                if 2 * self.most_keys > len(self.keys):  # old text says little of what comes
+            self.max_keys_used += len(key_M)
+            if 2 * self.max_keys_used > len(self.keys):  # some keys are repeated: count the rows
+                self.max_keys_used = int(self.keys.count_nonzero()) + len(key_M)
+                if 2 * self.max_keys_used > len(
+                    self.keys
+                ):  # still: start again, new text matters more
                     self.table.zero_()
-                    self.most_keys = len(key_M)
+                    self.max_keys_used = len(key_M)
             row_M = self.find(key_M, claim=True)
             self.counts.index_add_(0, row_M, torch.ones_like(row_M))
             context, pair = row_M.chunk(2)
             best = self.counts[pair] * self.vocab_size + token_NO.flatten()
-            self.tops.scatter_reduce_(0, context, best, "amax")
+            self.best_successors.scatter_reduce_(0, context, best, "amax")
             self.num_tokens += len(piece)
 
     def look_up(self, context_NK: Tensor) -> Tensor:
         """(4, N, O): hash and count of contexts, count and id of their most frequent successors."""
         hash_NO = self.hashes(context_NK)
         row_NO = self.find(self.row_keys(hash_NO).flatten()).view_as(hash_NO)
-        top_NO, token_NO = self.tops[row_NO] // self.vocab_size, self.tops[row_NO] % self.vocab_size
+        top_NO, token_NO = (
+            self.best_successors[row_NO] // self.vocab_size,
+            self.best_successors[row_NO] % self.vocab_size,
+        )
         return torch.stack([hash_NO, self.counts[row_NO], top_NO, token_NO])
 
     def count(self, hash_NO: Tensor, token_NC: Tensor) -> Tensor:
@@ -6744,11 +6786,11 @@ class Hedge:
         self.delta_O = torch.tensor([0.1 if order < 2 else 0.01 for order in orders], device=device)
         num_experts = 1 + (cfg.mixer == "hedge_entropy") + len(orders)
         self.log_weight_E = torch.zeros(num_experts, device=device)
-        self.log_weight_E[0] = 2.0  # trust the model first
-        self.evidence = torch.zeros(1 + num_experts, dtype=torch.int64, device=device)
+        self.log_weight_E[0] = 2.0  # the model's weight is e^2 times that of an n-gram at first
+        self.statistics = torch.zeros(1 + num_experts, dtype=torch.int64, device=device)
 
     def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed probabilities (N, C); number of tokens and sum of each expert's loss on them.
+        """Mixed probabilities (N, C); statistics (1 + E): tokens, and each expert's loss on them.
 
         The loss is that of candidate 0, the target.
         """
@@ -6757,9 +6799,9 @@ class Hedge:
         loss_NE = (-p_NCE[:, 0].log() * FIXED_POINT_ONE).long()
         return p_NCE @ self.log_weight_E.softmax(0).double(), F.pad(loss_NE, (1, 0), value=1).sum(0)
 
-    def step(self, evidence: Tensor) -> None:
+    def update_weights(self, statistics: Tensor) -> None:
         self.log_weight_E -= self.cfg.hedge_eta * (
-            evidence[1:] / evidence[0].clamp_min(1) / FIXED_POINT_ONE
+            statistics[1:] / statistics[0].clamp_min(1) / FIXED_POINT_ONE
         )
 
 
@@ -6768,34 +6810,35 @@ class Backoff:
 
     The weight w depends on the class of the context: its order, how often it was seen and how
     deterministic its continuation is. It is the mean posterior probability that the n-gram produced
-    the scored tokens of that class (online EM).
+    the scored tokens of that class (online EM). Suffix S: classes.
     """
 
     def __init__(self, cfg: Config, device: torch.device):
         size = 9 * len(cfg.mixer_contexts)
-        self.sums_2S, self.evidence = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
-        self.step(self.evidence)
+        self.sums_2S, self.statistics = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
+        self.update_weights(self.statistics)
 
     def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed probabilities (N, C); by class, the sums of posteriors and of contexts seen."""
+        """Mixed probabilities (N, C); statistics (2, S): posteriors and contexts seen by class."""
         p_NC, (_, total_NO, top_NO, _), posteriors = p_NCM[..., 0], seen_4NO, list[Tensor]()
-        sure_NO = top_NO / total_NO.clamp_min(1).double()
-        kind_NO = (sure_NO >= 0.6).long() + (sure_NO >= 0.95) + 3 * (total_NO >= 2)
-        kind_NO += 3 * (total_NO >= 4) + 9 * torch.arange(total_NO.size(1), device=total_NO.device)
-        share_NO = torch.where(total_NO > 0, self.share_S[kind_NO], 0.0)
-        part_NCO = count_NCO * (share_NO / total_NO.clamp_min(1))[:, None]
-        for part_NC, share_N in zip(part_NCO.unbind(2), share_NO.unbind(1), strict=True):
-            p_NC = part_NC + (1 - share_N[:, None]) * p_NC
-            posteriors.append(part_NC[:, 0] / p_NC[:, 0] * FIXED_POINT_ONE)
+        certainty_NO = top_NO / total_NO.clamp_min(1).double()
+        class_NO = (certainty_NO >= 0.6).long() + (certainty_NO >= 0.95) + 3 * (total_NO >= 2)
+        class_NO += 3 * (total_NO >= 4) + 9 * torch.arange(total_NO.size(1), device=total_NO.device)
+        ngram_weight_NO = torch.where(total_NO > 0, self.ngram_weight_S[class_NO], 0.0)
+        weighted_NCO = count_NCO * (ngram_weight_NO / total_NO.clamp_min(1))[:, None]
+        for weighted_NC, weight_N in zip(
+            weighted_NCO.unbind(2), ngram_weight_NO.unbind(1), strict=True
+        ):
+            p_NC = weighted_NC + (1 - weight_N[:, None]) * p_NC
+            posteriors.append(weighted_NC[:, 0] / p_NC[:, 0] * FIXED_POINT_ONE)
         sums = torch.stack([torch.stack(posteriors, 1).long(), (total_NO > 0).long()]).flatten(1)
-        return p_NC, torch.zeros_like(self.sums_2S).index_add_(1, kind_NO.flatten(), sums)
+        return p_NC, torch.zeros_like(self.sums_2S).index_add_(1, class_NO.flatten(), sums)
 
-    def step(self, evidence: Tensor) -> None:
-        self.sums_2S += evidence
+    def update_weights(self, statistics: Tensor) -> None:
+        self.sums_2S += statistics
         posterior_S, number_S = self.sums_2S.double()
-        self.share_S = (posterior_S / FIXED_POINT_ONE + 1) / (
-            number_S + 21
-        )  # at first 1 of 21 tokens
+        # Prior: the n-gram produced 1 of 21 tokens.
+        self.ngram_weight_S = (posterior_S / FIXED_POINT_ONE + 1) / (number_S + 21)
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
@@ -6825,37 +6868,38 @@ class Mixer:
     ) -> tuple[Tensor, Tensor]:
         """log p (N, C) of candidates, float64, and the mixture's statistics on candidate 0."""
         cfg, seen_4NO = self.cfg, self.counts.look_up(context_NK)
-        if (coldest := cfg.adaptive_temperature) != 1:  # the surer (by entropy), the sharper
-            doubt_N1 = entropy(logits_NV) / math.log(cfg.vocab_size)
-            logits_NV = logits_NV / (1 - (1 - coldest) * (1 - doubt_N1))
+        if (temperature := cfg.adaptive_temperature) != 1:  # it acts fully at zero entropy
+            relative_entropy_N1 = entropy(logits_NV) / math.log(cfg.vocab_size)
+            logits_NV = logits_NV / (1 - (1 - temperature) * (1 - relative_entropy_N1))
         norm_N1 = logits_NV.logsumexp(1, keepdim=True)
         logp_NC = (logits_NV.gather(1, token_NC) - norm_N1).double()
         if self.tilting:
             _, total_NO, top_NO, token_NO = seen_4NO[..., self.tilting]
-            fires_NO = top_NO >= cfg.ngram_tilt_min_frac * total_NO.double() - 1e-9  # 0.8 * 5 is 4
-            fires_NO &= total_NO >= cfg.ngram_tilt_min_count
-            longest_N1 = fires_NO.cumsum(1).argmax(1, keepdim=True)  # of those that fire
+            # The offset because of rounding: 0.8 * 5 is 4.
+            is_active_NO = top_NO >= cfg.ngram_tilt_min_frac * total_NO.double() - 1e-9
+            is_active_NO &= total_NO >= cfg.ngram_tilt_min_count
+            longest_N1 = is_active_NO.cumsum(1).argmax(1, keepdim=True)  # of the active ones
             hint_N1 = token_NO.gather(1, longest_N1)
-            tilt_N1 = cfg.ngram_tilt * fires_NO.any(1, keepdim=True).double()
+            tilt_N1 = cfg.ngram_tilt * is_active_NO.any(1, keepdim=True).double()
             p_N1 = (logits_NV.gather(1, hint_N1) - norm_N1).double().exp()
             # p * exp(tilt * [token is the hint]) / Z, where Z = 1 + p(hint) * (exp(tilt) - 1)
             logp_NC += tilt_N1 * (token_NC == hint_N1) - torch.log1p(p_N1 * torch.expm1(tilt_N1))
         if self.weights is None:
             return logp_NC, logp_NC.new_zeros(0)
         p_NCM, seen_4NO = logp_NC.exp()[..., None], seen_4NO[..., self.mixed]
-        if cfg.mixer == "hedge_entropy":  # one number for every token: this is no distribution
-            guess_N1 = torch.exp(-entropy(logits_NV).double())
-            p_NCM = torch.cat([p_NCM, guess_N1[..., None].expand_as(p_NCM)], 2)
+        if cfg.mixer == "hedge_entropy":  # one number for every token: not a distribution
+            entropy_expert_N1 = torch.exp(-entropy(logits_NV).double())
+            p_NCM = torch.cat([p_NCM, entropy_expert_N1[..., None].expand_as(p_NCM)], 2)
         count_NCO = self.counts.count(seen_4NO[0], token_NC)
-        p_NC, evidence = self.weights.mix(p_NCM, count_NCO, seen_4NO)
+        p_NC, statistics = self.weights.mix(p_NCM, count_NCO, seen_4NO)
         is_early = cfg.mixer != "backoff" and self.counts.num_tokens < cfg.hedge_min_tokens
-        return logp_NC if is_early else p_NC.log(), evidence
+        return logp_NC if is_early else p_NC.log(), statistics
 
     def nll(self, logits_NV: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
         """Nats of the targets, float32. The next `update` uses their statistics."""
-        logp_N1, evidence = self.predict(logits_NV, context_NK, target_N[:, None])
+        logp_N1, statistics = self.predict(logits_NV, context_NK, target_N[:, None])
         if self.weights is not None:
-            self.weights.evidence += evidence
+            self.weights.statistics += statistics
         return -logp_N1[:, 0].float()
 
     def log_probs(self, logits_NV: Tensor, context_NK: Tensor) -> Tensor:
@@ -6866,8 +6910,8 @@ class Mixer:
     def update(self, ids: Tensor) -> None:
         """Learn from the text that all ranks have scored since the last call."""
         if self.weights is not None:
-            self.weights.step(self.run.all_reduce_sum(self.weights.evidence))
-            self.weights.evidence.zero_()
+            self.weights.update_weights(self.run.all_reduce_sum(self.weights.statistics))
+            self.weights.statistics.zero_()
         if self.mixed or self.tilting:
             self.counts.update(ids)
 
@@ -6933,7 +6977,7 @@ def execute(run: Run) -> None:
     if validation is None:  # the artifact, not the environment, has the vocabulary's size
         validation = load_validation(run.cfg, processor)
     evaluate_artifact(run, model, validation)
-    finish(run, sizes, groups)
+    write_submission(run, sizes, groups)
 
 
 def artifact_path(run: Run) -> Path:
@@ -7127,23 +7171,26 @@ def quantize_and_encode(
     run: Run, model: GPT, hessians: Mapping[str, KroneckerHessian], tokenizer_sha256: str
 ) -> bytes:
     """Rank 0: the bytes of the artifact; solved scales are set so that it fills the budget."""
-    cfg, stacks = run.cfg, group_matrices(run.cfg, model, hessians)
-    encode = functools.partial(encode_model, run, model, stacks, tokenizer_sha256)
-    if not cfg.solves_scales or not stacks:
+    cfg, groups = run.cfg, group_matrices(run.cfg, model, hessians)
+    encode = functools.partial(encode_model, run, model, groups, tokenizer_sha256)
+    if not cfg.solves_scales or not groups:
         return encode(1.0)
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
-    return fill_budget(stacks, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
+    return fill_budget(groups, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
 
 
 def encode_model(
-    run: Run, model: GPT, stacks: Sequence[MatrixGroup], tokenizer_sha256: str, multiplier: float
+    run: Run, model: GPT, groups: Sequence[MatrixGroup], tokenizer_sha256: str, scale_factor: float
 ) -> bytes:
-    """The bytes of the artifact with all quantization scales times `multiplier`."""
+    """The bytes of the artifact with all quantization scales times `scale_factor`."""
     run.check_signal()
-    tensors = quantize_model(run.cfg, model, stacks, multiplier)
+    tensors = quantize_model(run.cfg, model, groups, scale_factor)
     payload = encode_artifact(run.cfg, tensors, tokenizer_sha256)
     run.log(
-        "quantized", multiplier=multiplier, artifact_bytes=len(payload), **code_statistics(tensors)
+        "quantized",
+        multiplier=scale_factor,
+        artifact_bytes=len(payload),
+        **code_statistics(tensors),
     )
     return payload
 
@@ -7249,7 +7296,7 @@ def fail_over_budget(problems: Sequence[str]) -> None:
         raise RunFailed("; ".join(problems))
 
 
-def finish(run: Run, sizes: Mapping[str, int], groups: Mapping[str, int]) -> None:
+def write_submission(run: Run, sizes: Mapping[str, int], groups: Mapping[str, int]) -> None:
     """Write submission.json; RunFailed if a budget or TARGET_VAL_BPB was exceeded."""
     cfg, budget = run.cfg, log_budget(run, sizes)
     verdict = judge(cfg.track, run.scores, budget)

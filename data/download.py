@@ -412,7 +412,7 @@ def check_content(path: Path, name: str) -> None:
         parse_tokenizer(read_small(path, MAX_TOKENIZER_BYTES), name)
 
 
-def check_sizes(snapshot: Snapshot, wanted: list[str], out: Path) -> None:
+def check_file_sizes(snapshot: Snapshot, wanted: list[str], out: Path) -> None:
     """Raise an error if a wanted file is not published, too large, or does not fit on the disk."""
     if missing := [name for name in wanted if name not in snapshot.files]:
         num_train = sum("_train_" in name for name in wanted) - sum(
@@ -483,7 +483,7 @@ def download(variant: Variant, out: Path, num_shards: int, endpoint: str) -> Non
     wanted = wanted_files(variant, num_shards)
     check_folder(variant, out, wanted)
     snapshot = open_snapshot(variant, out, num_shards, endpoint)
-    check_sizes(snapshot, wanted, out)
+    check_file_sizes(snapshot, wanted, out)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
         num_bytes = sum(snapshot.files[name].size for name in wanted if (out / name).exists())

@@ -262,27 +262,27 @@ def read_logs(folder: Path) -> list[RunLog]:
     return logs
 
 
-class Verdict(NamedTuple):
+class Findings(NamedTuple):
     """What is wrong with a record, and what could not be proven."""
 
     problems: list[str]
     notes: list[str]
 
 
-def check_record(folder: Path, records: Path, name: str = "") -> Verdict:
+def check_record(folder: Path, records: Path, name: str = "") -> Findings:
     """Check the record in `folder`.
 
     `records` is the folder of all tracks; `name` is the name that the folder will get.
     """
     if problems := missing_files(folder):
-        return Verdict(problems, [])
+        return Findings(problems, [])
     try:
         submission, logs = read_submission(folder / "submission.json"), read_logs(folder)
         refuse_mixed_runs(logs)
         described = {key: submission.get(key, "") for key in (*DESCRIBED, *OPTIONAL)}
         computed = compute_submission(logs, described)
         if problems := find_differences(submission, computed):
-            return Verdict(problems, [])
+            return Findings(problems, [])
         result = format_result(logs, computed, find_previous(computed["previous"], records))
         source = (folder / "train_gpt.py").read_text(encoding="utf-8")
         page = (folder / "README.md").read_text(encoding="utf-8")
@@ -292,11 +292,11 @@ def check_record(folder: Path, records: Path, name: str = "") -> Verdict:
         problems += [problem for log in logs for problem in find_contradictions(log)]
         problems += check_sources(folder, logs, submission)
     except (InputError, UnicodeDecodeError) as error:
-        return Verdict([f"unusable: {error}"], [])
+        return Findings([f"unusable: {error}"], [])
     problems += check_readme(page, result)
     if submission["track"] not in TRACK_LIMITS:
         notes.append(f"not proven: budgets, since no limits of {submission['track']} are known")
-    return Verdict(problems, notes)
+    return Findings(problems, notes)
 
 
 # --- Recipes -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ SCORE_ROUNDING, SECONDS_ROUNDING = 5e-9, 5e-4
 
 def find_contradictions(log: RunLog) -> list[str]:
     """Return what in the events of a finished run cannot be true at the same time."""
-    checks = (check_scores, check_flags, check_sizes, check_training, check_ledger)
+    checks = (check_scores, check_flags, check_size_event, check_training, check_ledger)
     return [f"{log.path.name}: {problem}" for check in checks for problem in check(log)]
 
 
@@ -65,7 +65,7 @@ def check_flags(log: RunLog) -> Iterator[str]:
             yield f"{name} has {event.get('tokens')} tokens, the validation text {targets}"
 
 
-def check_sizes(log: RunLog) -> Iterator[str]:
+def check_size_event(log: RunLog) -> Iterator[str]:
     """Code and artifact add up to the total, the parts of the artifact to its size."""
     size = log.need("size", "artifact_bytes", "code_bytes", "total_bytes", "budget_bytes")
     if size["artifact_bytes"] + size["code_bytes"] != size["total_bytes"]:

@@ -143,8 +143,8 @@ def test_a_model_read_back_is_the_stored_codes_times_their_scales(
     assert parameters.keys() == tensors.keys()
     for name, stored in tensors.items():
         expected = stored.values.astype(np.float32)
-        if stored.scales is not None:
-            expected = expected * stored.scales.astype(np.float32)[:, None]
+        if stored.row_scales is not None:
+            expected = expected * stored.row_scales.astype(np.float32)[:, None]
         assert parameters[name].dtype == torch.float32 and parameters[name].requires_grad
         assert np.array_equal(parameters[name].detach().numpy(), expected), name
 
@@ -692,12 +692,12 @@ def test_a_vector_with_factors_for_columns_is_refused(read: Callable[..., GPT]):
 @pytest.mark.parametrize("name", [MATRIX, VECTOR])
 def test_weights_that_are_not_finite_are_refused(name: str, value: float, read: Callable[..., GPT]):
     def change(stored: Quantized) -> Quantized:
-        numbers = stored.values if stored.scales is None else stored.scales
+        numbers = stored.values if stored.row_scales is None else stored.row_scales
         numbers = numbers.copy()
         numbers[1] = value
-        if stored.scales is None:
+        if stored.row_scales is None:
             return stored._replace(values=numbers)
-        return stored._replace(scales=numbers)
+        return stored._replace(row_scales=numbers)
 
     refusal_of(read, edited_tensors(name, change))
 

@@ -181,7 +181,7 @@ def gradients_at_update(trainer: Trainer, window_BT: torch.Tensor) -> torch.Tens
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         # AdamW reads the gradients of the parameters, Muon its own copies of the matrices'.
-        grads = [p.grad for p in trainer.replicated] + trainer.muon.reduced_gradients()
+        grads = [p.grad for p in trainer.adam_params] + trainer.muon.reduced_gradients()
         seen.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
         assert len(seen[-1]) == sum(p.numel() for p in trainer.params)
         return step(*args, **kwargs)

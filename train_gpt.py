@@ -9,14 +9,15 @@ The environment is the only configuration: every knob is a field of Config, spel
 RECIPE=path/to/run.env reads KEY=value lines as defaults below the real environment. A run trains
 (at most MAX_WALLCLOCK_SECONDS), quantizes, writes the artifact, reads it back from the file into a
 fresh model, and scores that model in bits per byte. Everything it writes lies in RUN_DIR. A run
-that was killed goes on from its last checkpoint when it is started again with the same RUN_DIR.
+that was killed continues from its last checkpoint when it is restarted with the same RUN_DIR.
 
 Sections: 1. Configuration  2. Run context  3. Data  4. Model  5. Optimization
           6. Training  7. Quantization  8. Artifact  9. Evaluation plans
           10. Scoring  11. Test-time training  12. N-gram mixers
 Tensor suffixes: B sequences, T positions, D model width, H query heads, K key/value heads,
                  E width of a head, F MLP width, V vocabulary, O x I a weight's out x in,
-                 N tokens, L equal matrices in a stack, R adapter rank.
+                 N tokens, L equal matrices in a stack, R adapter rank. Other letters are
+                 explained where they are used.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ class Config:
     )
     tokenizer_path: str = knob("", "SentencePiece model; empty = DATA_PATH/tokenizer.model")
     check_data: str = knob(
-        "quick", "SHA-256 by manifest.json of validation files, or of all", choices=DATA_CHECKS
+        "quick",
+        "compare SHA-256 with manifest.json: quick = of validation files, full = of all",
+        choices=DATA_CHECKS,
     )
     loader: str = knob("stream", "order of training windows", choices=LOADER_CHOICES)
     isolate_documents: bool = knob(
@@ -202,7 +205,9 @@ class Config:
         "normal", "token embedding: normal, or singular values S_k ~ k^-1/2", choices=EMBED_INITS
     )
     resid_mix_init: str = knob(
-        "last", "resid_mix starts as (1, 0), or early blocks prefer x0 (phase)", choices=MIX_INITS
+        "last",
+        "resid_mix starts as (1, 0), the identity (last), or early blocks prefer x0 (phase)",
+        choices=MIX_INITS,
     )
     init: str = knob("orthogonal", "initial matrices; see GPT.init_weights_", choices=MATRIX_INITS)
     logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", low=1e-3, stored=True)
@@ -249,7 +254,11 @@ class Config:
         "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, stored=True
     )
     value_residual: str = knob(
-        "none", "block 0's values in later blocks, or x0 after each", choices=VALUES, stored=True
+        "none",
+        "values of block 0 added in later blocks (resformer: with factors for both; vrl: with "
+        "one), or, without values, x0 added after each block (x0)",
+        choices=VALUES,
+        stored=True,
     )
     ve_layers: str = knob(
         "", "blocks that add the shared value embedding, such as 9,10", stored=True
@@ -316,7 +325,10 @@ class Config:
     )
     swa_every: int = knob(50, "steps between weights collected by SWA", unit="steps", low=1)
     late_qat_threshold: float = knob(
-        0.0, "fake quantization while the learning rate multiplier is below; 0 = off", low=0, high=1
+        0.0,
+        "fake quantization while the learning rate multiplier is below this; 0 = off",
+        low=0,
+        high=1,
     )
     train_log_every: int = knob(200, "steps between training log lines", unit="steps", low=1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = none", unit="steps", low=0)
@@ -341,7 +353,8 @@ class Config:
     )
     row_steps: str = knob(
         "solved",
-        "quantization scales; see optimal_scales and heuristic_row_scales",
+        "quantization scales: solved = equal marginal loss per bit, filling the byte budget; "
+        "max, percentile = from the weights of each row",
         choices=SCALINGS,
     )
     clip_sigmas: str = knob(
@@ -373,16 +386,23 @@ class Config:
         600.0, "evaluation budget; 0 = none; adaptation stops first", unit="s", low=0
     )
     ttt_method: str = knob(
-        "lora", "test-time training: weights per chunk, or a LoRA per document", choices=TTT_METHODS
+        "lora",
+        "test-time training: chunk = weights per text chunk, lora = a LoRA per document, "
+        "pretrain = weights before scoring (not compliant)",
+        choices=TTT_METHODS,
     )
     ttt_lr: float = knob(0.005, "peak learning rate of weight training, cosine decay", low=0)
     ttt_optimizer: str = knob("sgd", "optimizer of weight training", choices=("sgd", "adamw"))
-    ttt_momentum: float = knob(0.9, "its momentum, or AdamW's beta1", low=0, high=0.9999)
-    ttt_grad_clip: float = knob(1.0, "its maximum gradient norm; 0 = no clipping", low=0)
-    ttt_epochs: int = knob(3, "epochs over each scored chunk", low=1, high=1000)
+    ttt_momentum: float = knob(
+        0.9, "momentum of weight training, or AdamW's beta1", low=0, high=0.9999
+    )
+    ttt_grad_clip: float = knob(
+        1.0, "maximum gradient norm of weight training; 0 = no clipping", low=0
+    )
+    ttt_epochs: int = knob(3, "epochs over each text chunk", low=1, high=1000)
     ttt_chunk_tokens: int = knob(
         32_768,
-        "tokens scored before the weights are trained on them",
+        "size of a text chunk, for the training of all weights and for n-gram counts",
         unit="tokens",
         low=1,
         high=2**40,
@@ -395,7 +415,7 @@ class Config:
         "all", "trained parameters: all, or unfrozen blocks and vectors", choices=("all", "blocks")
     )
     ttt_ramp: float = knob(
-        1.0, "factor that the learning rate gains over the first 30 % of the text", low=0
+        1.0, "learning rate factor reached, from 1, after 30% of the text chunks", low=0
     )
     ttt_polyak: float = knob(
         0.0, "decay of the averaged weights used for scoring; 0 = off", low=0, high=0.99999
@@ -407,11 +427,11 @@ class Config:
     eval_hash_lr_mult: float = knob(10.0, "learning rate of that table / TTT_LR", low=0)
     ttt_context: str = knob(
         "incremental",
-        "context of a chunk: see EvalPlanner.plan_document_batch",
+        "context of a document chunk: see EvalPlanner.plan_document_batch",
         choices=TTT_CONTEXTS,
     )
     ttt_chunk_size: int = knob(
-        24, "targets of a document between two adapter steps", unit="tokens", low=1
+        24, "size of a document chunk: targets between two adapter steps", unit="tokens", low=1
     )
     ttt_batch_size: int = knob(64, "documents adapted side by side", low=1, high=2**16)
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
@@ -421,7 +441,7 @@ class Config:
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
     ttt_beta2: float = knob(0.99, "beta2 of the LoRA's AdamW", low=0, high=0.99999)
-    ttt_grad_steps: int = knob(1, "optimizer steps per chunk", low=1, high=100)
+    ttt_grad_steps: int = knob(1, "optimizer steps per document chunk", low=1, high=100)
     ttt_warm_start_a: bool = knob(
         False, "LoRA A starts from the previous batch's mean; documents keep their order"
     )
@@ -459,7 +479,7 @@ class Config:
     def __post_init__(self) -> None:
         """Raise one InputError with every value out of range and every contradiction."""
         ranges = {f.name: out_of_range(f, getattr(self, f.name)) for f in fields(self)}
-        # Rules between knobs may count or expand what they read: they see values that are in range.
+        # Rules may expand lists or divide, so values out of range are replaced by defaults first.
         checked = object.__new__(Config)
         for f in fields(self):
             value = f.default if ranges[f.name] else getattr(self, f.name)
@@ -691,7 +711,10 @@ def shape_rules(cfg: Config) -> list[Rule]:
             f"TRAIN_SEQ_LEN={cfg.train_seq_len} and {cfg.score_seq_len} (evaluation) take "
             f"{cfg.rotary_bytes} bytes; at most {MAX_ROTARY_BYTES} are allowed",
         ),
-        (cfg.xsa_last_n <= L, f"XSA_LAST_N={cfg.xsa_last_n} must be at most NUM_LAYERS={L}"),
+        (
+            cfg.xsa_last_n <= L,
+            f"XSA_LAST_N={cfg.xsa_last_n} must be at most NUM_LAYERS={L}",
+        ),
         (
             cfg.num_loops == 0 or cfg.loop_start <= cfg.loop_end < L,
             f"LOOP_START={cfg.loop_start}, LOOP_END={cfg.loop_end} must be blocks in this order, "
@@ -833,7 +856,7 @@ FOREIGN_PREFIXES = tuple(
 
 
 def explain_misspelled_knob(name: str, knobs: Collection[str]) -> str:
-    """What to say about a variable that is no knob but was probably meant as one, or nothing.
+    """What to say about a variable that is not a knob but was probably meant as one, or nothing.
 
     A variable is refused if it is a knob in lower case, a name in PUBLISHED_NAMES, the beginning,
     the end or a longer form of a knob (by at least two whole words), similar to a knob (ratio of
@@ -1013,11 +1036,13 @@ class Run:
             self.log("stage", name=name, elapsed_s=round(elapsed_s, 3), budget=budget)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its maximum over the ranks in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
@@ -1046,6 +1071,7 @@ class Run:
         return result
 
     def on_signal(self, number: int, frame: Any) -> None:
+        """Signal handler during a run: sets a flag that the loops read where they can stop."""
         self.signal_received = True
 
     def check_signal(self) -> None:
@@ -1177,7 +1203,7 @@ def open_lock(path: Path) -> io.FileIO:
 
 
 def require_regular_file(path: Path, *starts: str) -> None:
-    """Raise InputError if a run must not write `path`: it is a link, a folder or a foreign file.
+    """Raise InputError if a run must not write `path`: it is a link, a folder or not a run's file.
 
     A run's own file is empty or begins with one of `starts`.
     """
@@ -1264,7 +1290,7 @@ def write_atomic(path: Path, *pieces: bytes) -> None:
 def format_event(event: str, **values: Any) -> str:
     """One log line `event key:value ...`; a key with a unit ends in it (_s, _ms, _bytes).
 
-    A single pass is called legal: whether the run is compliant shows at its end.
+    A pass is only called legal, because the compliance of the run is known at its end.
     """
     if event.startswith("final_"):
         values = {("legal" if key == "compliant" else key): v for key, v in values.items()}
@@ -1335,7 +1361,7 @@ def log_setup(run: Run) -> None:
         attention=choose_attention_backend(cfg, run.device, run.dtype).name,
         run_dir=str(run.directory),
     )
-    run.log("versions", **VERSIONS, source_sha256=hashlib.sha256(source.encode()).hexdigest())
+    run.log("versions", **VERSIONS, source_sha256=hash_bytes(source.encode()))
     run.log("hardware", name=describe_hardware(run))
     run.append("train.log", f"{'=' * 30} source {'=' * 30}\n{source}\n{'=' * 68}")
     if run.is_rank0:
@@ -1350,7 +1376,7 @@ def log_setup(run: Run) -> None:
 # one, otherwise against the rules that every data set follows.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS_ID = 20240520, 1, 1024, 1
-REMEDY = "make it again with data/prepare.py or data/download.py"
+REMEDY = "rebuild it with data/prepare.py or data/download.py"
 FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
 
@@ -1418,7 +1444,7 @@ class BatchLoader:
         self.prefetched: dict[tuple[int, int, int], Future[Tensor]] = {}
 
     def batch(self, position: int, stage: TrainStage) -> Tensor:
-        """What `read` returns, prefetched as long as the stage stays the same."""
+        """This rank's batch (see `read`); prefetches the next one, of the same stage."""
         key = (position, stage.seq_len, stage.batch_tokens)
         pending = self.prefetched.pop(key, None) or self.executor.submit(self.read, *key)
         next_key = (position + stage.batch_tokens, stage.seq_len, stage.batch_tokens)
@@ -1504,7 +1530,7 @@ class CoprimeSampler(ShuffledSampler):
     """
 
     def shuffle(self, starts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """Draws the shard of each window in proportion to the shard's remaining windows."""
+        """The windows in order; each shard drawn in proportion to its remaining windows."""
         shard_of_window = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         shard_of_window = rng.permutation(shard_of_window)
         order = np.empty(len(shard_of_window), dtype=np.int64)
@@ -1652,7 +1678,7 @@ class ByteTable:
         return self.base_bytes[targets] + (self.leading_space[targets] & ~self.boundary[previous])
 
     def count_text(self, ids: np.ndarray) -> np.ndarray:
-        """Bytes of each token of a text (uint16); 0 for the first one, which is no target."""
+        """Bytes of each token of a text (uint16); 0 for the first one, which is not a target."""
         counts = np.zeros(len(ids), dtype=np.uint16)
         chunk = 1 << 22  # tokens; bounds the memory of the int64 intermediate results
         for start in range(1, len(ids), chunk):
@@ -1739,7 +1765,7 @@ def read_sidecar(
 def check_plausible_counts(
     path: Path, ids: np.ndarray, counts: np.ndarray, table: ByteTable
 ) -> None:
-    """Raise InputError if byte counts are far from what the pieces spell.
+    """Raise InputError if byte counts are far from those of the pieces' text.
 
     They need not be equal. Case markers (private-use characters) stand for no text. What a
     normalizing tokenizer removes counts with the next token, and the bytes of a normalized
@@ -1784,7 +1810,7 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
         processor = sentencepiece.SentencePieceProcessor(model_proto=payload or b"empty")
     except RuntimeError as error:
         raise InputError(f"{path} is not a SentencePiece model: {error}") from error
-    sha256, manifest = hashlib.sha256(payload).hexdigest(), read_manifest(cfg)
+    sha256, manifest = hash_bytes(payload), read_manifest(cfg)
     if manifest is not None:
         require_listed(cfg, f"SHA-256 of {path}", sha256, manifest.tokenizer_sha256)
     return processor, sha256
@@ -1873,9 +1899,7 @@ def read_manifest(cfg: Config) -> Manifest | None:
         valid &= all(isinstance(h, str | None) for h in [*hashes, manifest.tokenizer_sha256])
     except (ValueError, AttributeError, RecursionError):
         valid = False
-    require(
-        valid, f"{path} is not a manifest of data/prepare.py or data/download.py; make it again"
-    )
+    require(valid, f"{path} is not a manifest of data/prepare.py or data/download.py; rebuild it")
     return manifest
 
 
@@ -2004,7 +2028,7 @@ def data_identity(cfg: Config) -> dict[str, Any]:
 def combine_hashes(paths: Iterable[Path], max_bytes: int | None = None) -> str:
     """One SHA-256 for several files, or for the first `max_bytes` of each."""
     hashes = "".join(hash_file(path, max_bytes) for path in paths)
-    return hashlib.sha256(hashes.encode()).hexdigest()
+    return hash_bytes(hashes.encode())
 
 
 # --- 4. Model ------------------------------------------------------------------------------------
@@ -2033,7 +2057,10 @@ def rotary_table(cfg: Config, num_positions: int) -> Tensor:
 
 
 def apply_rotary_emb(x_BTHE: Tensor, rotary_2TE: Tensor) -> Tensor:
-    """Rotate the first R = ROPE_DIMS channels of each head; channel i is paired with i + R / 2."""
+    """Rotate the first R = ROPE_DIMS channels of each head; channel i is paired with i + R / 2.
+
+    rotary_2TE holds cosines and sines, with E = R / 2.
+    """
     half = rotary_2TE.size(-1)
     cos, sin = rotary_2TE[:, :, None].to(x_BTHE.dtype)
     first, second, rest = torch.split(x_BTHE, [half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
@@ -2227,7 +2254,7 @@ class AttnOutputGate(nn.Module):
 def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     """XSA: remove the component of each head's output along the position's own value vector.
 
-    Source: arXiv:2603.09078. With grouped queries, all heads of a group share that vector.
+    Source: arXiv:2603.09078. With grouped queries, all G heads of a group share that vector.
     """
     y_BTKGE = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3))
     unit_BTK1E = F.normalize(v_BTKE, dim=-1)[:, :, :, None]
@@ -2285,14 +2312,12 @@ class KVCache:
 
 
 class BlockInputs(NamedTuple):
-    """Inputs of a block besides the residual stream."""
+    """Inputs of a block besides the residual stream; C = K * E."""
 
     x0_BTD: Tensor  # normalized embedding
     rotary_2TE: Tensor
     mask: Any  # result of the attention backend's `prepare`
-    first_block_v_BTC: (
-        Tensor | None
-    )  # values of block 0, if VALUE_RESIDUAL mixes them into later blocks
+    first_block_v_BTC: Tensor | None  # values of block 0, for VALUE_RESIDUAL=resformer or vrl
     shared_v_BTC: Tensor | None  # shared value embedding
     kv_cache: LayerKVCache | None = None
 
@@ -2511,15 +2536,16 @@ def init_block_scalars(cfg: Config) -> dict[str, Tensor]:
     Rows of `value` begin with block 1, rows of `shared` belong to the blocks of VE_LAYERS. `merge`
     is the weight of lane 0 in the final merge, one number for the whole model.
     """
-    L, num_shared = cfg.num_layers, len(parse_int_list(cfg.ve_layers))
+    num_layers, num_shared = cfg.num_layers, len(parse_int_list(cfg.ve_layers))
     by_value_residual = {
-        "resformer": {"value": torch.full((L - 1, 2), 0.5)},
-        "vrl": {"value": torch.zeros(L - 1, 1)},
-        "x0": {"x0": torch.zeros(L)},
+        "resformer": {"value": torch.full((num_layers - 1, 2), 0.5)},
+        "vrl": {"value": torch.zeros(num_layers - 1, 1)},
+        "x0": {"x0": torch.zeros(num_layers)},
     }
+    write = torch.ones(num_layers, 2, 2)
     by_parallel_residual = {
-        "routed": {"write": torch.ones(L, 2, 2), "carry": torch.full((L, 2), 1.1**0.5)},
-        "lanes": {"write": torch.ones(L, 2, 2), "carry": torch.full((L, 2), 1.1)},
+        "routed": {"write": write, "carry": torch.full((num_layers, 2), 1.1**0.5)},
+        "lanes": {"write": write, "carry": torch.full((num_layers, 2), 1.1)},
         "merge": {"merge": torch.tensor(0.5)},
     }
     scalars: dict[str, Tensor] = {}
@@ -2814,7 +2840,7 @@ class GPT(nn.Module):
         """The inputs of the blocks besides the residual stream; see BlockInputs."""
         T = ids_BT.size(1)
         length, capacity = (T, T) if past is None else (past.length, past.capacity)
-        # The capacity chooses the table: a position must keep its angle while the cache grows.
+        # The capacity chooses the table of P positions: angles must not change as the cache grows.
         table_2PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
         assert capacity <= table_2PE.size(1), "longer than EVAL_SEQ_LEN"
         inputs = BlockInputs(
@@ -3487,7 +3513,7 @@ class WeightAverager:
     def update(self, step: int, scale: float, progress: float) -> None:
         """Add the weights after step `step` (from 1), whose learning rate multiplier was `scale`.
 
-        SWA starts by the multiplier, because a number of steps may never be reached in the time.
+        SWA starts at a multiplier, since a time limit may end training before a given step.
         """
         cfg, weights = self.cfg, [param.float() for param in self.params]
         if cfg.averaging == "ema":
@@ -3635,7 +3661,8 @@ def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Score the current weights without QAT; a signal meanwhile still saves a checkpoint."""
     run, step = trainer.run, trainer.progress.step
     trainer.enter_stage(trainer.current_stage._replace(qat=False))
-    trainer.muon.gather_buffers()  # here, because an interrupted rank cannot take part below
+    # A collective, so before the pass: an interrupted rank would not join it when saving.
+    trainer.muon.gather_buffers()
     try:
         score = validate()
     except Interrupted:
@@ -3659,7 +3686,7 @@ def warn_about_average(trainer: Trainer) -> None:
             run.log("warning", text=text)
 
 
-SLOW_STEP = 1.2  # duration that is expected of one more step, as a multiple of the mean
+SLOW_STEP = 1.2  # the next step is assumed to take this multiple of the mean step time
 
 
 class Progress(NamedTuple):
@@ -3936,7 +3963,9 @@ def save_checkpoint(trainer: Trainer) -> None:
     final = checkpoint_root(run) / f"step_{progress.step:09d}"
     if final.exists() and run_token_of(final) == trainer.run_token:
         return  # saved before the validation that a signal has interrupted
-    require(not os.path.lexists(final), f"{final} is not of this run; remove it to go on")
+    require(
+        not os.path.lexists(final), f"{final} was not written by this run; remove it to continue"
+    )
     temporary = final.with_name(f"{final.name}.{trainer.run_token}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -4048,9 +4077,9 @@ def discard_checkpoints(run: Run) -> None:
 def read_checkpoint(folder: Path, trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of a checkpoint, all of them checked against the trainer's.
 
-    Raises InputError if it is damaged or of another run; nothing is changed before.
+    Raises InputError if it is damaged or from another run; nothing is changed before.
     """
-    remedy = f"remove {folder} to go on without it, or set RESUME=0 or another RUN_ID"
+    remedy = f"remove {folder} to continue without it, or set RESUME=0 or another RUN_ID"
     try:
         meta = read_meta(folder)
         config = meta["config"]
@@ -4161,7 +4190,7 @@ def check_same_run(saved: Mapping[str, Any], cfg: Config, path: Path) -> None:
     ]
     require(
         not different,
-        f"{path} is of another run: {', '.join(different)}; set these knobs as "
+        f"{path} is from another run: {', '.join(different)}; set these knobs as "
         "they were, remove it, or set another RUN_ID",
     )
 
@@ -4277,8 +4306,8 @@ class CalibrationStats:
     def hessians(self, run: Run) -> dict[str, KroneckerHessian]:
         """The Hessians by matrix, averaged over the tokens of all ranks.
 
-        A tied embedding is a matrix and a table: it gets the Kronecker product whose trace is that
-        of the sum of both Hessians, row by row and in total.
+        A tied embedding is a matrix (A1, b1) and a table (A2, b2): it gets A = sum of Ai * mean(bi)
+        and b = sum of trace(Ai) * bi / trace(A). So each row has the trace of the sum of both.
         """
         count = run.all_reduce_sum(torch.tensor(float(self.num_tokens), device=run.device))
         means = {key: run.all_reduce_sum(self.sums[key]) / count for key in sorted(self.sums)}
@@ -4430,7 +4459,7 @@ CLIP_PERCENTILE = 0.9999984  # of a row's magnitudes, as in the naive baseline
 
 
 def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
-    """Scale of each row from its weights alone, by CLIP_SIGMAS, or ROW_STEPS other than solved."""
+    """Scale of each row from its weights alone, by CLIP_SIGMAS, or else by ROW_STEPS."""
     qmax = 2 ** (cfg.bits[group] - 1) - 1
     if cfg.sigmas:  # SDClip (openai/parameter-golf#1394): every row costs the same bits per weight
         return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
@@ -4650,7 +4679,7 @@ def round_uniform(target_LO: Tensor, _column_L: Tensor, *, qmax: int) -> tuple[T
 
 
 # Trellis-coded quantization, as dependent quantization in video coding (ITU-T H.266, ISO/IEC
-# 15938-17). Code k stands for level 2k in even states (quantizer Q0) and 2k + 1 in odd states (Q1);
+# 15938-17). Code k stands for level 2k in even states (sub-quantizer Q0), 2k + 1 in odd ones (Q1);
 # levels count half scales, and the parity of k leads to the next state. Unlike in H.266, Q1 has no
 # zero, which would cost rate at one bit per weight and more. The trellis is Ungerboeck's (IEEE
 # Trans. Inform. Theory 28(1), 1982) of 32 states, with parity-check polynomials 45 and 10 (octal).
@@ -4663,7 +4692,7 @@ NEXT_STATES = np.array(  # at 2 * state + parity of the code
     ],
     np.int8,
 )
-# Every fourth level belongs to the same subset, numbered 2 * quantizer + parity of the code.
+# Every fourth level belongs to the same subset, numbered 2 * sub-quantizer + parity of the code.
 SUBSET_OFFSETS = np.array([[0], [2], [1], [3]], np.float32)
 
 
@@ -4683,8 +4712,8 @@ def round_trellis(
 ) -> tuple[Tensor, Tensor]:
     """Codes that minimize squared error (in scales) + rate_lambda * bits over all trellis paths.
 
-    bits_LIV is the price of the levels +-V in each column; the parity of V is the quantizer. Its
-    last entry, an odd level, belongs to the largest code.
+    bits_LIV[l, i, v] is the price in bits of the levels v and -v in column i; even v belong to Q0,
+    odd v to Q1. The last v, an odd one, belongs to the largest code.
     """
     (num_matrices, num_rows), largest = target_LO.shape, bits_LIV.size(2) - 1
     padding, device = -num_rows % TRELLIS_SEGMENT, target_LO.device
@@ -4721,7 +4750,8 @@ def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
 def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
     """Subset of each row on the cheapest path from state 0, for N segments (Viterbi), on the CPU.
 
-    cost_T4N[t, s, n] is the cost of the level of subset s in row t of segment n.
+    cost_T4N[t, s, n] is the cost of the level of subset s in row t of segment n. Suffixes: S
+    states, B branches.
     """
     (num_rows, _, num_segments), num_states = cost_T4N.shape, len(NEXT_STATES) // 2
     # Two branches enter each state: first one of every state, then the other of every state.
@@ -4752,7 +4782,8 @@ def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
 def viterbi_on_device(cost_T4N: Tensor) -> Tensor:
     """The result of `viterbi`, on a GPU: four rows per step need a quarter of the kernel launches.
 
-    Sums are rounded in another order, so that paths of equal cost may differ.
+    Sums are rounded in another order, so that paths of equal cost may differ. Suffixes: R groups of
+    four rows, P paths through them, S states.
     """
     device, num_states, num_segments = cost_T4N.device, len(NEXT_STATES) // 2, cost_T4N.size(2)
     source_P, subset_4P = four_row_paths(device)
@@ -4847,7 +4878,7 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
 
 
 def check_shape_knobs(knobs: Mapping[str, Any]) -> None:
-    """Refuse a header whose knobs are not exactly those of a model, each of its type."""
+    """Raise InputError unless a header has exactly STORED_KNOBS, each of its type."""
     types = get_type_hints(Config)
     differences = sorted(knobs.keys() ^ set(STORED_KNOBS))
     require(not differences, f"its knobs are not the model's: {differences}")
@@ -5042,7 +5073,8 @@ def unpack_group(packed: Mapping[str, bytes], stored: list[Quantized], coder: st
     streams = stream_slots(stored)
     for kind in packed:
         require(kind in streams, f"a stream {kind} that no tensor needs")
-    for kind in sorted(streams, reverse=True):  # codes come last: their contexts need the columns
+    # Codes come last: their contexts need the columns.
+    for kind in [kind for kind in ("steps", "half", "codes") if kind in streams]:
         empty = [getattr(stored[i], name) for i, name in streams[kind]]
         arrays = unpack_stream(kind, packed[kind], empty, coder, code_grids(stored))
         for (i, name), x, like in zip(streams[kind], arrays, empty, strict=True):
@@ -5140,8 +5172,8 @@ COMPRESSORS: dict[str, tuple[str, Callable[..., bytes], Callable[..., bytes]]] =
 }
 
 # Entropy coder of codes: asymmetric numeral systems (arXiv:1311.2540) of the library constriction,
-# with adaptive frequencies. The context of a code is its expected magnitude and its trellis
-# quantizer. The expected magnitude is the mean magnitude of its column so far, times a gain of its
+# with adaptive frequencies. The context of a code is its expected magnitude and its sub-quantizer.
+# The expected magnitude is the mean magnitude of its column so far, times a gain of its
 # row segment, which is stored. Contexts are integers, and floats see only + - * / and square roots,
 # so that every machine computes the same models.
 # Tensor suffixes: M matrices, C columns of all matrices, L segments (up to TRELLIS_SEGMENT rows of
@@ -5224,7 +5256,7 @@ class CodeCodec:
             flat = self.decode_flat(payload[2:start], payload[start:], largest, sum(sizes))
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             raise ValueError(f"damaged codes: {error}") from error
         parts = np.split(flat.astype(np.int16), np.cumsum(sizes))
         return [part.reshape(g[:2]) for part, g in zip(parts, self.grids, strict=False)]
@@ -5271,7 +5303,7 @@ class CodeRow(NamedTuple):
         return gain_L.clip(-MAX_GAIN, MAX_GAIN).astype(np.int32)
 
     def code_contexts(self, gain_L: np.ndarray) -> np.ndarray:
-        """Context of each code: 128 * quantizer + class of its expected magnitude."""
+        """Context of each code: 128 * sub-quantizer + class of its expected magnitude."""
         class_N = MAGNITUDE_EDGES.searchsorted(self.expected_C)[self.column_N]
         class_N = (class_N + 2 * gain_L[self.segment_N]).clip(0, NUM_MAGNITUDES - 1)
         return class_N.astype(np.uint8) | (self.state_N & 1) << np.uint8(7)
@@ -5346,8 +5378,8 @@ def initial_classes(grids: Sequence[CodeGrid], means: bytes) -> np.ndarray:
 class FrequencyTables:
     """Adaptive frequencies of the symbols -half to half - 1, by context.
 
-    They are symmetric about 0; in contexts of the quantizer Q1, whose value is code + 1/2, about
-    -1/2.
+    They are symmetric about 0; in contexts of the sub-quantizer Q1, where a code k stands for
+    k + 1/2, about k = -1/2.
     """
 
     def __init__(self, half: int):
@@ -5387,10 +5419,10 @@ class FrequencyTables:
 
     def initial_counts(self, context: int) -> np.ndarray:
         """A two-sided geometric distribution with the mean magnitude of the context."""
-        quantizer, magnitude_class = divmod(context, NUM_MAGNITUDES)
+        sub_quantizer, magnitude_class = divmod(context, NUM_MAGNITUDES)
         mean = MAGNITUDES[magnitude_class] / MAGNITUDE_ONE
         power_W = np.full(self.half + 1, mean / (1 + math.sqrt(1 + mean * mean))).cumprod()
-        weight_W = power_W[abs(2 * np.arange(-self.half, self.half) + quantizer) // 2]
+        weight_W = power_W[abs(2 * np.arange(-self.half, self.half) + sub_quantizer) // 2]
         weight_W *= PRIOR_CODES * FREQUENCY_ONE / math.fsum(weight_W)
         return weight_W.astype(np.int64) + 1
 
@@ -5597,8 +5629,10 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
 
 # --- 9. Evaluation plans -------------------------------------------------------------------------
 # A pass over the validation text is a list of steps for each rank, computed from integers alone
-# before the pass starts: which windows to score, what to train on, and in which order. Every target
-# is scored once, before anything is trained on it.
+# before the pass starts: what to score and to train on, in which order. Every target is scored
+# once, before anything is trained on it. All ranks have the same number of steps, and the steps
+# with collectives (EvalStep.is_collective: training of the weights, n-gram counts) have the same
+# index on every rank; no other step has any. So no rank waits in vain for the others.
 
 Span = tuple[int, int]  # targets: the first, and one past the last
 
@@ -5612,14 +5646,14 @@ class Window(NamedTuple):
 
 
 class EvalStep(NamedTuple):
-    """One step of a pass on one rank; all ranks have as many steps, some of them empty."""
+    """One step of a pass on one rank; every rank has the same number of steps, some empty."""
 
     # score: score the windows. adapt: score them, then train each row's adapter on them.
     # train: train the weights on them. update_ngrams: count the n-grams of `text`.
     action: str
     windows: Sequence[Window] = ()
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
-    num_learning_rows: int = 0  # adapt: the first rows, whose documents have more to score
+    num_learning_rows: int = 0  # adapt: the first rows are trained, as their documents continue
     width: int = 0  # adapt: minimum padded length, so that the KV cache hides document ends
     # train: 0 at the first chunk, 1 at the last one of the plan, which `plan_chunks` only scores
     progress: float = 0.0
@@ -5646,8 +5680,9 @@ class EvalStep(NamedTuple):
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
     """Sliding windows that score each target exactly once, including the tail.
 
-    Windows start at 0, S, 2S, ... as long as start + T - S < N. The first one scores all of its
-    targets, each later one its last S. With S = T the windows are disjoint.
+    With stride S, context T and N targets, windows start at 0, S, 2S, ... as long as
+    start + T - S < N. The first one scores all of its targets, each later one its last S. With
+    S = T the windows are disjoint.
     """
     context = seq_len - stride
     return [
@@ -5709,15 +5744,15 @@ class EvalPlanner:
 
         Score-first training by chunks is from openai/parameter-golf#461 and #1413.
         """
-        cfg, K, steps = self.cfg, self.cfg.ttt_chunk_tokens, list[EvalStep]()
-        last_chunk = (num_targets - 1) // K
+        cfg, chunk_tokens, steps = self.cfg, self.cfg.ttt_chunk_tokens, list[EvalStep]()
+        last_chunk = (num_targets - 1) // chunk_tokens
         num_epochs = cfg.ttt_epochs if cfg.ttt_method == "chunk" else 0
         windows = plan_windows(num_targets, self.seq_len, self.stride)
         # A window belongs to the chunk of its first scored target. TTT_CHUNK_TOKENS is a multiple
         # of the context, so that no window of a later chunk scores targets of this one.
-        for chunk, chunk_windows in itertools.groupby(windows, lambda w: w.first // K):
+        for chunk, chunk_windows in itertools.groupby(windows, lambda w: w.first // chunk_tokens):
             steps += self.split_over_ranks(EvalStep("score"), [*chunk_windows])
-            span = chunk * K, (chunk + 1) * K
+            span = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
             if chunk == last_chunk:
                 break
             for epoch in range(num_epochs):
@@ -5732,16 +5767,15 @@ class EvalPlanner:
         After the numbers of documents in TTT_PHASES, all weights are trained on all text scored so
         far. Per-document LoRA is from openai/parameter-golf#77 and #1530, phases from #1610.
 
-        Legality: all ranks finish the documents of a group before anything is learned from the
+        Compliance: all ranks finish the documents of a group before anything is learned from the
         group that other documents see (n-grams, weights).
         """
         documents, steps = [*itertools.pairwise(bounds)], list[EvalStep]()
         phase_ends = {n for n in parse_int_list(self.cfg.ttt_phases) if n < len(documents)}
         group_ends = {0, *phase_ends, len(documents)}
         if self.cfg.needs_mixer:  # n-grams are counted whenever a chunk of text is complete
-            K = self.cfg.ttt_chunk_tokens
-            ends = enumerate(documents, start=1)
-            group_ends |= {n for n, (first, stop) in ends if stop // K > first // K}
+            size, ends = self.cfg.ttt_chunk_tokens, enumerate(documents, start=1)
+            group_ends |= {n for n, (first, stop) in ends if stop // size > first // size}
         for first, last in itertools.pairwise(sorted(group_ends)):
             by_rank = self.batches_by_rank(documents[first:last])
             rank_steps = [
@@ -5766,8 +5800,8 @@ class EvalPlanner:
         """Batches of documents for each rank, the longest document of a batch first.
 
         Documents are independent, so that their order is free: similar lengths go together. With
-        TTT_WARM_START_A a batch's adapters depend on the batch before; then, for legality, batches
-        keep the order of the text and their size does not depend on later documents.
+        TTT_WARM_START_A a batch's adapters depend on the batch before; for compliance, batches then
+        keep the order of the text, and their size does not depend on later documents.
         """
         rows, order = self.cfg.ttt_batch_size, documents
         if not self.cfg.ttt_warm_start_a:
@@ -5779,7 +5813,7 @@ class EvalPlanner:
             batch = longest_first(order[start : start + rows])
             rank = load.index(min(load))
             by_rank[rank].append(batch)
-            # A step costs about as much as 16 positions, for the longest document of the batch.
+            # The longest document decides the number of steps, so its tokens count 16 times more.
             load[rank] += 16 * (batch[0][1] - batch[0][0]) + sum(b - a for a, b in batch)
         return by_rank
 
@@ -5789,7 +5823,7 @@ class EvalPlanner:
         TTT_CONTEXT decides what a chunk reads: `window`, up to EVAL_SEQ_LEN tokens of its document;
         `text`, the same, also from earlier documents; `incremental`, itself and the KV cache.
 
-        Legality: a window starts where it would if its chunk were full, so that its context does
+        Compliance: a window starts where it would if its chunk were full, so that its context does
         not depend on where the document ends.
         """
         is_incremental = self.cfg.ttt_context == "incremental"
@@ -5882,7 +5916,7 @@ class StateUpdate(NamedTuple):
 def rule_violations(
     updates: Sequence[StateUpdate], scored_at: np.ndarray, own_at: np.ndarray
 ) -> list[str]:
-    """Messages about violations of score-first in the trace of a pass; empty if it is legal.
+    """Messages about violations of score-first in the trace of a pass; empty if compliant.
 
     An update must only read targets that were scored at its step or before, and the targets that an
     update affects must be scored from left to right. `scored_at` has the step at which any rank
@@ -5965,7 +5999,8 @@ class EvalBudget:
     """Decides before each step of a pass what the time left is enough for.
 
     Training is dropped if the rest could not be scored after it. The pass is abandoned if the rest
-    cannot be scored even without training, first on the rank that finds it, then on all of them.
+    cannot be scored even without training, first on the rank that finds it; the others learn of it
+    at the next collective step, or in check_complete.
 
     `cost` holds the seconds of a scoring step and of one position in it, as measured before the
     pass. Without it, steps count alike, and the pass is measured by its own steps from the second
@@ -6300,8 +6335,7 @@ PLANNING_FACTOR = 1.2
 MIN_TRAINED_FRAC = 0.5
 # Sliding windows get this part of the time left if an adaptive pass follows.
 SLIDING_FRAC = 0.5
-# Any later pass, and its measurement, takes at least as long as this many passes by disjoint
-# windows.
+# A later pass is only tried if this many times the seconds of the disjoint windows are left.
 MIN_PASS_COST = 2.0
 
 
@@ -6528,7 +6562,7 @@ class WeightTrainer:
         """One update on the mean loss over the rows of all ranks; None is a rank without rows.
 
         The learning rate follows a cosine of `progress`, times a ramp to TTT_RAMP over the first
-        30 % of the chunks (`chunk_frac`).
+        30% of the chunks (`chunk_frac`).
         """
         cfg, params, total = self.run.cfg, self.params, torch.zeros(1, device=self.run.device)
         if batch is not None:
@@ -6741,9 +6775,8 @@ class NgramCounts:
             self.max_keys_used += len(key_M)
             if 2 * self.max_keys_used > len(self.keys):  # some keys are repeated: count the rows
                 self.max_keys_used = int(self.keys.count_nonzero()) + len(key_M)
-                if 2 * self.max_keys_used > len(
-                    self.keys
-                ):  # still: start again, new text matters more
+                # Still too full: recent text says more about what follows than old text.
+                if 2 * self.max_keys_used > len(self.keys):
                     self.table.zero_()
                     self.max_keys_used = len(key_M)
             row_M = self.find(key_M, claim=True)
@@ -6923,7 +6956,7 @@ class Mixer:
 def main() -> int:
     """Run as the environment says; 0, or 1 (failed), 2 (bad input), 143 (stopped by a signal).
 
-    SIGTERM and SIGINT are ignored from its end on, so that the process ends with this status.
+    Signals are ignored once the status is known, so that the process exits with it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, raise_interrupted)
@@ -7013,7 +7046,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
     code = pack_source(script_source())
     identity = {
         "config": dataclasses.asdict(cfg),
-        "code_sha256": hashlib.sha256(code).hexdigest(),
+        "code_sha256": hash_bytes(code),
         "data": data_identity(cfg),
     }
     state = find_earlier_state(run, artifact, identity)
@@ -7027,7 +7060,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
 
 
 def check_own_files(directory: Path) -> None:
-    """Raise InputError if RUN_DIR holds foreign files under the names that a run writes."""
+    """Raise InputError if RUN_DIR holds files of other programs under names that a run writes."""
     require_regular_file(directory / "train_gpt.py", PACKED_STUB.partition("lzma.dec")[0])
     require_regular_file(directory / "train_gpt_source.py", '"""Train', "from __future__")
     require_regular_file(directory / "train.log", "config ")
@@ -7052,7 +7085,7 @@ def check_own_files(directory: Path) -> None:
 def find_earlier_state(run: Run, artifact: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Ledger and scores of the training that made RUN_DIR's artifact; empty if there is none.
 
-    InputError if the artifact or the checkpoints there are of another run.
+    InputError if the artifact or the checkpoints there are from another run.
     """
     cfg, path = run.cfg, run.directory / "run_state.json"
     remedy = "set another RUN_ID or RUN_DIR"
@@ -7292,6 +7325,7 @@ def log_budget(run: Run, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def fail_over_budget(problems: Sequence[str]) -> None:
+    """Raise RunFailed if there are any problems."""
     if problems:
         raise RunFailed("; ".join(problems))
 
@@ -7393,6 +7427,7 @@ def raise_interrupted(number: int, frame: Any) -> None:
 
 
 def ignore_signals() -> None:
+    """Ignore SIGTERM and SIGINT from now on."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -7460,7 +7495,7 @@ def wait_for_ranks() -> None:
 
 
 def post(key: str) -> None:
-    """Tell the other ranks, if there is a process group, that `key` holds for this one."""
+    """Count this rank under `key` in the process group's store, if there is one."""
     count_posts(key, 1)
 
 
@@ -7470,6 +7505,7 @@ def posted(key: str) -> int:
 
 
 def count_posts(key: str, added: int) -> int:
+    """Add to the counter `key` in the store and return it; 0 without a process group."""
     if not dist.is_initialized():
         return 0
     try:

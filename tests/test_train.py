@@ -813,7 +813,7 @@ def test_checkpoint_of_another_configuration_is_refused_with_both_values(
     with pytest.raises(InputError) as caught:
         train_weights(stopped.run(seed=7, matrix_lr=0.5))
     message = str(caught.value)
-    assert message.startswith(f"{stopped.checkpoint} is of another run: ")
+    assert message.startswith(f"{stopped.checkpoint} is from another run: ")
     assert re.search(r"MATRIX_LR=0.5 \(\w+: 0.04\)", message)
     assert re.search(r"SEED=7 \(\w+: 1337\)", message)
     assert "NUM_LAYERS" not in message and "RUN_ID" in message

@@ -5597,6 +5597,7 @@ def annotation_spans(source: str) -> list[tuple[int, int]]:
                 spans.append((len(before.removesuffix("->").removesuffix(":").rstrip()), end))
 
     def visit(node: Any, in_function: bool) -> None:
+        """Add the spans of a node and of what it contains."""
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if isinstance(node, ast.AnnAssign) and in_function and node.value and node.simple:
             add(node.annotation)

@@ -137,7 +137,7 @@ def check_text_log(path: Path, log: RunLog, source: str) -> list[str]:
 
 
 def check_sources(folder: Path, logs: Sequence[RunLog], submission: Json) -> list[str]:
-    """Return whether train_gpt.py and run.env are not those of every run."""
+    """Return problems: train_gpt.py or run.env differ from those of a run."""
     raw = (folder / "train_gpt.py").read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     problems = []
@@ -174,7 +174,7 @@ def packed_size(source: str) -> int:
     """Return the bytes of the packed script; raise InputError if it is not a Python source."""
     try:
         return len(train_gpt.pack_source(source))
-    except Exception as error:  # whatever tokenize and ast raise for text that is no Python
+    except Exception as error:  # whatever tokenize and ast raise for text that is not Python
         raise InputError(f"train_gpt.py cannot be packed: {error}") from error
 
 
@@ -204,7 +204,7 @@ def check_code_size(source: str, code_bytes: int) -> tuple[list[str], list[str]]
 
 
 def check_page(text: str, headings: Sequence[str]) -> list[str]:
-    """Return whether a README lacks the fixed headings or has too many lines."""
+    """Return problems: a README lacks the fixed headings or has too many lines."""
     problems = []
     found = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
     if found != [*headings]:
@@ -215,7 +215,7 @@ def check_page(text: str, headings: Sequence[str]) -> list[str]:
 
 
 def check_readme(text: str, result: str) -> list[str]:
-    """Return whether a record's README lacks its form or the computed result."""
+    """Return problems: a record's README lacks its form or the computed result."""
     problems = check_page(text, HEADINGS)
     try:
         if replace_marked(text, "result", result) != text:
@@ -226,7 +226,7 @@ def check_readme(text: str, result: str) -> list[str]:
 
 
 def check_description(folder: Path, name: str, submission: Json) -> list[str]:
-    """Return whether date, name or track do not fit their form or the folder."""
+    """Return problems: date, name or track do not fit their form or the folder."""
     problems = []
     try:
         datetime.date.fromisoformat(submission["date"])

@@ -256,7 +256,7 @@ def mode_of(session: list[Json]) -> str:
 
 
 def run_settings(log: RunLog) -> dict[str, str]:
-    """Return the knobs that differ from their defaults, as run.env spells them."""
+    """Return the knobs that differ from their defaults, in the format of run.env."""
     config = log.config
     names = [name for name in config["changed"] if name not in RUN_KNOBS]
     return {name: format_knob_value(config["values"][name]) for name in names}

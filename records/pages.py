@@ -80,7 +80,7 @@ def format_comparison(submission: Json, previous: Json) -> str:
 
 
 def format_result(logs: Sequence[RunLog], submission: Json, previous: Json | None) -> str:
-    """Return the Result section of a record's README: a row a seed, statistics, yardsticks."""
+    """Return the Result section of a record's README: a row per seed, statistics, baselines."""
     names = ("final_prequant", *FINAL_SCORES)
     rows = []
     for log in sorted(logs, key=lambda log: int(log.seed)):

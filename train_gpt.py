@@ -5045,9 +5045,9 @@ def stream_slots(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]
             slots["half"].append((i, "values"))
             continue
         scale_slots = slots["half" if tensor.row_scales.itemsize == 2 else "steps"]
-        scale_slots.append((i, "scales"))
+        scale_slots.append((i, "row_scales"))
         if tensor.column_scales is not None:
-            scale_slots.append((i, "columns"))
+            scale_slots.append((i, "column_scales"))
         slots["codes"].append((i, "values"))
     return {kind: arrays for kind, arrays in slots.items() if arrays}
 

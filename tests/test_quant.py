@@ -1,4 +1,4 @@
-"""Quantisation: codes and scales of every width, the error they leave, what each tensor gets."""
+"""Quantization: codes and scales of every width, the error they leave, what each tensor gets."""
 
 from __future__ import annotations
 

@@ -314,7 +314,7 @@ def test_averages_that_are_of_no_use_are_announced(new_run: MakeRun, trajectory)
 
 
 @pytest.mark.parametrize("finished_before", [False, True])
-def test_score_before_quantisation_is_that_of_the_weights_as_they_are(
+def test_score_before_quantization_is_that_of_the_weights_as_they_are(
     new_run: MakeRun, data: TinyData, finished_before
 ):
     knobs = dict(late_qat_threshold=0.9, attn_bits=4, mlp_bits=4, warmup_steps=1, iterations=4)

@@ -173,7 +173,7 @@ def test_where_later_documents_begin_and_end_does_not_matter(make_run: MakeRun, 
     np.testing.assert_allclose(after[: place - 1], before[: place - 1], rtol=1e-4, atol=1e-4)
 
 
-# --- C2: a full normalised distribution ----------------------------------------------------------
+# --- C2: a full normalized distribution ----------------------------------------------------------
 
 
 @each_method

@@ -9,14 +9,15 @@ The environment is the only configuration: every knob is a field of Config, spel
 RECIPE=path/to/run.env reads KEY=value lines as defaults below the real environment. A run trains
 (at most MAX_WALLCLOCK_SECONDS), quantizes, writes the artifact, reads it back from the file into a
 fresh model, and scores that model in bits per byte. Everything it writes lies in RUN_DIR. A run
-that was killed goes on from its last checkpoint when it is started again with the same RUN_DIR.
+that was killed continues from its last checkpoint when it is restarted with the same RUN_DIR.
 
 Sections: 1. Configuration  2. Run context  3. Data  4. Model  5. Optimization
           6. Training  7. Quantization  8. Artifact  9. Evaluation plans
           10. Scoring  11. Test-time training  12. N-gram mixers
 Tensor suffixes: B sequences, T positions, D model width, H query heads, K key/value heads,
                  E width of a head, F MLP width, V vocabulary, O x I a weight's out x in,
-                 N tokens, L equal matrices in a stack, R adapter rank.
+                 N tokens, L equal matrices in a stack, R adapter rank. Other letters are
+                 explained where they are used.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 
 # --- 1. Configuration ----------------------------------------------------------------------------
-# One frozen dataclass, one line a knob. config_from_env is pure; it refuses unknown names, bad
-# values and contradictions, all in one message. Derived values are properties, never fields.
+# One frozen dataclass, one line per knob. config_from_env refuses values out of range,
+# contradictions, and names that look like a misspelled knob, all in one message; errors in the
+# lines of a recipe are reported before the rest. Derived values are properties, never fields.
 
 
 class InputError(ValueError):
@@ -77,16 +79,20 @@ class InputError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run went wrong by itself: a budget was passed, the loss is not finite."""
+    """The run itself failed: a budget was exceeded, the loss is not finite."""
 
 
 class Interrupted(RuntimeError):
-    """A signal asked the run to stop; what it had is saved."""
+    """A signal stopped the run, which can be resumed from its last checkpoint."""
 
 
 def knob(default: Any, doc: str, **meta: Any) -> Any:
-    """A field set by the variable of its name; bounds are inclusive; shape: artifacts carry it."""
-    unset = {"unit": "", "low": None, "high": None, "choices": (), "shape": False}
+    """Declare a knob; `low` and `high` are inclusive.
+
+    `stored` marks the knobs that the artifact stores and that override the environment in
+    MODE=eval: the shape of the model, and SEED, from which the evaluation draws the LoRA's A.
+    """
+    unset = {"unit": "", "low": None, "high": None, "choices": (), "stored": False}
     assert meta.keys() <= unset.keys(), f"unknown: {meta.keys() - unset.keys()}"
     return field(default=default, metadata={"doc": doc, **unset, **meta})
 
@@ -121,12 +127,17 @@ class Config:
     """Every knob of the script; an environment variable has the field's name in capitals."""
 
     # Run
-    mode: str = knob("all", "which stages to run; see the module docstring", choices=MODES)
+    mode: str = knob(
+        "all",
+        "all = train and score; train = stop after the artifact; eval = score ARTIFACT; "
+        "describe = print the configuration",
+        choices=MODES,
+    )
     recipe: str = knob("", "file of KEY=value lines, used as defaults below the environment")
     run_id: str = knob("", "name of the run; empty = date, time and process number")
     run_dir: str = knob("", "folder for everything the run writes; empty = logs/RUN_ID")
     seed: int = knob(
-        1337, "random seed of initialization and data order", low=0, high=2**31 - 1, shape=True
+        1337, "random seed of initialization and data order", low=0, high=2**31 - 1, stored=True
     )
     track: str = knob("track_10min_16mb", "competition track named in submission.json")
     submission_name: str = knob("", "name in submission.json; empty = RUN_ID")
@@ -151,14 +162,16 @@ class Config:
     )
     tokenizer_path: str = knob("", "SentencePiece model; empty = DATA_PATH/tokenizer.model")
     check_data: str = knob(
-        "quick", "SHA-256 by manifest.json of validation files, or of all", choices=DATA_CHECKS
+        "quick",
+        "compare SHA-256 with manifest.json: quick = of validation files, full = of all",
+        choices=DATA_CHECKS,
     )
     loader: str = knob("stream", "order of training windows", choices=LOADER_CHOICES)
     isolate_documents: bool = knob(
-        True, "attention does not cross document boundaries (BOS)", shape=True
+        True, "attention does not cross document boundaries (BOS)", stored=True
     )
     train_seq_len: int = knob(
-        2048, "training sequence length", unit="tokens", low=1, high=2**20, shape=True
+        2048, "training sequence length", unit="tokens", low=1, high=2**20, stored=True
     )
     train_batch_tokens: int = knob(
         786_432, "tokens per optimizer step, over all ranks", unit="tokens", low=1, high=2**30
@@ -173,18 +186,18 @@ class Config:
         98_304, "maximum tokens in one forward pass of a rank", unit="tokens", low=1, high=2**30
     )
     # Model
-    vocab_size: int = knob(8192, "number of tokenizer pieces", low=4, high=65_536, shape=True)
-    num_layers: int = knob(11, "number of distinct blocks", low=1, high=256, shape=True)
+    vocab_size: int = knob(8192, "number of tokenizer pieces", low=4, high=65_536, stored=True)
+    num_layers: int = knob(11, "number of distinct blocks", low=1, high=256, stored=True)
     model_dim: int = knob(
-        512, "width of the residual stream", unit="channels", low=2, high=16_384, shape=True
+        512, "width of the residual stream", unit="channels", low=2, high=16_384, stored=True
     )
-    num_heads: int = knob(8, "query heads; divides MODEL_DIM", low=1, high=1024, shape=True)
-    num_kv_heads: int = knob(4, "key/value heads; divides NUM_HEADS", low=1, high=1024, shape=True)
-    mlp_mult: float = knob(4.0, "MLP width / MODEL_DIM", low=0.125, high=64, shape=True)
+    num_heads: int = knob(8, "query heads; divides MODEL_DIM", low=1, high=1024, stored=True)
+    num_kv_heads: int = knob(4, "key/value heads; divides NUM_HEADS", low=1, high=1024, stored=True)
+    mlp_mult: float = knob(4.0, "MLP width / MODEL_DIM", low=0.125, high=64, stored=True)
     leaky_slope: float = knob(
-        0.5, "the MLP activation is leaky_relu(x, slope)^2; 0 = relu^2", low=0, high=1, shape=True
+        0.5, "the MLP activation is leaky_relu(x, slope)^2; 0 = relu^2", low=0, high=1, stored=True
     )
-    tie_embeddings: bool = knob(True, "the output head is the token embedding", shape=True)
+    tie_embeddings: bool = knob(True, "the output head is the token embedding", stored=True)
     tied_embed_init_std: float = knob(
         0.005, "initial standard deviation of the token embedding if tied", low=0
     )
@@ -192,69 +205,75 @@ class Config:
         "normal", "token embedding: normal, or singular values S_k ~ k^-1/2", choices=EMBED_INITS
     )
     resid_mix_init: str = knob(
-        "last", "resid_mix starts as (1, 0), or early blocks prefer x0 (phase)", choices=MIX_INITS
+        "last",
+        "resid_mix starts as (1, 0), the identity (last), or early blocks prefer x0 (phase)",
+        choices=MIX_INITS,
     )
     init: str = knob("orthogonal", "initial matrices; see GPT.init_weights_", choices=MATRIX_INITS)
-    logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", low=1e-3, shape=True)
+    logit_softcap: float = knob(30.0, "logits are cap * tanh(z / cap)", low=1e-3, stored=True)
     asym_logit_rescale: bool = knob(
-        True, "separate trainable caps for positive and negative logits", shape=True
+        True, "separate trainable caps for positive and negative logits", stored=True
     )
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", low=1, shape=True)
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", low=1, stored=True)
     rope_scaling: str = knob(
         "ntk", "rotary base beyond TRAIN_SEQ_LEN: NTK-scaled, or unchanged", choices=("ntk", "none")
     )
     rope_dims: int = knob(
-        16, "rotated channels per head; 0 = all", unit="channels", low=0, shape=True
+        16, "rotated channels per head; 0 = all", unit="channels", low=0, stored=True
     )
     qk_gain_init: float = knob(5.0, "initial gain of each query head", low=0)
     ln_scale: bool = knob(
-        True, "scale the normalized input of block i by 1/sqrt(i + 1)", shape=True
+        True, "scale the normalized input of block i by 1/sqrt(i + 1)", stored=True
     )
-    skip_gates: bool = knob(True, "U-net skips are gated blends instead of sums", shape=True)
+    skip_gates: bool = knob(True, "U-net skips are gated blends instead of sums", stored=True)
     xsa_last_n: int = knob(
-        11, "exclusive self-attention (XSA) in the last n blocks", low=0, shape=True
+        11, "exclusive self-attention (XSA) in the last n blocks", low=0, stored=True
     )
-    xsa_layers: str = knob("", "XSA in these blocks as well, such as 0,2,5-7", shape=True)
+    xsa_layers: str = knob("", "XSA in these blocks as well, such as 0,2,5-7", stored=True)
     attn_gate: str = knob(
-        "sparse", "gate of each attention head; see AttnOutputGate", choices=GATES, shape=True
+        "sparse", "gate of each attention head; see AttnOutputGate", choices=GATES, stored=True
     )
     gate_window: int = knob(
-        12, "input channels of the small gates", unit="channels", low=1, shape=True
+        12, "input channels of the small gates", unit="channels", low=1, stored=True
     )
     sparse_attn_gate_scale: float = knob(
-        0.5, "factor inside the sigmoid of the sparse gate", low=0, shape=True
+        0.5, "factor inside the sigmoid of the sparse gate", low=0, stored=True
     )
     smear_gate: str = knob(
-        "lambda", "mix the previous token into each; see SmearGate", choices=SMEARS, shape=True
+        "lambda", "mix the previous token into each; see SmearGate", choices=SMEARS, stored=True
     )
     bigram_vocab_size: int = knob(
-        0, "rows of the hashed bigram table; 0 = no table", low=0, high=2**20, shape=True
+        0, "rows of the hashed bigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    bigram_dim: int = knob(128, "width of the bigram table", unit="channels", low=1, shape=True)
+    bigram_dim: int = knob(128, "width of the bigram table", unit="channels", low=1, stored=True)
     trigram_vocab_size: int = knob(
-        0, "rows of the hashed trigram table; 0 = no table", low=0, high=2**20, shape=True
+        0, "rows of the hashed trigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    trigram_dim: int = knob(32, "width of the trigram table", unit="channels", low=1, shape=True)
+    trigram_dim: int = knob(32, "width of the trigram table", unit="channels", low=1, stored=True)
     trigram_hash: str = knob(
-        "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, shape=True
+        "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, stored=True
     )
     value_residual: str = knob(
-        "none", "block 0's values in later blocks, or x0 after each", choices=VALUES, shape=True
+        "none",
+        "values of block 0 added in later blocks (resformer: with factors for both; vrl: with "
+        "one), or, without values, x0 added after each block (x0)",
+        choices=VALUES,
+        stored=True,
     )
     ve_layers: str = knob(
-        "", "blocks that add the shared value embedding, such as 9,10", shape=True
+        "", "blocks that add the shared value embedding, such as 9,10", stored=True
     )
-    ve_dim: int = knob(128, "width of the value embedding", unit="channels", low=1, shape=True)
-    num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, shape=True)
-    loop_start: int = knob(3, "first looped block", low=0, shape=True)
-    loop_end: int = knob(5, "last looped block", low=0, shape=True)
+    ve_dim: int = knob(128, "width of the value embedding", unit="channels", low=1, stored=True)
+    num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, stored=True)
+    loop_start: int = knob(3, "first looped block", low=0, stored=True)
+    loop_end: int = knob(5, "last looped block", low=0, stored=True)
     enable_looping_at: str = knob(
         "0.35", "training progress at which loops start: one value, or one for each loop"
     )
     parallel_residual: str = knob(
-        "lanes", "parallel attention and MLP; see Block.forward", choices=LANES, shape=True
+        "lanes", "parallel attention and MLP; see Block.forward", choices=LANES, stored=True
     )
-    parallel_start_layer: int = knob(8, "first parallel block", low=0, shape=True)
+    parallel_start_layer: int = knob(8, "first parallel block", low=0, stored=True)
     # Optimization
     embed_lr: float = knob(0.6, "Adam learning rate of an untied embedding", low=0)
     head_lr: float = knob(0.008, "Adam learning rate of an untied head", low=0)
@@ -306,7 +325,10 @@ class Config:
     )
     swa_every: int = knob(50, "steps between weights collected by SWA", unit="steps", low=1)
     late_qat_threshold: float = knob(
-        0.0, "fake quantization while the learning rate multiplier is below; 0 = off", low=0, high=1
+        0.0,
+        "fake quantization while the learning rate multiplier is below this; 0 = off",
+        low=0,
+        high=1,
     )
     train_log_every: int = knob(200, "steps between training log lines", unit="steps", low=1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = none", unit="steps", low=0)
@@ -331,7 +353,8 @@ class Config:
     )
     row_steps: str = knob(
         "solved",
-        "quantization scales; see optimal_scales and heuristic_row_scales",
+        "quantization scales: solved = equal marginal loss per bit, filling the byte budget; "
+        "max, percentile = from the weights of each row",
         choices=SCALINGS,
     )
     clip_sigmas: str = knob(
@@ -363,16 +386,23 @@ class Config:
         600.0, "evaluation budget; 0 = none; adaptation stops first", unit="s", low=0
     )
     ttt_method: str = knob(
-        "lora", "test-time training: weights per chunk, or a LoRA per document", choices=TTT_METHODS
+        "lora",
+        "test-time training: chunk = weights per text chunk, lora = a LoRA per document, "
+        "pretrain = weights before scoring (not compliant)",
+        choices=TTT_METHODS,
     )
     ttt_lr: float = knob(0.005, "peak learning rate of weight training, cosine decay", low=0)
     ttt_optimizer: str = knob("sgd", "optimizer of weight training", choices=("sgd", "adamw"))
-    ttt_momentum: float = knob(0.9, "its momentum, or AdamW's beta1", low=0, high=0.9999)
-    ttt_grad_clip: float = knob(1.0, "its maximum gradient norm; 0 = no clipping", low=0)
-    ttt_epochs: int = knob(3, "epochs over each scored chunk", low=1, high=1000)
+    ttt_momentum: float = knob(
+        0.9, "momentum of weight training, or AdamW's beta1", low=0, high=0.9999
+    )
+    ttt_grad_clip: float = knob(
+        1.0, "maximum gradient norm of weight training; 0 = no clipping", low=0
+    )
+    ttt_epochs: int = knob(3, "epochs over each text chunk", low=1, high=1000)
     ttt_chunk_tokens: int = knob(
         32_768,
-        "tokens scored before the weights are trained on them",
+        "size of a text chunk, for the training of all weights and for n-gram counts",
         unit="tokens",
         low=1,
         high=2**40,
@@ -385,7 +415,7 @@ class Config:
         "all", "trained parameters: all, or unfrozen blocks and vectors", choices=("all", "blocks")
     )
     ttt_ramp: float = knob(
-        1.0, "factor that the learning rate gains over the first 30 % of the text", low=0
+        1.0, "learning rate factor reached, from 1, after 30% of the text chunks", low=0
     )
     ttt_polyak: float = knob(
         0.0, "decay of the averaged weights used for scoring; 0 = off", low=0, high=0.99999
@@ -396,10 +426,12 @@ class Config:
     )
     eval_hash_lr_mult: float = knob(10.0, "learning rate of that table / TTT_LR", low=0)
     ttt_context: str = knob(
-        "incremental", "context of a chunk: see EvalPlanner.batch", choices=TTT_CONTEXTS
+        "incremental",
+        "context of a document chunk: see EvalPlanner.plan_document_batch",
+        choices=TTT_CONTEXTS,
     )
     ttt_chunk_size: int = knob(
-        24, "targets of a document between two adapter steps", unit="tokens", low=1
+        24, "size of a document chunk: targets between two adapter steps", unit="tokens", low=1
     )
     ttt_batch_size: int = knob(64, "documents adapted side by side", low=1, high=2**16)
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
@@ -409,7 +441,7 @@ class Config:
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
     ttt_beta2: float = knob(0.99, "beta2 of the LoRA's AdamW", low=0, high=0.99999)
-    ttt_grad_steps: int = knob(1, "optimizer steps per chunk", low=1, high=100)
+    ttt_grad_steps: int = knob(1, "optimizer steps per document chunk", low=1, high=100)
     ttt_warm_start_a: bool = knob(
         False, "LoRA A starts from the previous batch's mean; documents keep their order"
     )
@@ -447,7 +479,7 @@ class Config:
     def __post_init__(self) -> None:
         """Raise one InputError with every value out of range and every contradiction."""
         ranges = {f.name: out_of_range(f, getattr(self, f.name)) for f in fields(self)}
-        # Rules between knobs may count or expand what they read: they see values that are in range.
+        # Rules may expand lists or divide, so values out of range are replaced by defaults first.
         checked = object.__new__(Config)
         for f in fields(self):
             value = f.default if ranges[f.name] else getattr(self, f.name)
@@ -459,7 +491,7 @@ class Config:
 
     @property
     def trains(self) -> bool:
-        """Whether the model is this run's own, not one that an artifact describes."""
+        """Whether this configuration describes the model; in MODE=eval the artifact does."""
         return self.mode != "eval"
 
     @property
@@ -679,7 +711,10 @@ def shape_rules(cfg: Config) -> list[Rule]:
             f"TRAIN_SEQ_LEN={cfg.train_seq_len} and {cfg.score_seq_len} (evaluation) take "
             f"{cfg.rotary_bytes} bytes; at most {MAX_ROTARY_BYTES} are allowed",
         ),
-        (cfg.xsa_last_n <= L, f"XSA_LAST_N={cfg.xsa_last_n} must be at most NUM_LAYERS={L}"),
+        (
+            cfg.xsa_last_n <= L,
+            f"XSA_LAST_N={cfg.xsa_last_n} must be at most NUM_LAYERS={L}",
+        ),
         (
             cfg.num_loops == 0 or cfg.loop_start <= cfg.loop_end < L,
             f"LOOP_START={cfg.loop_start}, LOOP_END={cfg.loop_end} must be blocks in this order, "
@@ -820,8 +855,8 @@ FOREIGN_PREFIXES = tuple(
 )
 
 
-def misspelt_knob(name: str, knobs: Collection[str]) -> str:
-    """What to say about a variable that is no knob but was probably meant as one, or nothing.
+def explain_misspelled_knob(name: str, knobs: Collection[str]) -> str:
+    """What to say about a variable that is not a knob but was probably meant as one, or nothing.
 
     A variable is refused if it is a knob in lower case, a name in PUBLISHED_NAMES, the beginning,
     the end or a longer form of a knob (by at least two whole words), similar to a knob (ratio of
@@ -934,7 +969,7 @@ def config_from_env(env: Mapping[str, str]) -> Config:
                 values[name.lower()] = parse_value(text, kinds[name])
             except ValueError:
                 problems.append(f"{name}={text!r} is not a valid {kinds[name].__name__}")
-        elif problem := misspelt_knob(name, kinds):
+        elif problem := explain_misspelled_knob(name, kinds):
             problems.append(problem)
     try:
         cfg = Config(**values)
@@ -971,12 +1006,12 @@ class Run:
     signal_received: bool = False
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     def log(self, event: str, **values: Any) -> None:
         """Rank 0: write one line to stdout, to train.log and to metrics.jsonl."""
-        if self.is_main:
+        if self.is_rank0:
             line = format_event(event, **values)
             print(line, flush=True)
             self.append("train.log", line)
@@ -984,7 +1019,7 @@ class Run:
 
     def append(self, name: str, line: str) -> None:
         """Rank 0: add a line to a file in RUN_DIR."""
-        if self.is_main:
+        if self.is_rank0:
             path = self.directory / name
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
@@ -1001,11 +1036,13 @@ class Run:
             self.log("stage", name=name, elapsed_s=round(elapsed_s, 3), budget=budget)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its maximum over the ranks in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
@@ -1023,7 +1060,7 @@ class Run:
     def run_on_rank0(self, function: Callable[[], Any]) -> Any:
         """The result of `function` on rank 0, on every rank; its exceptions are raised on all."""
         result = problem = None
-        if self.is_main:
+        if self.is_rank0:
             try:
                 result = function()
             except Exception as error:
@@ -1034,6 +1071,7 @@ class Run:
         return result
 
     def on_signal(self, number: int, frame: Any) -> None:
+        """Signal handler during a run: sets a flag that the loops read where they can stop."""
         self.signal_received = True
 
     def check_signal(self) -> None:
@@ -1165,7 +1203,7 @@ def open_lock(path: Path) -> io.FileIO:
 
 
 def require_regular_file(path: Path, *starts: str) -> None:
-    """Raise InputError if a run must not write `path`: it is a link, a folder or a foreign file.
+    """Raise InputError if a run must not write `path`: it is a link, a folder or not a run's file.
 
     A run's own file is empty or begins with one of `starts`.
     """
@@ -1252,7 +1290,7 @@ def write_atomic(path: Path, *pieces: bytes) -> None:
 def format_event(event: str, **values: Any) -> str:
     """One log line `event key:value ...`; a key with a unit ends in it (_s, _ms, _bytes).
 
-    A single pass is called legal: whether the run is compliant shows at its end.
+    A pass is only called legal, because the compliance of the run is known at its end.
     """
     if event.startswith("final_"):
         values = {("legal" if key == "compliant" else key): v for key, v in values.items()}
@@ -1323,10 +1361,10 @@ def log_setup(run: Run) -> None:
         attention=choose_attention_backend(cfg, run.device, run.dtype).name,
         run_dir=str(run.directory),
     )
-    run.log("versions", **VERSIONS, source_sha256=hashlib.sha256(source.encode()).hexdigest())
+    run.log("versions", **VERSIONS, source_sha256=hash_bytes(source.encode()))
     run.log("hardware", name=describe_hardware(run))
     run.append("train.log", f"{'=' * 30} source {'=' * 30}\n{source}\n{'=' * 68}")
-    if run.is_main:
+    if run.is_rank0:
         write_atomic(run.directory / "train_gpt_source.py", source.encode())
 
 
@@ -1338,7 +1376,7 @@ def log_setup(run: Run) -> None:
 # one, otherwise against the rules that every data set follows.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS_ID = 20240520, 1, 1024, 1
-REMEDY = "make it again with data/prepare.py or data/download.py"
+REMEDY = "rebuild it with data/prepare.py or data/download.py"
 FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
 
@@ -1406,7 +1444,7 @@ class BatchLoader:
         self.prefetched: dict[tuple[int, int, int], Future[Tensor]] = {}
 
     def batch(self, position: int, stage: TrainStage) -> Tensor:
-        """What `read` returns, prefetched as long as the stage stays the same."""
+        """This rank's batch (see `read`); prefetches the next one, of the same stage."""
         key = (position, stage.seq_len, stage.batch_tokens)
         pending = self.prefetched.pop(key, None) or self.executor.submit(self.read, *key)
         next_key = (position + stage.batch_tokens, stage.seq_len, stage.batch_tokens)
@@ -1492,7 +1530,7 @@ class CoprimeSampler(ShuffledSampler):
     """
 
     def shuffle(self, starts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """Draws the shard of each window in proportion to the shard's remaining windows."""
+        """The windows in order; each shard drawn in proportion to its remaining windows."""
         shard_of_window = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         shard_of_window = rng.permutation(shard_of_window)
         order = np.empty(len(shard_of_window), dtype=np.int64)
@@ -1640,7 +1678,7 @@ class ByteTable:
         return self.base_bytes[targets] + (self.leading_space[targets] & ~self.boundary[previous])
 
     def count_text(self, ids: np.ndarray) -> np.ndarray:
-        """Bytes of each token of a text (uint16); 0 for the first one, which is no target."""
+        """Bytes of each token of a text (uint16); 0 for the first one, which is not a target."""
         counts = np.zeros(len(ids), dtype=np.uint16)
         chunk = 1 << 22  # tokens; bounds the memory of the int64 intermediate results
         for start in range(1, len(ids), chunk):
@@ -1727,7 +1765,7 @@ def read_sidecar(
 def check_plausible_counts(
     path: Path, ids: np.ndarray, counts: np.ndarray, table: ByteTable
 ) -> None:
-    """Raise InputError if byte counts are far from what the pieces spell.
+    """Raise InputError if byte counts are far from those of the pieces' text.
 
     They need not be equal. Case markers (private-use characters) stand for no text. What a
     normalizing tokenizer removes counts with the next token, and the bytes of a normalized
@@ -1772,7 +1810,7 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
         processor = sentencepiece.SentencePieceProcessor(model_proto=payload or b"empty")
     except RuntimeError as error:
         raise InputError(f"{path} is not a SentencePiece model: {error}") from error
-    sha256, manifest = hashlib.sha256(payload).hexdigest(), read_manifest(cfg)
+    sha256, manifest = hash_bytes(payload), read_manifest(cfg)
     if manifest is not None:
         require_listed(cfg, f"SHA-256 of {path}", sha256, manifest.tokenizer_sha256)
     return processor, sha256
@@ -1861,9 +1899,7 @@ def read_manifest(cfg: Config) -> Manifest | None:
         valid &= all(isinstance(h, str | None) for h in [*hashes, manifest.tokenizer_sha256])
     except (ValueError, AttributeError, RecursionError):
         valid = False
-    require(
-        valid, f"{path} is not a manifest of data/prepare.py or data/download.py; make it again"
-    )
+    require(valid, f"{path} is not a manifest of data/prepare.py or data/download.py; rebuild it")
     return manifest
 
 
@@ -1992,7 +2028,7 @@ def data_identity(cfg: Config) -> dict[str, Any]:
 def combine_hashes(paths: Iterable[Path], max_bytes: int | None = None) -> str:
     """One SHA-256 for several files, or for the first `max_bytes` of each."""
     hashes = "".join(hash_file(path, max_bytes) for path in paths)
-    return hashlib.sha256(hashes.encode()).hexdigest()
+    return hash_bytes(hashes.encode())
 
 
 # --- 4. Model ------------------------------------------------------------------------------------
@@ -2021,7 +2057,10 @@ def rotary_table(cfg: Config, num_positions: int) -> Tensor:
 
 
 def apply_rotary_emb(x_BTHE: Tensor, rotary_2TE: Tensor) -> Tensor:
-    """Rotate the first R = ROPE_DIMS channels of each head; channel i is paired with i + R / 2."""
+    """Rotate the first R = ROPE_DIMS channels of each head; channel i is paired with i + R / 2.
+
+    rotary_2TE holds cosines and sines, with E = R / 2.
+    """
     half = rotary_2TE.size(-1)
     cos, sin = rotary_2TE[:, :, None].to(x_BTHE.dtype)
     first, second, rest = torch.split(x_BTHE, [half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
@@ -2215,7 +2254,7 @@ class AttnOutputGate(nn.Module):
 def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     """XSA: remove the component of each head's output along the position's own value vector.
 
-    Source: arXiv:2603.09078. With grouped queries, all heads of a group share that vector.
+    Source: arXiv:2603.09078. With grouped queries, all G heads of a group share that vector.
     """
     y_BTKGE = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3))
     unit_BTK1E = F.normalize(v_BTKE, dim=-1)[:, :, :, None]
@@ -2273,12 +2312,12 @@ class KVCache:
 
 
 class BlockInputs(NamedTuple):
-    """Inputs of a block besides the residual stream."""
+    """Inputs of a block besides the residual stream; C = K * E."""
 
     x0_BTD: Tensor  # normalized embedding
     rotary_2TE: Tensor
     mask: Any  # result of the attention backend's `prepare`
-    first_v_BTC: Tensor | None  # values of block 0, if VALUE_RESIDUAL mixes them into later blocks
+    first_block_v_BTC: Tensor | None  # values of block 0, for VALUE_RESIDUAL=resformer or vrl
     shared_v_BTC: Tensor | None  # shared value embedding
     kv_cache: LayerKVCache | None = None
 
@@ -2306,9 +2345,9 @@ class CausalSelfAttention(nn.Module):
         self.head_dim, self.use_xsa, self.attend = E, layer in cfg.xsa_blocks, attention.attend
         self.adapter: nn.Module | None = None  # parallel to the whole module
 
-    def forward(self, n_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars) -> Tensor:
+    def forward(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
         """Attention output (B, T, D) for the normalized stream n."""
-        heads = (self.c_q(n_BTD), self.c_k(n_BTD), self.values(n_BTD, inputs, mix))
+        heads = (self.c_q(n_BTD), self.c_k(n_BTD), self.values(n_BTD, inputs, scalars))
         q_BTHE, k_BTKE, v_BTKE = [x.unflatten(-1, (-1, self.head_dim)) for x in heads]
         q_BTHE, k_BTKE, all_v_BTKE = rms_norm(q_BTHE), rms_norm(k_BTKE), v_BTKE
         if inputs.kv_cache is not None:
@@ -2324,7 +2363,7 @@ class CausalSelfAttention(nn.Module):
         y_BTD = self.proj(y_BTHE.flatten(2))
         return y_BTD if self.adapter is None else y_BTD + self.adapter(n_BTD)
 
-    def values(self, n_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars) -> Tensor:
+    def values(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
         """Values (B, T, K * E), with the value residual and the shared value embedding added.
 
         The value residual comes first: own * v + first * (values of block 0), by ResFormer
@@ -2332,13 +2371,13 @@ class CausalSelfAttention(nn.Module):
         value embedding (openai/parameter-golf#414) is added with its own factor.
         """
         v_BTC = self.c_v(n_BTD)
-        if mix.value is not None and inputs.first_v_BTC is not None:
-            factor = mix.value.to(v_BTC.dtype)
+        if scalars.value is not None and inputs.first_block_v_BTC is not None:
+            factor = scalars.value.to(v_BTC.dtype)
             if len(factor) == 2:
                 v_BTC = factor[1] * v_BTC
-            v_BTC = v_BTC + factor[0] * inputs.first_v_BTC
-        if mix.shared is not None and inputs.shared_v_BTC is not None:
-            v_BTC = v_BTC + mix.shared.to(v_BTC.dtype) * inputs.shared_v_BTC
+            v_BTC = v_BTC + factor[0] * inputs.first_block_v_BTC
+        if scalars.shared is not None and inputs.shared_v_BTC is not None:
+            v_BTC = v_BTC + scalars.shared.to(v_BTC.dtype) * inputs.shared_v_BTC
         return v_BTC
 
 
@@ -2369,19 +2408,19 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: int, attention: AttentionBackend):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(cfg, layer, attention), MLP(cfg)
-        D, self.parallel = cfg.model_dim, cfg.parallel_residual
+        D, self.form = cfg.model_dim, cfg.parallel_residual
         self.attn_scale = nn.Parameter(torch.ones(D))
         self.mlp_scale = nn.Parameter(torch.ones(D))
         keep = 1.0
         if cfg.resid_mix_init == "phase":  # a sigmoid of depth: early blocks prefer x0
             keep = 1 / (1 + math.exp(-3 * (layer / max(1, cfg.num_layers - 1) - 0.5)))
         self.resid_mix = nn.Parameter(torch.tensor([[keep], [1 - keep]]).repeat(1, D))
-        self.is_parallel = self.parallel == "stream" and layer >= cfg.parallel_start_layer
+        self.shares_input = self.form == "stream" and layer >= cfg.parallel_start_layer
         # A tensor, because a Python number would give every depth a compiled graph of its own.
         scale = torch.tensor((layer + 1) ** -0.5, device="cpu")
         self.norm_scale = nn.Buffer(scale, persistent=False) if cfg.ln_scale else None
 
-    def forward(self, lanes: Lanes, inputs: BlockInputs, mix: BlockScalars) -> Lanes:
+    def forward(self, lanes: Lanes, inputs: BlockInputs, scalars: BlockScalars) -> Lanes:
         """The residual stream after this block, or its two lanes.
 
         PARALLEL_RESIDUAL decides what happens from block PARALLEL_START_LAYER on. Where the
@@ -2399,25 +2438,25 @@ class Block(nn.Module):
           writes to it, and the skip acts on lane 0 only.
         """
         x_BTD, side_BTD = lanes
-        if side_BTD is not None and mix.write is not None:
-            return self.route(x_BTD, side_BTD, inputs, mix)
+        if side_BTD is not None and scalars.write is not None:
+            return self.route(x_BTD, side_BTD, inputs, scalars)
         x_BTD = self.mix_x0(x_BTD, inputs)
-        after_BTD = x_BTD + self.attn_update(x_BTD, inputs, mix)
+        after_BTD = x_BTD + self.attn_update(x_BTD, inputs, scalars)
         if side_BTD is not None:
             return after_BTD, side_BTD + self.mlp_update(side_BTD)
-        x_BTD = after_BTD + self.mlp_update(x_BTD if self.is_parallel else after_BTD)
-        if mix.x0 is not None:
-            x_BTD = x_BTD + mix.x0.to(x_BTD.dtype) * inputs.x0_BTD
+        x_BTD = after_BTD + self.mlp_update(x_BTD if self.shares_input else after_BTD)
+        if scalars.x0 is not None:
+            x_BTD = x_BTD + scalars.x0.to(x_BTD.dtype) * inputs.x0_BTD
         return x_BTD, None
 
     def route(
-        self, x_BTD: Tensor, side_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars
+        self, x_BTD: Tensor, side_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars
     ) -> Lanes:
         """The two lanes after this block in the forms `lanes` and `routed`; see forward."""
-        assert mix.write is not None and mix.carry is not None, "lanes without factors"
-        write, carry = mix.write.to(x_BTD.dtype), mix.carry.to(x_BTD.dtype)
-        a_BTD = self.attn_update(self.mix_x0(x_BTD, inputs), inputs, mix)
-        if self.parallel == "lanes":
+        assert scalars.write is not None and scalars.carry is not None, "lanes without factors"
+        write, carry = scalars.write.to(x_BTD.dtype), scalars.carry.to(x_BTD.dtype)
+        a_BTD = self.attn_update(self.mix_x0(x_BTD, inputs), inputs, scalars)
+        if self.form == "lanes":
             m_BTD = self.mlp_update(side_BTD)
             x_BTD = carry[0] * x_BTD + write[0, 0] * a_BTD + write[1, 0] * m_BTD
             side_BTD = carry[1] * side_BTD + write[0, 1] * a_BTD + write[1, 1] * m_BTD
@@ -2436,8 +2475,8 @@ class Block(nn.Module):
         keep, inject = self.resid_mix.to(x_BTD.dtype)
         return keep * x_BTD + inject * inputs.x0_BTD
 
-    def attn_update(self, x_BTD: Tensor, inputs: BlockInputs, mix: BlockScalars) -> Tensor:
-        return self.attn_scale.to(x_BTD.dtype) * self.attn(self.norm(x_BTD), inputs, mix)
+    def attn_update(self, x_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
+        return self.attn_scale.to(x_BTD.dtype) * self.attn(self.norm(x_BTD), inputs, scalars)
 
     def mlp_update(self, x_BTD: Tensor) -> Tensor:
         return self.mlp_scale.to(x_BTD.dtype) * self.mlp(self.norm(x_BTD))
@@ -2497,15 +2536,16 @@ def init_block_scalars(cfg: Config) -> dict[str, Tensor]:
     Rows of `value` begin with block 1, rows of `shared` belong to the blocks of VE_LAYERS. `merge`
     is the weight of lane 0 in the final merge, one number for the whole model.
     """
-    L, num_shared = cfg.num_layers, len(parse_int_list(cfg.ve_layers))
+    num_layers, num_shared = cfg.num_layers, len(parse_int_list(cfg.ve_layers))
     by_value_residual = {
-        "resformer": {"value": torch.full((L - 1, 2), 0.5)},
-        "vrl": {"value": torch.zeros(L - 1, 1)},
-        "x0": {"x0": torch.zeros(L)},
+        "resformer": {"value": torch.full((num_layers - 1, 2), 0.5)},
+        "vrl": {"value": torch.zeros(num_layers - 1, 1)},
+        "x0": {"x0": torch.zeros(num_layers)},
     }
+    write = torch.ones(num_layers, 2, 2)
     by_parallel_residual = {
-        "routed": {"write": torch.ones(L, 2, 2), "carry": torch.full((L, 2), 1.1**0.5)},
-        "lanes": {"write": torch.ones(L, 2, 2), "carry": torch.full((L, 2), 1.1)},
+        "routed": {"write": write, "carry": torch.full((num_layers, 2), 1.1**0.5)},
+        "lanes": {"write": write, "carry": torch.full((num_layers, 2), 1.1)},
         "merge": {"merge": torch.tensor(0.5)},
     }
     scalars: dict[str, Tensor] = {}
@@ -2574,7 +2614,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         The constants are targets (N), weights (N) and the function, softcapped_cross_entropy or
         its compiled form.
         """
-        (target_N, weight_N, nll), head = constants, head_VD.to(x_ND.dtype)
+        (target_N, weight_N, nll_function), head = constants, head_VD.to(x_ND.dtype)
         chunk = max(1, MAX_LOGITS_PER_CHUNK // len(head))
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         grad_x_ND, grad_head_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
@@ -2582,11 +2622,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for n in range(0, len(x_ND), chunk):
             rows = slice(n, n + chunk)
             z_NV = x_ND[rows] @ head.T
-            nll_N[rows], grad_NV, grad_caps = nll(z_NV, target_N[rows], weight_N[rows], cap)
+            nll_N[rows], grad_NV, cap_part = nll_function(z_NV, target_N[rows], weight_N[rows], cap)
             torch.mm(grad_NV, head, out=grad_x_ND[rows])
             grad_head_VD += grad_NV.T @ x_ND[rows]
             if grad_cap is not None:
-                grad_cap += grad_caps
+                grad_cap += cap_part
         ctx.save_for_backward(grad_x_ND, grad_head_VD, grad_cap)
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weight_N).sum(), nll_N
@@ -2625,7 +2665,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, attention: AttentionBackend, dtype: torch.dtype):
         super().__init__()
-        self.cfg, self.dtype, self.prepare, D = cfg, dtype, attention.prepare, cfg.model_dim
+        self.cfg, self.dtype, self.prepare_mask, D = cfg, dtype, attention.prepare, cfg.model_dim
         self.tok_emb = Embedding(cfg.vocab_size, D)
         self.blocks = nn.ModuleList(Block(cfg, i, attention) for i in range(cfg.num_layers))
         self.schedules = layer_schedules(cfg)
@@ -2767,8 +2807,8 @@ class GPT(nn.Module):
             self.attach_adapters(index)
             if past is not None:
                 inputs = inputs._replace(kv_cache=past.layers[index])
-            block, mix = self.blocks[call.block], self.block_scalars_of(call.block)
-            x_BTD, side_BTD = self.run_block(block, (x_BTD, side_BTD), inputs, mix)
+            block, scalars = self.blocks[call.block], self.block_scalars_of(call.block)
+            x_BTD, side_BTD = self.run_block(block, (x_BTD, side_BTD), inputs, scalars)
             if call.save:
                 saved.append(x_BTD)
         return rms_norm(x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD))
@@ -2800,18 +2840,18 @@ class GPT(nn.Module):
         """The inputs of the blocks besides the residual stream; see BlockInputs."""
         T = ids_BT.size(1)
         length, capacity = (T, T) if past is None else (past.length, past.capacity)
-        # The capacity chooses the table: a position must keep its angle while the cache grows.
+        # The capacity chooses the table of P positions: angles must not change as the cache grows.
         table_2PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
         assert capacity <= table_2PE.size(1), "longer than EVAL_SEQ_LEN"
         inputs = BlockInputs(
             x0_BTD=x0_BTD,
             rotary_2TE=table_2PE[:, :length],
-            mask=self.prepare(ids_BT, self.cfg.isolate_documents, length - T),
-            first_v_BTC=None,
+            mask=self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T),
+            first_block_v_BTC=None,
             shared_v_BTC=self.shared_values(ids_BT),
         )
         if "value" in self.block_scalars:
-            inputs = inputs._replace(first_v_BTC=self.first_values(inputs))
+            inputs = inputs._replace(first_block_v_BTC=self.first_block_values(inputs))
         return inputs
 
     def shared_values(self, ids_BT: Tensor) -> Tensor | None:
@@ -2821,7 +2861,7 @@ class GPT(nn.Module):
         table_BTI = self.ve_table(ids_BT).to(self.dtype)
         return self.ve_proj(table_BTI) * self.ve_scale.to(self.dtype)
 
-    def first_values(self, inputs: BlockInputs) -> Tensor:
+    def first_block_values(self, inputs: BlockInputs) -> Tensor:
         """Values of block 0 (B, T, K * E) without its adapter, as in openai/parameter-golf#457.
 
         Block 0 computes them again in its own call, which costs less than a second compiled graph
@@ -2866,7 +2906,7 @@ class GPT(nn.Module):
         first: int = 0,
         *,
         past: KVCache | None = None,
-        mixed: MixerInputs | None = None,
+        mixer_inputs: MixerInputs | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihoods in nats of the targets from position `first` on.
 
@@ -2875,23 +2915,26 @@ class GPT(nn.Module):
         """
         B, head = len(ids_BT), self.head_VD.to(self.dtype)
         x_BTD, target_BT = self(ids_BT, past)[:, first:], target_BT[:, first:]
-        mixed = mixed and mixed.at(slice(first, None))
+        if mixer_inputs is not None:
+            mixer_inputs = mixer_inputs.at(slice(first, None))
         if self.head.adapter is None:  # without one, rows need not be kept apart
             x_BTD, target_BT = x_BTD.flatten(0, 1)[None], target_BT.flatten()[None]
-            mixed = mixed and mixed.as_one_row()
+            if mixer_inputs is not None:
+                mixer_inputs = mixer_inputs.as_one_row()
         num_rows, T = target_BT.shape
         chunk_len = max(1, MAX_LOGITS_PER_CHUNK // (len(head) * num_rows))
         nll_parts, recorded_parts = [], []
         for start in range(0, max(1, T), chunk_len):
             positions = slice(start, start + chunk_len)
-            chunk = (x_BTD[:, positions], target_BT[:, positions], mixed and mixed.at(positions))
+            mixer_chunk = None if mixer_inputs is None else mixer_inputs.at(positions)
+            chunk = (x_BTD[:, positions], target_BT[:, positions], mixer_chunk)
             nll_BT, recorded_BT = self.chunk_nll(head, *chunk)
             nll_parts.append(nll_BT)
             recorded_parts.append(recorded_BT)
         return torch.cat(nll_parts, dim=1).view(B, -1), torch.cat(recorded_parts, dim=1).view(B, -1)
 
     def chunk_nll(
-        self, head_VD: Tensor, x_BTD: Tensor, target_BT: Tensor, mixed: MixerInputs | None
+        self, head_VD: Tensor, x_BTD: Tensor, target_BT: Tensor, mixer_inputs: MixerInputs | None
     ) -> tuple[Tensor, Tensor]:
         """What token_nll returns, for one chunk whose logits exist at the same time."""
         z_BTV = x_BTD @ head_VD.T
@@ -2899,28 +2942,32 @@ class GPT(nn.Module):
             z_BTV = z_BTV + self.head.adapter(x_BTD)
         z_NV, target_N = z_BTV.flatten(0, 1), target_BT.flatten()
         nll_N = recorded_N = self.nll(z_NV, target_N, None, self.cap)[0]
-        if mixed is not None:
-            recorded_N = self.mixed_nll(z_NV, target_N, nll_N, mixed)
+        if mixer_inputs is not None:
+            recorded_N = self.mixed_nll(z_NV, target_N, nll_N, mixer_inputs)
         if self.normalization_check is not None:
-            self.normalization_check(z_NV, target_N, recorded_N, mixed)
+            self.normalization_check(z_NV, target_N, recorded_N, mixer_inputs)
         return nll_N.view(target_BT.shape), recorded_N.view(target_BT.shape)
 
     def mixed_nll(
-        self, z_NV: Tensor, target_N: Tensor, nll_N: Tensor, mixed: MixerInputs
+        self, z_NV: Tensor, target_N: Tensor, nll_N: Tensor, mixer_inputs: MixerInputs
     ) -> Tensor:
         """The mixer's nll of the targets that are recorded, the softmax's of the others."""
-        keep_N, context_NK = mixed.keep_BT.flatten(), mixed.context_BTK.flatten(0, 1)
+        keep_N, context_NK = mixer_inputs.keep_BT.flatten(), mixer_inputs.context_BTK.flatten(0, 1)
         logits_NV = softcap_logits(z_NV[keep_N], self.cap)[0]
         recorded_N = nll_N.detach().clone()
-        recorded_N[keep_N] = mixed.mixer.nll(logits_NV, context_NK[keep_N], target_N[keep_N])
+        recorded_N[keep_N] = mixer_inputs.mixer.nll(logits_NV, context_NK[keep_N], target_N[keep_N])
         return recorded_N
 
     @torch.no_grad()
     def eval_nll(
-        self, ids_BT: Tensor, target_BT: Tensor, first: int = 0, mixed: MixerInputs | None = None
+        self,
+        ids_BT: Tensor,
+        target_BT: Tensor,
+        first: int = 0,
+        mixer_inputs: MixerInputs | None = None,
     ) -> Tensor:
         """The nll to record (B, T - first) of token_nll, without gradients."""
-        return self.token_nll(ids_BT, target_BT, first, mixed=mixed)[1]
+        return self.token_nll(ids_BT, target_BT, first, mixer_inputs=mixer_inputs)[1]
 
 
 class ParamRole(NamedTuple):
@@ -3313,9 +3360,9 @@ class Muon:
         for stack, pair in zip(self.stacks, updates, strict=True):
             update_LOI, (rows, columns) = wait_for(*pair)[: len(stack)], stack[0].shape
             # Entries of a tall orthogonal matrix are smaller; this keeps the update's RMS equal.
-            scale = -lr * max(1.0, rows / columns) ** 0.5
+            update_factor = -lr * max(1.0, rows / columns) ** 0.5
             torch._foreach_mul_(stack, 1 - lr * weight_decay)
-            torch._foreach_add_(stack, list(update_LOI.float()), alpha=scale)
+            torch._foreach_add_(stack, list(update_LOI.float()), alpha=update_factor)
         self.pending = []
 
     def gather(self, shard_LOI: Tensor) -> tuple[Tensor, Any]:
@@ -3466,7 +3513,7 @@ class WeightAverager:
     def update(self, step: int, scale: float, progress: float) -> None:
         """Add the weights after step `step` (from 1), whose learning rate multiplier was `scale`.
 
-        SWA starts by the multiplier, because a number of steps may never be reached in the time.
+        SWA starts at a multiplier, since a time limit may end training before a given step.
         """
         cfg, weights = self.cfg, [param.float() for param in self.params]
         if cfg.averaging == "ema":
@@ -3530,16 +3577,16 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         trainer.enter_stage(stage)
         loss = trainer.step(loader.batch(trainer.progress.tokens, stage)).item()
         now_s = time.perf_counter()
-        votes = StepVotes(
+        flags = StepFlags(
             checkpoint_due=0 < cfg.checkpoint_every_seconds <= now_s - saved_s,
             interrupted=run.signal_received,
             bad_loss=not math.isfinite(loss),
         )
-        votes, clock_s = sync_step_state(trainer, votes, now_s - clock_s), now_s
+        flags, clock_s = sync_step_state(trainer, flags, now_s - clock_s), now_s
         step, is_over = trainer.progress.step, trainer.progress.is_over(cfg)
         has_time_to_save = not trainer.progress.is_over(cfg, save_s)
-        saves = (votes.checkpoint_due and has_time_to_save) or votes.interrupted or is_over
-        check_finite(trainer, loss, previous_loss, bad_loss=votes.bad_loss, check_weights=saves)
+        saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
+        check_finite(trainer, loss, previous_loss, bad_loss=flags.bad_loss, check_weights=saves)
         previous_loss = loss
         if step % cfg.train_log_every == 0 or step <= resumed_step + FIRST_LOGGED_STEPS or is_over:
             log_step(trainer, loss, scale)
@@ -3549,10 +3596,10 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
             run.run_on_rank0(functools.partial(save_checkpoint, trainer))
             saved_s = time.perf_counter()
             if not is_over:  # saving counts as training time
-                sync_step_state(trainer, StepVotes(), saved_s - clock_s)
+                sync_step_state(trainer, StepFlags(), saved_s - clock_s)
                 clock_s, save_s = saved_s, trainer.progress.train_s - before_s
-        if votes.interrupted and not is_over:
-            raise Interrupted(f"stopped by a signal after step {step}; start again to go on")
+        if flags.interrupted and not is_over:
+            raise Interrupted(f"stopped by a signal after step {step}; restart to resume")
         if cfg.val_loss_every and step % cfg.val_loss_every == 0 and not is_over:
             validate_and_log(trainer, validate)
             clock_s = time.perf_counter()  # validation does not count as training time
@@ -3561,7 +3608,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
 FIRST_LOGGED_STEPS = 5  # steps after the start or a resumption that are always logged
 
 
-class StepVotes(NamedTuple):
+class StepFlags(NamedTuple):
     """Conditions of a step that hold for all ranks if they hold on any of them."""
 
     checkpoint_due: bool = False
@@ -3569,17 +3616,17 @@ class StepVotes(NamedTuple):
     bad_loss: bool = False  # the loss is not finite
 
 
-def sync_step_state(trainer: Trainer, votes: StepVotes, elapsed_s: float) -> StepVotes:
-    """Advance the training clock by the slowest rank's `elapsed_s`; returns all ranks' votes.
+def sync_step_state(trainer: Trainer, flags: StepFlags, elapsed_s: float) -> StepFlags:
+    """Advance the training clock by the slowest rank's `elapsed_s`; returns all ranks' flags.
 
     The clock determines the learning rate, so it must be the same on all ranks.
     """
     run, progress = trainer.run, trainer.progress
-    values = [progress.train_s + elapsed_s, *map(float, votes)]
+    values = [progress.train_s + elapsed_s, *map(float, flags)]
     reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64, device=run.device))
-    train_s, *flags = reduced.tolist()
+    train_s, *any_rank = reduced.tolist()
     trainer.progress = progress._replace(train_s=train_s)
-    return StepVotes(*map(bool, flags))
+    return StepFlags(*map(bool, any_rank))
 
 
 def check_finite(
@@ -3614,7 +3661,8 @@ def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Score the current weights without QAT; a signal meanwhile still saves a checkpoint."""
     run, step = trainer.run, trainer.progress.step
     trainer.enter_stage(trainer.current_stage._replace(qat=False))
-    trainer.muon.gather_buffers()  # here, because an interrupted rank cannot take part below
+    # A collective, so before the pass: an interrupted rank would not join it when saving.
+    trainer.muon.gather_buffers()
     try:
         score = validate()
     except Interrupted:
@@ -3638,7 +3686,7 @@ def warn_about_average(trainer: Trainer) -> None:
             run.log("warning", text=text)
 
 
-SLOW_STEP = 1.2  # duration that is expected of one more step, as a multiple of the mean
+SLOW_STEP = 1.2  # the next step is assumed to take this multiple of the mean step time
 
 
 class Progress(NamedTuple):
@@ -3736,7 +3784,7 @@ class Trainer:
     def __init__(self, run: Run, model: GPT):
         self.run, self.model, self.params = run, model, list(model.parameters())
         self.adam, self.muon = make_optimizers(model, run)
-        self.replicated = [p for group in self.adam.param_groups for p in group["params"]]
+        self.adam_params = [p for group in self.adam.param_groups for p in group["params"]]
         self.averager = WeightAverager(run.cfg, self.params)
         self.progress, self.current_stage = Progress(), train_stages(run.cfg)[0]
         self.run_token = os.urandom(16).hex()  # marks the checkpoints that this run has written
@@ -3787,13 +3835,13 @@ class Trainer:
         Muon's part of it is sharded over the ranks, AdamW's is replicated. Note that
         openai/parameter-golf#2135 clips each rank's gradient before averaging.
         """
-        sharded, max_norm = self.muon.reduced_gradients(), self.run.cfg.grad_clip_norm
-        replicated = [param.grad for param in self.replicated if param.grad is not None]
-        sharded_sq = torch.stack([grad.square().sum() for grad in sharded]).sum()
-        replicated_sq = torch.stack([grad.square().sum() for grad in replicated]).sum()
-        norm = (self.run.all_reduce_sum(sharded_sq) + replicated_sq).sqrt()
+        muon_grads, max_norm = self.muon.reduced_gradients(), self.run.cfg.grad_clip_norm
+        adam_grads = [param.grad for param in self.adam_params if param.grad is not None]
+        muon_sq = torch.stack([grad.square().sum() for grad in muon_grads]).sum()
+        adam_sq = torch.stack([grad.square().sum() for grad in adam_grads]).sum()
+        norm = (self.run.all_reduce_sum(muon_sq) + adam_sq).sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([*sharded, *replicated], factor)
+        torch._foreach_mul_([*muon_grads, *adam_grads], factor)
 
     def step(self, window_BT: Tensor) -> Tensor:
         """One optimizer step on this rank's windows (rows, T + 1); returns the mean loss of all."""
@@ -3801,7 +3849,7 @@ class Trainer:
         loss = self.accumulate_gradients(window_BT)
         self.muon.start_reduce()
         if self.run.world_size > 1:  # average the loss and the gradients that AdamW uses
-            flat = all_reduce_gradients(self.run, loss, self.replicated)
+            flat = all_reduce_gradients(self.run, loss, self.adam_params)
             loss = flat.div_(self.run.world_size)[0]
         if cfg.grad_clip_norm:
             self.clip_gradients()
@@ -3819,7 +3867,7 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the training state by name; the tensors themselves, not copies."""
         tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
-        for i, param in enumerate(self.replicated):
+        for i, param in enumerate(self.adam_params):
             for key, tensor in self.adam.state[param].items():
                 tensors[f"adam/{i}/{key}"] = tensor
         for i, (buffer, stack) in enumerate(zip(self.muon.buffers, self.muon.stacks, strict=True)):
@@ -3839,7 +3887,7 @@ class Trainer:
         """Compile everything: run WARMUP_STEPS of each stage on random tokens, then undo them."""
         cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        uses_cu_seqlens = cfg.isolate_documents and self.model.prepare is flash_cu_seqlens
+        uses_cu_seqlens = cfg.isolate_documents and self.model.prepare_mask is flash_cu_seqlens
         for stage in train_stages(cfg) if cfg.warmup_steps else []:
             self.enter_stage(stage)
             rows = stage.batch_tokens // stage.seq_len // self.run.world_size
@@ -3910,12 +3958,14 @@ def save_checkpoint(trainer: Trainer) -> None:
     The run's older checkpoints are removed afterwards; what others put there stays.
     """
     run, progress = trainer.run, trainer.progress
-    if not run.is_main:
+    if not run.is_rank0:
         return
     final = checkpoint_root(run) / f"step_{progress.step:09d}"
     if final.exists() and run_token_of(final) == trainer.run_token:
         return  # saved before the validation that a signal has interrupted
-    require(not os.path.lexists(final), f"{final} is not of this run; remove it to go on")
+    require(
+        not os.path.lexists(final), f"{final} was not written by this run; remove it to continue"
+    )
     temporary = final.with_name(f"{final.name}.{trainer.run_token}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -4027,9 +4077,9 @@ def discard_checkpoints(run: Run) -> None:
 def read_checkpoint(folder: Path, trainer: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of a checkpoint, all of them checked against the trainer's.
 
-    Raises InputError if it is damaged or of another run; nothing is changed before.
+    Raises InputError if it is damaged or from another run; nothing is changed before.
     """
-    remedy = f"remove {folder} to go on without it, or set RESUME=0 or another RUN_ID"
+    remedy = f"remove {folder} to continue without it, or set RESUME=0 or another RUN_ID"
     try:
         meta = read_meta(folder)
         config = meta["config"]
@@ -4140,7 +4190,7 @@ def check_same_run(saved: Mapping[str, Any], cfg: Config, path: Path) -> None:
     ]
     require(
         not different,
-        f"{path} is of another run: {', '.join(different)}; set these knobs as "
+        f"{path} is from another run: {', '.join(different)}; set these knobs as "
         "they were, remove it, or set another RUN_ID",
     )
 
@@ -4167,18 +4217,18 @@ class Quantized(NamedTuple):
 
     bits: int  # PLAIN_BITS: no codes
     values: np.ndarray  # int8 or int16 codes, or float16 values; in the tensor's shape
-    scales: np.ndarray | None  # of each row: float16, or float32 entries of SCALES
-    columns: np.ndarray | None = None  # scale of each column, in the same format
+    row_scales: np.ndarray | None  # float16, or float32 entries of SCALES
+    column_scales: np.ndarray | None = None  # in the same format
     trellis: bool = False  # the codes are those of the trellis-coded grid
 
     def dequantized(self) -> Tensor:
         """The float32 tensor that a reader of the artifact gets."""
-        if self.scales is None:
+        if self.row_scales is None:
             return torch.tensor(self.values).float()
         levels = trellis_levels(self.values) / 2 if self.trellis else self.values
-        scale_OI = self.scales[:, None] * np.float32(1)
-        if self.columns is not None:
-            scale_OI = scale_OI * self.columns
+        scale_OI = self.row_scales[:, None] * np.float32(1)
+        if self.column_scales is not None:
+            scale_OI = scale_OI * self.column_scales
         weight_OI = levels.reshape(len(scale_OI), -1) * scale_OI
         return torch.tensor(weight_OI).float().view(levels.shape)
 
@@ -4256,8 +4306,8 @@ class CalibrationStats:
     def hessians(self, run: Run) -> dict[str, KroneckerHessian]:
         """The Hessians by matrix, averaged over the tokens of all ranks.
 
-        A tied embedding is a matrix and a table: it gets the Kronecker product whose trace is that
-        of the sum of both Hessians, row by row and in total.
+        A tied embedding is a matrix (A1, b1) and a table (A2, b2): it gets A = sum of Ai * mean(bi)
+        and b = sum of trace(Ai) * bi / trace(A). So each row has the trace of the sum of both.
         """
         count = run.all_reduce_sum(torch.tensor(float(self.num_tokens), device=run.device))
         means = {key: run.all_reduce_sum(self.sums[key]) / count for key in sorted(self.sums)}
@@ -4352,7 +4402,7 @@ class MatrixGroup(NamedTuple):
 
     names: list[str]
     weight_LOI: Tensor
-    factor: HessianFactor | None  # None: round to nearest
+    hessian_factor: HessianFactor | None  # None: round to nearest
     row_scale_LO: Tensor
     column_scale_LI: Tensor  # ones unless ROW_STEPS=solved
     bits: int
@@ -4378,7 +4428,7 @@ def group_matrices(
             factor = factor_hessians(torch.stack([hessians[name].inputs_II for name in names]))
         if cfg.solves_scales and factor is not None:
             outputs_LO = torch.stack([hessians[name].outputs_O for name in names])
-            row_LO, column_LI = optimal_scales(outputs_LO, factor.std_LI)
+            row_LO, column_LI = optimal_scales(outputs_LO, factor.upper_diagonal_LI)
         else:
             row_LO = torch.stack(
                 [
@@ -4409,7 +4459,7 @@ CLIP_PERCENTILE = 0.9999984  # of a row's magnitudes, as in the naive baseline
 
 
 def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
-    """Scale of each row from its weights alone, by CLIP_SIGMAS, or ROW_STEPS other than solved."""
+    """Scale of each row from its weights alone, by CLIP_SIGMAS, or else by ROW_STEPS."""
     qmax = 2 ** (cfg.bits[group] - 1) - 1
     if cfg.sigmas:  # SDClip (openai/parameter-golf#1394): every row costs the same bits per weight
         return cfg.sigmas[group] / qmax * weight_OI.std(dim=1)
@@ -4421,18 +4471,18 @@ def heuristic_row_scales(cfg: Config, weight_OI: Tensor, group: str) -> Tensor:
 ROW_DAMPING, MAX_COLUMN_RATIO = 0.1, 16  # for rows and columns that calibration rarely reaches
 
 
-def optimal_scales(outputs_LO: Tensor, column_std_LI: Tensor) -> tuple[Tensor, Tensor]:
+def optimal_scales(outputs_LO: Tensor, upper_diagonal_LI: Tensor) -> tuple[Tensor, Tensor]:
     """Relative scales of rows and columns that equalize the marginal loss per bit.
 
-    A rounding error in column j costs about outputs_O[o] * (scale / U_jj)^2 / 24 per weight
-    (column_std_LI is U_jj of factor_hessians), and one more bit saves three quarters of that. By
-    reverse water-filling all costs must be equal, which scales U_jj / sqrt(outputs_O[o]) achieve.
+    A rounding error in column j costs about outputs_O[o] * (scale / U_jj)^2 / 24 per weight, with
+    U_jj from factor_hessians. One more bit halves the scale and removes 3/4 of that cost, so that
+    all costs are equal at the optimum (reverse water-filling): scales U_jj / sqrt(outputs_O[o]).
     """
     rows, columns = [], []
-    for outputs_O, std_I in zip(outputs_LO, column_std_LI, strict=True):
-        mean, geometric_mean = outputs_O.mean().clamp_min(1e-30), std_I.log().mean().exp()
+    for outputs_O, diagonal_I in zip(outputs_LO, upper_diagonal_LI, strict=True):
+        mean, geometric_mean = outputs_O.mean().clamp_min(1e-30), diagonal_I.log().mean().exp()
         rows.append((outputs_O / mean + ROW_DAMPING).rsqrt() * mean.rsqrt() * geometric_mean)
-        columns.append((std_I / geometric_mean).clamp(1 / MAX_COLUMN_RATIO, MAX_COLUMN_RATIO))
+        columns.append((diagonal_I / geometric_mean).clamp(1 / MAX_COLUMN_RATIO, MAX_COLUMN_RATIO))
     return torch.stack(rows), torch.stack(columns)
 
 
@@ -4453,10 +4503,10 @@ MIN_BUDGET_FILL, MAX_BUDGET_TRIES = 0.998, 8  # fraction of the budget that ends
 def fill_budget(
     groups: Sequence[MatrixGroup], encode: Callable[[float], bytes], budget_bytes: int
 ) -> bytes:
-    """The largest artifact within `budget_bytes`, over a factor common to all scales.
+    """The largest of at most MAX_BUDGET_TRIES artifacts within `budget_bytes`.
 
-    `encode` makes the artifact for a scale factor. If none fits, the smallest artifact tried last
-    is returned, which is too large.
+    They differ in one factor of all scales; `encode` makes the artifact for a scale factor. If none
+    fits, the one tried last is returned; it is too large, and `check_sizes` then fails the run.
     """
     num_weights = sum(group.weight_LOI.numel() for group in groups)
     finest = scale_factor_for(groups, MAX_BITS_PER_WEIGHT * num_weights)
@@ -4505,7 +4555,7 @@ def estimated_bits(groups: Sequence[MatrixGroup], scale_factor: float) -> float:
 
 def code_statistics(tensors: Mapping[str, Quantized]) -> dict[str, float]:
     """The number of codes, and their entropy in bits per code with a table for each tensor."""
-    codes = [tensor.values for tensor in tensors.values() if tensor.scales is not None]
+    codes = [tensor.values for tensor in tensors.values() if tensor.row_scales is not None]
     bits = 0.0
     for values in codes:
         counts = np.unique(values, return_counts=True)[1]
@@ -4529,7 +4579,7 @@ def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict
     if solved:  # a column with a few huge weights gets a coarser scale instead of clipped codes
         smallest_LI = largest_LI / (CLIP_HEADROOM * qmax)
         column_LI = round_scales(cfg, torch.maximum(column_LI, smallest_LI))
-    trellis = cfg.quant_grid == "trellis" and group.factor is not None
+    trellis = cfg.quant_grid == "trellis" and group.hessian_factor is not None
     if trellis:
         std_LI = (group.column_std_LI / scale_factor).clamp_min(MIN_COLUMN_STD)
         largest_code = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
@@ -4537,11 +4587,11 @@ def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict
         rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, rate_lambda=RATE_LAMBDA)
     else:
         rounding = functools.partial(round_uniform, qmax=qmax)
-    if group.factor is None:
+    if group.hessian_factor is None:
         scale_LOI = row_LO[:, :, None] * column_LI[:, None]
         codes_LOI, _ = rounding(group.weight_LOI / scale_LOI, column_LI)
     else:
-        codes_LOI = gptq(group.weight_LOI, group.factor, row_LO, column_LI, rounding)
+        codes_LOI = gptq(group.weight_LOI, group.hessian_factor, row_LO, column_LI, rounding)
     scale_type = np.float32 if cfg.compressor == "ans" else np.float16
     rows, columns = (x.cpu().numpy().astype(scale_type) for x in (row_LO, column_LI))
     codes = codes_LOI.cpu().numpy().astype(np.int16 if solved else np.int8)
@@ -4561,7 +4611,8 @@ class HessianFactor(NamedTuple):
     order_LI: Tensor  # int64: columns by descending diagonal
     upper_LII: Tensor  # U; rows and columns in that order
     alive_LI: Tensor  # bool, in the weight's order: False where the input was always zero
-    std_LI: Tensor  # U_jj in the weight's order: an error e in column j costs (e / U_jj)^2
+    # U_jj in the weight's order: an error e in column j costs (e / U_jj)^2.
+    upper_diagonal_LI: Tensor
 
 
 def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
@@ -4579,8 +4630,8 @@ def factor_hessians(hessian_LII: Tensor) -> HessianFactor:
     ordered_LII = ordered_LII.take_along_dim(order_LI[:, None], 2)
     inverse_LII = torch.cholesky_inverse(torch.linalg.cholesky(ordered_LII))
     upper_LII = torch.linalg.cholesky(inverse_LII, upper=True)
-    std_LI = upper_LII.diagonal(dim1=1, dim2=2).gather(1, order_LI.argsort(dim=1))
-    return HessianFactor(order_LI, upper_LII, alive_LI, std_LI)
+    upper_diagonal_LI = upper_LII.diagonal(dim1=1, dim2=2).gather(1, order_LI.argsort(dim=1))
+    return HessianFactor(order_LI, upper_LII, alive_LI, upper_diagonal_LI)
 
 
 def gptq(
@@ -4628,7 +4679,7 @@ def round_uniform(target_LO: Tensor, _column_L: Tensor, *, qmax: int) -> tuple[T
 
 
 # Trellis-coded quantization, as dependent quantization in video coding (ITU-T H.266, ISO/IEC
-# 15938-17). Code k stands for level 2k in even states (quantizer Q0) and 2k + 1 in odd states (Q1);
+# 15938-17). Code k stands for level 2k in even states (sub-quantizer Q0), 2k + 1 in odd ones (Q1);
 # levels count half scales, and the parity of k leads to the next state. Unlike in H.266, Q1 has no
 # zero, which would cost rate at one bit per weight and more. The trellis is Ungerboeck's (IEEE
 # Trans. Inform. Theory 28(1), 1982) of 32 states, with parity-check polynomials 45 and 10 (octal).
@@ -4641,7 +4692,7 @@ NEXT_STATES = np.array(  # at 2 * state + parity of the code
     ],
     np.int8,
 )
-# Every fourth level belongs to the same subset, numbered 2 * quantizer + parity of the code.
+# Every fourth level belongs to the same subset, numbered 2 * sub-quantizer + parity of the code.
 SUBSET_OFFSETS = np.array([[0], [2], [1], [3]], np.float32)
 
 
@@ -4661,8 +4712,8 @@ def round_trellis(
 ) -> tuple[Tensor, Tensor]:
     """Codes that minimize squared error (in scales) + rate_lambda * bits over all trellis paths.
 
-    bits_LIV is the price of the levels +-V in each column; the parity of V is the quantizer. Its
-    last entry, an odd level, belongs to the largest code.
+    bits_LIV[l, i, v] is the price in bits of the levels v and -v in column i; even v belong to Q0,
+    odd v to Q1. The last v, an odd one, belongs to the largest code.
     """
     (num_matrices, num_rows), largest = target_LO.shape, bits_LIV.size(2) - 1
     padding, device = -num_rows % TRELLIS_SEGMENT, target_LO.device
@@ -4699,7 +4750,8 @@ def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
 def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
     """Subset of each row on the cheapest path from state 0, for N segments (Viterbi), on the CPU.
 
-    cost_T4N[t, s, n] is the cost of the level of subset s in row t of segment n.
+    cost_T4N[t, s, n] is the cost of the level of subset s in row t of segment n. Suffixes: S
+    states, B branches.
     """
     (num_rows, _, num_segments), num_states = cost_T4N.shape, len(NEXT_STATES) // 2
     # Two branches enter each state: first one of every state, then the other of every state.
@@ -4730,7 +4782,8 @@ def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
 def viterbi_on_device(cost_T4N: Tensor) -> Tensor:
     """The result of `viterbi`, on a GPU: four rows per step need a quarter of the kernel launches.
 
-    Sums are rounded in another order, so that paths of equal cost may differ.
+    Sums are rounded in another order, so that paths of equal cost may differ. Suffixes: R groups of
+    four rows, P paths through them, S states.
     """
     device, num_states, num_segments = cost_T4N.device, len(NEXT_STATES) // 2, cost_T4N.size(2)
     source_P, subset_4P = four_row_paths(device)
@@ -4781,7 +4834,7 @@ MAX_HEADER_BYTES = 2**22  # uncompressed; a header lists a few hundred tensors
 # Bound of the memory that reading takes, about 12 bytes per weight at its peak: a model that is not
 # small has at least an eighth of a bit per weight.
 MAX_WEIGHTS, SMALL_MODEL_WEIGHTS, MAX_WEIGHTS_PER_BYTE = MAX_MODEL_WEIGHTS, 2**24, 64
-SHAPE_KNOBS = [f.name for f in fields(Config) if f.metadata["shape"]]
+STORED_KNOBS = [f.name for f in fields(Config) if f.metadata["stored"]]
 
 
 def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha256: str) -> bytes:
@@ -4791,15 +4844,15 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
         packed = pack_group([tensors[name] for name in names], cfg.compressor)
         streams |= {f"{kind}/{group}": stream for kind, stream in packed.items()}
     header = {
-        "model": {name: getattr(cfg, name) for name in SHAPE_KNOBS},
+        "model": {name: getattr(cfg, name) for name in STORED_KNOBS},
         "tokenizer_sha256": tokenizer_sha256,
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
         "streams": [[key, len(stream)] for key, stream in streams.items()],
     }
-    head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head))
-    body = b"".join([prefix, head, *streams.values()])
+    packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    prefix = ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed_header))
+    body = b"".join([prefix, packed_header, *streams.values()])
     return body + hashlib.sha256(body).digest()
 
 
@@ -4825,9 +4878,9 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
 
 
 def check_shape_knobs(knobs: Mapping[str, Any]) -> None:
-    """Refuse a header whose knobs are not exactly those of a model, each of its type."""
+    """Raise InputError unless a header has exactly STORED_KNOBS, each of its type."""
     types = get_type_hints(Config)
-    differences = sorted(knobs.keys() ^ set(SHAPE_KNOBS))
+    differences = sorted(knobs.keys() ^ set(STORED_KNOBS))
     require(not differences, f"its knobs are not the model's: {differences}")
     for name, value in knobs.items():
         is_finite = type(value) is not float or math.isfinite(value)
@@ -4844,7 +4897,7 @@ def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
         f"{len(payload)} bytes are too few for an artifact",
     )
     body, checksum = payload[:-CHECKSUM_BYTES], payload[-CHECKSUM_BYTES:]
-    magic, version, head_bytes = ARTIFACT_PREFIX.unpack_from(body)
+    magic, version, header_bytes = ARTIFACT_PREFIX.unpack_from(body)
     require(
         magic == ARTIFACT_MAGIC, f"it begins with {magic!r}, an artifact with {ARTIFACT_MAGIC!r}"
     )
@@ -4856,9 +4909,9 @@ def decode_header(payload: bytes) -> tuple[dict[str, Any], bytes]:
         version == ARTIFACT_VERSION,
         f"format version {version}; this script reads {ARTIFACT_VERSION}",
     )
-    head = body[ARTIFACT_PREFIX.size :][:head_bytes]
-    header = json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES))
-    return header, body[ARTIFACT_PREFIX.size + head_bytes :]
+    packed_header = body[ARTIFACT_PREFIX.size :][:header_bytes]
+    header = json.loads(zlib.decompressobj().decompress(packed_header, MAX_HEADER_BYTES))
+    return header, body[ARTIFACT_PREFIX.size + header_bytes :]
 
 
 def decode_tensors(
@@ -4937,15 +4990,15 @@ COLUMN_SCALES, TRELLIS_GRID, INT16_CODES, INDEXED_SCALES = 1, 2, 4, 8
 
 def storage_spec(tensor: Quantized) -> list[int]:
     """How the header describes a tensor: bits, number of row scales (0: plain fp16), flags."""
-    if tensor.scales is None:
+    if tensor.row_scales is None:
         return [PLAIN_BITS, 0, 0]
     flags = (
-        COLUMN_SCALES * (tensor.columns is not None)
+        COLUMN_SCALES * (tensor.column_scales is not None)
         + TRELLIS_GRID * tensor.trellis
         + INT16_CODES * (tensor.values.itemsize == 2)
-        + INDEXED_SCALES * (tensor.scales.itemsize == 4)
+        + INDEXED_SCALES * (tensor.row_scales.itemsize == 4)
     )
-    return [tensor.bits, len(tensor.scales), flags]
+    return [tensor.bits, len(tensor.row_scales), flags]
 
 
 def empty_tensor(name: str, spec: Sequence[int], shape: Sequence[int], coder: str) -> Quantized:
@@ -4988,13 +5041,13 @@ def stream_slots(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]
     """
     slots: dict[str, list[tuple[int, str]]] = {"half": [], "codes": [], "steps": []}
     for i, tensor in enumerate(stored):
-        if tensor.scales is None:
+        if tensor.row_scales is None:
             slots["half"].append((i, "values"))
             continue
-        scale_slots = slots["half" if tensor.scales.itemsize == 2 else "steps"]
-        scale_slots.append((i, "scales"))
-        if tensor.columns is not None:
-            scale_slots.append((i, "columns"))
+        scale_slots = slots["half" if tensor.row_scales.itemsize == 2 else "steps"]
+        scale_slots.append((i, "row_scales"))
+        if tensor.column_scales is not None:
+            scale_slots.append((i, "column_scales"))
         slots["codes"].append((i, "values"))
     return {kind: arrays for kind, arrays in slots.items() if arrays}
 
@@ -5020,7 +5073,8 @@ def unpack_group(packed: Mapping[str, bytes], stored: list[Quantized], coder: st
     streams = stream_slots(stored)
     for kind in packed:
         require(kind in streams, f"a stream {kind} that no tensor needs")
-    for kind in sorted(streams, reverse=True):  # codes come last: their contexts need the columns
+    # Codes come last: their contexts need the columns.
+    for kind in [kind for kind in ("steps", "half", "codes") if kind in streams]:
         empty = [getattr(stored[i], name) for i, name in streams[kind]]
         arrays = unpack_stream(kind, packed[kind], empty, coder, code_grids(stored))
         for (i, name), x, like in zip(streams[kind], arrays, empty, strict=True):
@@ -5118,8 +5172,8 @@ COMPRESSORS: dict[str, tuple[str, Callable[..., bytes], Callable[..., bytes]]] =
 }
 
 # Entropy coder of codes: asymmetric numeral systems (arXiv:1311.2540) of the library constriction,
-# with adaptive frequencies. The context of a code is its expected magnitude and its trellis
-# quantizer. The expected magnitude is the mean magnitude of its column so far, times a gain of its
+# with adaptive frequencies. The context of a code is its expected magnitude and its sub-quantizer.
+# The expected magnitude is the mean magnitude of its column so far, times a gain of its
 # row segment, which is stored. Contexts are integers, and floats see only + - * / and square roots,
 # so that every machine computes the same models.
 # Tensor suffixes: M matrices, C columns of all matrices, L segments (up to TRELLIS_SEGMENT rows of
@@ -5154,12 +5208,12 @@ def code_grids(stored: Sequence[Quantized]) -> list[CodeGrid]:
     """The grids of the coded tensors of a group."""
     grids = []
     for tensor in stored:
-        if tensor.scales is None:
+        if tensor.row_scales is None:
             continue
-        rows = len(tensor.values if tensor.trellis else tensor.scales)
+        rows = len(tensor.values if tensor.trellis else tensor.row_scales)
         log_scale_I: np.ndarray | int = 0
-        if tensor.columns is not None:
-            log_scale_I = MAX_SCALE_INDEX - SCALES.searchsorted(tensor.columns)
+        if tensor.column_scales is not None:
+            log_scale_I = MAX_SCALE_INDEX - SCALES.searchsorted(tensor.column_scales)
         grids.append(CodeGrid(rows, tensor.values.size // rows, tensor.trellis, log_scale_I))
     return grids
 
@@ -5202,7 +5256,7 @@ class CodeCodec:
             flat = self.decode_flat(payload[2:start], payload[start:], largest, sum(sizes))
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             raise ValueError(f"damaged codes: {error}") from error
         parts = np.split(flat.astype(np.int16), np.cumsum(sizes))
         return [part.reshape(g[:2]) for part, g in zip(parts, self.grids, strict=False)]
@@ -5249,7 +5303,7 @@ class CodeRow(NamedTuple):
         return gain_L.clip(-MAX_GAIN, MAX_GAIN).astype(np.int32)
 
     def code_contexts(self, gain_L: np.ndarray) -> np.ndarray:
-        """Context of each code: 128 * quantizer + class of its expected magnitude."""
+        """Context of each code: 128 * sub-quantizer + class of its expected magnitude."""
         class_N = MAGNITUDE_EDGES.searchsorted(self.expected_C)[self.column_N]
         class_N = (class_N + 2 * gain_L[self.segment_N]).clip(0, NUM_MAGNITUDES - 1)
         return class_N.astype(np.uint8) | (self.state_N & 1) << np.uint8(7)
@@ -5324,8 +5378,8 @@ def initial_classes(grids: Sequence[CodeGrid], means: bytes) -> np.ndarray:
 class FrequencyTables:
     """Adaptive frequencies of the symbols -half to half - 1, by context.
 
-    They are symmetric about 0; in contexts of the quantizer Q1, whose value is code + 1/2, about
-    -1/2.
+    They are symmetric about 0; in contexts of the sub-quantizer Q1, where a code k stands for
+    k + 1/2, about k = -1/2.
     """
 
     def __init__(self, half: int):
@@ -5365,10 +5419,10 @@ class FrequencyTables:
 
     def initial_counts(self, context: int) -> np.ndarray:
         """A two-sided geometric distribution with the mean magnitude of the context."""
-        quantizer, magnitude_class = divmod(context, NUM_MAGNITUDES)
+        sub_quantizer, magnitude_class = divmod(context, NUM_MAGNITUDES)
         mean = MAGNITUDES[magnitude_class] / MAGNITUDE_ONE
         power_W = np.full(self.half + 1, mean / (1 + math.sqrt(1 + mean * mean))).cumprod()
-        weight_W = power_W[abs(2 * np.arange(-self.half, self.half) + quantizer) // 2]
+        weight_W = power_W[abs(2 * np.arange(-self.half, self.half) + sub_quantizer) // 2]
         weight_W *= PRIOR_CODES * FREQUENCY_ONE / math.fsum(weight_W)
         return weight_W.astype(np.int64) + 1
 
@@ -5543,6 +5597,7 @@ def annotation_spans(source: str) -> list[tuple[int, int]]:
                 spans.append((len(before.removesuffix("->").removesuffix(":").rstrip()), end))
 
     def visit(node: Any, in_function: bool) -> None:
+        """Add the spans of a node and of what it contains."""
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if isinstance(node, ast.AnnAssign) and in_function and node.value and node.simple:
             add(node.annotation)
@@ -5575,8 +5630,10 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
 
 # --- 9. Evaluation plans -------------------------------------------------------------------------
 # A pass over the validation text is a list of steps for each rank, computed from integers alone
-# before the pass starts: which windows to score, what to train on, and in which order. Every target
-# is scored once, before anything is trained on it.
+# before the pass starts: what to score and to train on, in which order. Every target is scored
+# once, before anything is trained on it. All ranks have the same number of steps, and the steps
+# with collectives (EvalStep.is_collective: training of the weights, n-gram counts) have the same
+# index on every rank; no other step has any. So no rank waits in vain for the others.
 
 Span = tuple[int, int]  # targets: the first, and one past the last
 
@@ -5590,18 +5647,24 @@ class Window(NamedTuple):
 
 
 class EvalStep(NamedTuple):
-    """One step of a pass on one rank; all ranks have as many steps, some of them empty."""
+    """One step of a pass on one rank; every rank has the same number of steps, some empty."""
 
     # score: score the windows. adapt: score them, then train each row's adapter on them.
     # train: train the weights on them. update_ngrams: count the n-grams of `text`.
     action: str
     windows: Sequence[Window] = ()
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
-    num_learning_rows: int = 0  # adapt: the first rows, whose documents have more to score
+    num_learning_rows: int = 0  # adapt: the first rows are trained, as their documents continue
     width: int = 0  # adapt: minimum padded length, so that the KV cache hides document ends
-    progress: float = 0.0  # train: from 0 at the first chunk to 1 at the last trained one
+    # train: 0 at the first chunk, 1 at the last one of the plan, which `plan_chunks` only scores
+    progress: float = 0.0
     chunk_frac: float = 0.0  # train: index of the chunk / number of chunks
     text: Span = (0, 0)  # train, update_ngrams: the targets that all ranks together learn from
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether all ranks run the step together or not at all: it has collectives."""
+        return self.text[1] > 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -5618,8 +5681,9 @@ class EvalStep(NamedTuple):
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> list[Window]:
     """Sliding windows that score each target exactly once, including the tail.
 
-    Windows start at 0, S, 2S, ... as long as start + T - S < N. The first one scores all of its
-    targets, each later one its last S. With S = T the windows are disjoint.
+    With stride S, context T and N targets, windows start at 0, S, 2S, ... as long as
+    start + T - S < N. The first one scores all of its targets, each later one its last S. With
+    S = T the windows are disjoint.
     """
     context = seq_len - stride
     return [
@@ -5651,12 +5715,14 @@ class EvalPlanner:
             step._replace(windows=local_windows[i : i + rows]) for i in range(0, max_windows, rows)
         ]
 
-    def score(self, num_targets: int, stride: int) -> list[EvalStep]:
+    def plan_scoring(self, num_targets: int, stride: int) -> list[EvalStep]:
         """A pass without adaptation, by windows of `stride`."""
         windows = plan_windows(num_targets, self.seq_len, stride)
         return self.split_over_ranks(EvalStep("score"), windows)
 
-    def train(self, span: Span, chunk: int, num_chunks: int, resets: bool) -> list[EvalStep]:
+    def plan_training(
+        self, span: Span, chunk: int, num_chunks: int, resets: bool
+    ) -> list[EvalStep]:
         """One epoch over the targets of `span`, chunk `chunk` of `num_chunks`, in full rows."""
         (first, stop), last = span, max(1, num_chunks - 1)
         rows = [Window(s, min(s + self.seq_len, stop), s) for s in range(first, stop, self.seq_len)]
@@ -5664,57 +5730,58 @@ class EvalPlanner:
         steps = self.split_over_ranks(step, rows)
         return [steps[0]._replace(resets=resets), *steps[1:]]
 
-    def epochs(self, stop: int) -> list[EvalStep]:
+    def plan_global_phase(self, stop: int) -> list[EvalStep]:
         """A global phase: TTT_EPOCHS of weight training on all text before `stop`, by chunks."""
         chunks = [*range(0, stop, self.cfg.ttt_chunk_tokens), stop]
         spans = [*itertools.pairwise(chunks)] * self.cfg.ttt_epochs
         return [
             step
             for i, span in enumerate(spans)
-            for step in self.train(span, i, len(spans), resets=i == 0)
+            for step in self.plan_training(span, i, len(spans), resets=i == 0)
         ]
 
-    def chunks(self, num_targets: int) -> list[EvalStep]:
+    def plan_chunks(self, num_targets: int) -> list[EvalStep]:
         """Score each chunk with sliding windows, then train the weights on it, but for the last.
 
         Score-first training by chunks is from openai/parameter-golf#461 and #1413.
         """
-        cfg, K, steps = self.cfg, self.cfg.ttt_chunk_tokens, list[EvalStep]()
-        last_chunk = (num_targets - 1) // K
+        cfg, chunk_tokens, steps = self.cfg, self.cfg.ttt_chunk_tokens, list[EvalStep]()
+        last_chunk = (num_targets - 1) // chunk_tokens
         num_epochs = cfg.ttt_epochs if cfg.ttt_method == "chunk" else 0
         windows = plan_windows(num_targets, self.seq_len, self.stride)
         # A window belongs to the chunk of its first scored target. TTT_CHUNK_TOKENS is a multiple
         # of the context, so that no window of a later chunk scores targets of this one.
-        for chunk, chunk_windows in itertools.groupby(windows, lambda w: w.first // K):
+        for chunk, chunk_windows in itertools.groupby(windows, lambda w: w.first // chunk_tokens):
             steps += self.split_over_ranks(EvalStep("score"), [*chunk_windows])
-            span = chunk * K, (chunk + 1) * K
+            span = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
             if chunk == last_chunk:
                 break
             for epoch in range(num_epochs):
-                steps += self.train(span, chunk, last_chunk + 1, resets=chunk == epoch == 0)
+                steps += self.plan_training(span, chunk, last_chunk + 1, resets=chunk == epoch == 0)
             if cfg.needs_mixer:
                 steps.append(EvalStep("update_ngrams", text=span))
         return steps
 
-    def documents(self, bounds: Sequence[int]) -> list[EvalStep]:
+    def plan_documents(self, bounds: Sequence[int]) -> list[EvalStep]:
         """Score each document in chunks and train its adapter on each chunk but the last.
 
         After the numbers of documents in TTT_PHASES, all weights are trained on all text scored so
         far. Per-document LoRA is from openai/parameter-golf#77 and #1530, phases from #1610.
 
-        Legality: all ranks finish the documents of a group before anything is learned from the
+        Compliance: all ranks finish the documents of a group before anything is learned from the
         group that other documents see (n-grams, weights).
         """
         documents, steps = [*itertools.pairwise(bounds)], list[EvalStep]()
         phase_ends = {n for n in parse_int_list(self.cfg.ttt_phases) if n < len(documents)}
         group_ends = {0, *phase_ends, len(documents)}
         if self.cfg.needs_mixer:  # n-grams are counted whenever a chunk of text is complete
-            K = self.cfg.ttt_chunk_tokens
-            ends = enumerate(documents, start=1)
-            group_ends |= {n for n, (first, stop) in ends if stop // K > first // K}
+            size, ends = self.cfg.ttt_chunk_tokens, enumerate(documents, start=1)
+            group_ends |= {n for n, (first, stop) in ends if stop // size > first // size}
         for first, last in itertools.pairwise(sorted(group_ends)):
-            by_rank = self.batches(documents[first:last])
-            rank_steps = [step for batch in by_rank[self.rank] for step in self.batch(batch)]
+            by_rank = self.batches_by_rank(documents[first:last])
+            rank_steps = [
+                step for batch in by_rank[self.rank] for step in self.plan_document_batch(batch)
+            ]
             # A batch has as many steps as its longest document, the first one, has chunks.
             max_steps = max(
                 sum(len(self.chunk_bounds(*batch[0])) for batch in batches) for batches in by_rank
@@ -5723,19 +5790,19 @@ class EvalPlanner:
             if self.cfg.needs_mixer and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
-                steps += self.epochs(bounds[last])
+                steps += self.plan_global_phase(bounds[last])
         return steps
 
     def chunk_bounds(self, first: int, stop: int) -> list[Span]:
         """The chunks of a document, of TTT_CHUNK_SIZE targets each but the last."""
         return [*itertools.pairwise([*range(first, stop, self.cfg.ttt_chunk_size), stop])]
 
-    def batches(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
+    def batches_by_rank(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
         """Batches of documents for each rank, the longest document of a batch first.
 
         Documents are independent, so that their order is free: similar lengths go together. With
-        TTT_WARM_START_A a batch's adapters depend on the batch before; then, for legality, batches
-        keep the order of the text and their size does not depend on later documents.
+        TTT_WARM_START_A a batch's adapters depend on the batch before; for compliance, batches then
+        keep the order of the text, and their size does not depend on later documents.
         """
         rows, order = self.cfg.ttt_batch_size, documents
         if not self.cfg.ttt_warm_start_a:
@@ -5747,17 +5814,17 @@ class EvalPlanner:
             batch = longest_first(order[start : start + rows])
             rank = load.index(min(load))
             by_rank[rank].append(batch)
-            # A step costs about as much as 16 positions, for the longest document of the batch.
+            # The longest document decides the number of steps, so its tokens count 16 times more.
             load[rank] += 16 * (batch[0][1] - batch[0][0]) + sum(b - a for a, b in batch)
         return by_rank
 
-    def batch(self, documents: Sequence[Span]) -> list[EvalStep]:
+    def plan_document_batch(self, documents: Sequence[Span]) -> list[EvalStep]:
         """Steps over the chunks of some documents side by side, the longest document first.
 
         TTT_CONTEXT decides what a chunk reads: `window`, up to EVAL_SEQ_LEN tokens of its document;
         `text`, the same, also from earlier documents; `incremental`, itself and the KV cache.
 
-        Legality: a window starts where it would if its chunk were full, so that its context does
+        Compliance: a window starts where it would if its chunk were full, so that its context does
         not depend on where the document ends.
         """
         is_incremental = self.cfg.ttt_context == "incremental"
@@ -5801,10 +5868,12 @@ def plan_adaptive(planner: EvalPlanner, ids: np.ndarray) -> list[EvalStep]:
     """The steps of the adaptive pass of TTT_METHOD."""
     num_targets = len(ids) - 1
     if planner.cfg.ttt_method == "lora":
-        return planner.documents(document_bounds(ids))
+        return planner.plan_documents(document_bounds(ids))
     if planner.cfg.ttt_method == "pretrain":
-        return planner.epochs(num_targets) + planner.score(num_targets, planner.stride)
-    return planner.chunks(num_targets)
+        return planner.plan_global_phase(num_targets) + planner.plan_scoring(
+            num_targets, planner.stride
+        )
+    return planner.plan_chunks(num_targets)
 
 
 # --- 10. Scoring ---------------------------------------------------------------------------------
@@ -5848,7 +5917,7 @@ class StateUpdate(NamedTuple):
 def rule_violations(
     updates: Sequence[StateUpdate], scored_at: np.ndarray, own_at: np.ndarray
 ) -> list[str]:
-    """Messages about violations of score-first in the trace of a pass; empty if it is legal.
+    """Messages about violations of score-first in the trace of a pass; empty if compliant.
 
     An update must only read targets that were scored at its step or before, and the targets that an
     update affects must be scored from left to right. `scored_at` has the step at which any rank
@@ -5916,7 +5985,7 @@ REDUCED_TARGETS = 2**22  # whose steps are summed over the ranks at once
 
 
 class PassAbandoned(RuntimeError):
-    """A pass does not fit into the time left; the message says what it needs."""
+    """A pass was skipped, stopped, or complete too late; the message says why."""
 
 
 def max_over_ranks(run: Run, value: float) -> float:
@@ -5939,7 +6008,8 @@ class EvalBudget:
     """Decides before each step of a pass what the time left is enough for.
 
     Training is dropped if the rest could not be scored after it. The pass is abandoned if the rest
-    cannot be scored even without training, first on the rank that finds it, then on all of them.
+    cannot be scored even without training, first on the rank that finds it; the others learn of it
+    at the next collective step, or in check_complete.
 
     `cost` holds the seconds of a scoring step and of one position in it, as measured before the
     pass. Without it, steps count alike, and the pass is measured by its own steps from the second
@@ -6004,7 +6074,7 @@ class EvalBudget:
         # A pass may be slow for a while: it is hopeless if it does not fit at the lower pace.
         if high and (low * rest_s > SAFETY_FACTOR * left_s or high * scoring_s > left_s):
             self.needed_s = max(self.needed_s, elapsed_s + high * rest_s)
-        if step.text[1]:  # all ranks run it together or not at all
+        if step.is_collective:
             self.needed_s = max_over_ranks(self.run, self.needed_s)
         if self.needed_s:
             self.step_work = 0.0
@@ -6029,8 +6099,8 @@ class Batch(NamedTuple):
 
     ids_BT: Tensor
     target_BT: Tensor
-    first: int  # the first scored position of any row
-    mixed: MixerInputs | None
+    first_column: int  # the first scored position of any row
+    mixer_inputs: MixerInputs | None
     weight_BT: Tensor  # of scored targets in training, 0 elsewhere
 
 
@@ -6077,7 +6147,7 @@ class EvalRunner:
             if planned.action == "train" and planned.resets:
                 self.weights = None  # on every rank, also if this step is dropped
             actions[step.action](step)
-            if step.text[1]:
+            if step.is_collective:
                 self.scorer.updates.append(
                     StateUpdate(step_index, step.text, self.all_targets, True)
                 )
@@ -6088,7 +6158,7 @@ class EvalRunner:
 
     def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
         """The windows as tensors of `rows` x `seq_len`."""
-        device, (ids, target_bytes, _), mixed = self.run.device, self.validation, None
+        device, (ids, target_bytes, _), mixer_inputs = self.run.device, self.validation, None
         padded = [*windows, *[Window(0, -1, seq_len)] * (rows - len(windows))]
         start_B1, end_B1, first_B1 = np.array(padded).T[..., None]
         position_BT = start_B1 + np.arange(seq_len + 1)
@@ -6100,7 +6170,7 @@ class EvalRunner:
         if self.mixer is not None:  # the last tokens up to each input, zeros before the text
             past_BTK = position_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
             context_BTK = np.where(past_BTK < 0, 0, ids.take(past_BTK, mode="clip"))
-            mixed = MixerInputs(
+            mixer_inputs = MixerInputs(
                 self.mixer,
                 torch.tensor(context_BTK, dtype=torch.int64, device=device),
                 torch.tensor(keep_BT, device=device),
@@ -6110,7 +6180,7 @@ class EvalRunner:
             text_BT[:, :-1],
             text_BT[:, 1:],
             int((first_B1 - start_B1).min()),
-            mixed,
+            mixer_inputs,
             torch.tensor(weight_BT, device=device),
         )
 
@@ -6125,7 +6195,7 @@ class EvalRunner:
         if step.windows:
             batch = self.batch(step.windows, self.rows, self.seq_len)
             with self.weights.scoring() if self.weights else contextlib.nullcontext():
-                self.record(step.windows, self.model.eval_nll(*batch[:4]), batch.first)
+                self.record(step.windows, self.model.eval_nll(*batch[:4]), batch.first_column)
 
     def train(self, step: EvalStep) -> None:
         """Train the weights on the targets of all ranks' windows."""
@@ -6140,18 +6210,23 @@ class EvalRunner:
         """Score the next chunk of each document, then train its adapter on it."""
         updates, step_index = self.scorer.updates, self.scorer.step_index
         if self.adapters is None or step.resets:
-            starts = self.adapters.starts if self.adapters else []
+            initial_a = self.adapters.initial_a if self.adapters else []
             if self.adapters and self.run.cfg.ttt_warm_start_a:
-                starts, reads = self.adapters.mean(), (min(self.extents)[0], max(self.extents)[1])
+                initial_a, reads = (
+                    self.adapters.take_mean_a(),
+                    (min(self.extents)[0], max(self.extents)[1]),
+                )
                 updates.append(StateUpdate(step_index - 1, reads, self.all_targets, False))
             self.extents = [
                 (w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
                 for w in step.windows
             ]
-            self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), starts)
+            self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), initial_a)
             self.weights = None  # new adapters turn off the gradients of the weights
         batch = self.batch(step.windows, *step.shape)
-        self.record(step.windows, self.adapters.step(batch, step.num_learning_rows), batch.first)
+        self.record(
+            step.windows, self.adapters.step(batch, step.num_learning_rows), batch.first_column
+        )
         updates += [
             StateUpdate(step_index, (window.first, window.end), extent, False)
             for window, extent in zip(
@@ -6202,13 +6277,15 @@ def measure_scoring(
     run: Run, model: GPT, shape: tuple[int, int], first: int, *, adaptive: bool
 ) -> float:
     """Seconds of scoring zeros of a shape from position `first` on, without compilation."""
-    cfg, (rows, length), mixed, trainer = run.cfg, shape, None, None
+    cfg, (rows, length), mixer_inputs, trainer = run.cfg, shape, None, None
     ids_BT = torch.zeros(rows, length, dtype=torch.int64, device=run.device)
     if adaptive and cfg.needs_mixer:
         mixer = Mixer(run)
         keep_BT = (torch.arange(length, device=run.device) >= first).expand(rows, -1)
-        mixed = MixerInputs(mixer, ids_BT[..., None].expand(-1, -1, mixer.num_context), keep_BT)
-    batch = Batch(ids_BT, ids_BT, first, mixed, ids_BT.float())
+        mixer_inputs = MixerInputs(
+            mixer, ids_BT[..., None].expand(-1, -1, mixer.num_context), keep_BT
+        )
+    batch = Batch(ids_BT, ids_BT, first, mixer_inputs, ids_BT.float())
     if adaptive and cfg.ttt_method == "lora":
         trainer = AdapterTrainer(run, model, rows)
         if trainer.past is not None:
@@ -6267,8 +6344,7 @@ PLANNING_FACTOR = 1.2
 MIN_TRAINED_FRAC = 0.5
 # Sliding windows get this part of the time left if an adaptive pass follows.
 SLIDING_FRAC = 0.5
-# Any later pass, and its measurement, takes at least as long as this many passes by disjoint
-# windows.
+# A later pass is only tried if this many times the seconds of the disjoint windows are left.
 MIN_PASS_COST = 2.0
 
 
@@ -6303,7 +6379,7 @@ def plan_pass(
     while True:
         planner = EvalPlanner(cfg, run.rank, run.world_size)
         stride = planner.stride if kind == "sliding" else cfg.score_seq_len
-        steps = planner.score(validation.num_targets, stride)
+        steps = planner.plan_scoring(validation.num_targets, stride)
         if adaptive:
             steps = plan_adaptive(planner, validation.ids)
         if kind == "quantized" or limit.end_s == math.inf:
@@ -6331,14 +6407,15 @@ def evaluate(
     adaptive: bool = False,
     learns: bool = True,
 ) -> Score:
-    """Score every target once, without a time limit: with windows of `stride`, or adaptively.
+    """Score every target once, with windows of `stride`, or adaptively.
 
+    Without a time limit, for validation during training and for audits; see run_pass for scores.
     The adaptive pass restores the model afterwards; with learns=False it trains nothing.
     """
     model.schedule = model.schedules[-1]
     planner = EvalPlanner(run.cfg, run.rank, run.world_size)
     if not adaptive:
-        plan = planner.score(validation.num_targets, stride)
+        plan = planner.plan_scoring(validation.num_targets, stride)
         return EvalRunner(run, model, validation, plan).run_steps()
     plan = plan_adaptive(planner, validation.ids)
     if not learns:
@@ -6347,7 +6424,7 @@ def evaluate(
         return EvalRunner(run, model, validation, plan, adaptive=True).run_steps()
 
 
-def evaluate_in_time(
+def run_pass(
     run: Run, model: GPT, validation: Validation, kind: str, limit: TimeLimit
 ) -> tuple[Score, EvalBudget, dict[str, Any]]:
     """Plan and run a pass: its score, its budget, and what to log with the score.
@@ -6384,7 +6461,7 @@ def evaluate_and_log(
     """
     limit = limit or TimeLimit()
     with run.stage(f"evaluate_{kind}", "other" if kind == "prequant" else "evaluation"):
-        score, budget, marks = evaluate_in_time(run, model, validation, kind, limit)
+        score, budget, marks = run_pass(run, model, validation, kind, limit)
     if not math.isfinite(score.nats):
         raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
     if score.problems and not run.cfg.allow_noncompliant:
@@ -6407,7 +6484,7 @@ def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
     The last complete pass is the final score. The seconds of a pass that was skipped or abandoned
     are counted as `other`. RunFailed if not even the disjoint windows fit.
     """
-    cfg, notes, end_s, final = run.cfg, list[str](), math.inf, "quantized"
+    cfg, notes, end_s = run.cfg, list[str](), math.inf
     if cfg.eval_max_seconds:
         usable_s = USABLE_BUDGET_FRAC * cfg.eval_max_seconds - run.ledger["evaluation"]
         end_s = time.perf_counter() + usable_s
@@ -6427,12 +6504,12 @@ def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
         try:
             limit = TimeLimit(limit_s, MIN_PASS_COST * pass_s)
             evaluate_and_log(run, model, validation, kind, limit)
-            final = kind
         except PassAbandoned as error:
             notes.append(f"{PASS_NAMES[kind]} {error}")
             run.ledger["other"] += run.ledger["evaluation"] - spent_s
             run.ledger["evaluation"] = spent_s
-    run.scores["final"] = {"score": final, "notes": "; ".join(notes)}
+    score = final_score(run.scores).removeprefix("final_")
+    run.scores["final"] = {"score": score, "notes": "; ".join(notes)}
     run.log("final", **run.scores["final"])
 
 
@@ -6494,7 +6571,7 @@ class WeightTrainer:
         """One update on the mean loss over the rows of all ranks; None is a rank without rows.
 
         The learning rate follows a cosine of `progress`, times a ramp to TTT_RAMP over the first
-        30 % of the chunks (`chunk_frac`).
+        30% of the chunks (`chunk_frac`).
         """
         cfg, params, total = self.run.cfg, self.params, torch.zeros(1, device=self.run.device)
         if batch is not None:
@@ -6564,13 +6641,13 @@ class AdapterTrainer:
     The weights of the model do not change.
     """
 
-    def __init__(self, run: Run, model: GPT, rows: int = 1, starts: Sequence[Tensor] = ()):
+    def __init__(self, run: Run, model: GPT, rows: int = 1, initial_a: Sequence[Tensor] = ()):
         self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
         modules = [lora_modules(model, index) for index in range(len(model.schedule))]
         sizes = [lora_sizes(module) for module in itertools.chain(*modules)]
         # Every document starts with the same A, so that their order does not matter; B is zero.
-        self.starts = [*starts] or [
+        self.initial_a = [*initial_a] or [
             ((2 * torch.rand(cfg.ttt_lora_rank, width, generator=generator) - 1) * width**-0.5).to(
                 run.device
             )
@@ -6578,12 +6655,13 @@ class AdapterTrainer:
         ]
         self.adapters = [
             BatchedLoRA(start_RI, rows, num_outputs, cfg.ttt_lora_alpha)
-            for start_RI, (_, num_outputs) in zip(self.starts, sizes, strict=True)
+            for start_RI, (_, num_outputs) in zip(self.initial_a, sizes, strict=True)
         ]
         # Two calls of the same block have adapters of their own.
         adapters = iter(self.adapters)
-        self.visits = [[(module, next(adapters)) for module in row] for row in modules]
-        self.sums = [torch.zeros_like(start_RI) for start_RI in self.starts]
+        # The (module, adapter) pairs of each layer call.
+        self.call_adapters = [[(module, next(adapters)) for module in row] for row in modules]
+        self.finished_a_sums = [torch.zeros_like(start_RI) for start_RI in self.initial_a]
         self.params = [param for adapter in self.adapters for param in adapter.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.params,
@@ -6598,11 +6676,11 @@ class AdapterTrainer:
             else None
         )
         model.requires_grad_(False)
-        model.set_adapters(self.visits)
+        model.set_adapters(self.call_adapters)
 
     def drop_finished_rows(self, rows: int) -> None:
         """Keep the first rows of adapters and optimizer; the other documents have ended."""
-        for adapter, sum_RI in zip(self.adapters, self.sums, strict=True):
+        for adapter, sum_RI in zip(self.adapters, self.finished_a_sums, strict=True):
             sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
         for param in self.params:
             param.data = param.data[:rows].clone()
@@ -6610,28 +6688,30 @@ class AdapterTrainer:
             state.update({k: x[:rows].clone() for k, x in state.items() if x.dim() == 3})
         self.rows = rows
 
-    def mean(self) -> list[Tensor]:
-        """The mean A of all documents of the batch, all of which have ended."""
+    def take_mean_a(self) -> list[Tensor]:
+        """Drop all adapters; returns the mean A of the documents of the batch, which have ended."""
         self.drop_finished_rows(0)
-        return [sum_RI / self.num_documents for sum_RI in self.sums]
+        return [sum_RI / self.num_documents for sum_RI in self.finished_a_sums]
 
-    def step(self, batch: Batch, learns: int) -> Tensor:
+    def step(self, batch: Batch, num_learning_rows: int) -> Tensor:
         """Nats of the batch before any update (B, T - first), then train the first rows."""
-        if len(batch.ids_BT) <= 0.75 * self.rows:  # a copy of all has to pay
+        if (
+            len(batch.ids_BT) <= 0.75 * self.rows
+        ):  # copying pays when a quarter of the rows have ended
             self.drop_finished_rows(len(batch.ids_BT))
-        weight_BT = batch.weight_BT[:learns, batch.first :]
+        weight_BT = batch.weight_BT[:num_learning_rows, batch.first_column :]
         weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1)
         scored = list[Tensor]()
-        for step in range(self.cfg.ttt_grad_steps if learns else 1):
+        for step in range(self.cfg.ttt_grad_steps if num_learning_rows else 1):
             if step and self.past is not None:
                 self.past.keep_positions(0, self.past.length - batch.ids_BT.size(1))  # once more
-            with torch.set_grad_enabled(learns > 0):
+            with torch.set_grad_enabled(num_learning_rows > 0):
                 nll_BT, scored_BT = self.model.token_nll(
-                    *batch[:3], past=self.past, mixed=None if step else batch.mixed
+                    *batch[:3], past=self.past, mixer_inputs=None if step else batch.mixer_inputs
                 )
             scored.append(scored_BT.detach())
-            if learns:
-                (nll_BT[:learns] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
+            if num_learning_rows:
+                (nll_BT[:num_learning_rows] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         return scored[0]
@@ -6640,7 +6720,8 @@ class AdapterTrainer:
 # --- 12. N-gram mixers ---------------------------------------------------------------------------
 # A Mixer combines the model's next-token distribution with n-gram counts of the scored text. The
 # result depends on the prefix alone and sums to 1 (except with MIXER=hedge_entropy). Counts and
-# mixture weights change in `update` only, in the same way on every rank.
+# mixture weights change in `update` only, in the same way on every rank. Further suffixes: O n-gram
+# orders, C candidate tokens, K context tokens; and in Hedge, E experts, M those that it is given.
 
 
 def mix_bits(bits: Tensor) -> Tensor:
@@ -6661,9 +6742,11 @@ class NgramCounts:
     def __init__(self, orders: Sequence[int], vocab_size: int, bits: int, device: torch.device):
         self.orders, self.vocab_size, self.mask = orders, vocab_size, 2**bits - 1
         self.history_K = torch.zeros(max(1, *orders), dtype=torch.int64, device=device)
-        self.num_tokens = self.most_keys = 0
+        self.num_tokens = 0
+        self.max_keys_used = 0  # upper bound of the rows in use
         self.table = self.history_K.new_zeros(3, 2**bits)
-        self.keys, self.counts, self.tops = self.table
+        # A best successor is count * vocab_size + token: the maximum is the most frequent token.
+        self.keys, self.counts, self.best_successors = self.table
 
     def find(self, key_N: Tensor, claim: bool = False) -> Tensor:
         """The row of each key, or the empty row where it belongs; claim=True inserts it."""
@@ -6698,24 +6781,28 @@ class NgramCounts:
             hash_NO = self.hashes(window[:, :-1])
             token_NO = window[:, -1:].expand_as(hash_NO)
             key_M = torch.cat([self.row_keys(hash_NO), self.row_keys(hash_NO, token_NO)]).flatten()
-            self.most_keys += len(key_M)
-            if 2 * self.most_keys > len(self.keys):  # some were there before: count them
-                self.most_keys = int(self.keys.count_nonzero()) + len(key_M)
-                if 2 * self.most_keys > len(self.keys):  # old text says little of what comes
+            self.max_keys_used += len(key_M)
+            if 2 * self.max_keys_used > len(self.keys):  # some keys are repeated: count the rows
+                self.max_keys_used = int(self.keys.count_nonzero()) + len(key_M)
+                # Still too full: recent text says more about what follows than old text.
+                if 2 * self.max_keys_used > len(self.keys):
                     self.table.zero_()
-                    self.most_keys = len(key_M)
+                    self.max_keys_used = len(key_M)
             row_M = self.find(key_M, claim=True)
             self.counts.index_add_(0, row_M, torch.ones_like(row_M))
             context, pair = row_M.chunk(2)
             best = self.counts[pair] * self.vocab_size + token_NO.flatten()
-            self.tops.scatter_reduce_(0, context, best, "amax")
+            self.best_successors.scatter_reduce_(0, context, best, "amax")
             self.num_tokens += len(piece)
 
     def look_up(self, context_NK: Tensor) -> Tensor:
         """(4, N, O): hash and count of contexts, count and id of their most frequent successors."""
         hash_NO = self.hashes(context_NK)
         row_NO = self.find(self.row_keys(hash_NO).flatten()).view_as(hash_NO)
-        top_NO, token_NO = self.tops[row_NO] // self.vocab_size, self.tops[row_NO] % self.vocab_size
+        top_NO, token_NO = (
+            self.best_successors[row_NO] // self.vocab_size,
+            self.best_successors[row_NO] % self.vocab_size,
+        )
         return torch.stack([hash_NO, self.counts[row_NO], top_NO, token_NO])
 
     def count(self, hash_NO: Tensor, token_NC: Tensor) -> Tensor:
@@ -6741,11 +6828,11 @@ class Hedge:
         self.delta_O = torch.tensor([0.1 if order < 2 else 0.01 for order in orders], device=device)
         num_experts = 1 + (cfg.mixer == "hedge_entropy") + len(orders)
         self.log_weight_E = torch.zeros(num_experts, device=device)
-        self.log_weight_E[0] = 2.0  # trust the model first
-        self.evidence = torch.zeros(1 + num_experts, dtype=torch.int64, device=device)
+        self.log_weight_E[0] = 2.0  # the model's weight is e^2 times that of an n-gram at first
+        self.statistics = torch.zeros(1 + num_experts, dtype=torch.int64, device=device)
 
     def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed probabilities (N, C); number of tokens and sum of each expert's loss on them.
+        """Mixed probabilities (N, C); statistics (1 + E): tokens, and each expert's loss on them.
 
         The loss is that of candidate 0, the target.
         """
@@ -6754,9 +6841,9 @@ class Hedge:
         loss_NE = (-p_NCE[:, 0].log() * FIXED_POINT_ONE).long()
         return p_NCE @ self.log_weight_E.softmax(0).double(), F.pad(loss_NE, (1, 0), value=1).sum(0)
 
-    def step(self, evidence: Tensor) -> None:
+    def update_weights(self, statistics: Tensor) -> None:
         self.log_weight_E -= self.cfg.hedge_eta * (
-            evidence[1:] / evidence[0].clamp_min(1) / FIXED_POINT_ONE
+            statistics[1:] / statistics[0].clamp_min(1) / FIXED_POINT_ONE
         )
 
 
@@ -6765,34 +6852,35 @@ class Backoff:
 
     The weight w depends on the class of the context: its order, how often it was seen and how
     deterministic its continuation is. It is the mean posterior probability that the n-gram produced
-    the scored tokens of that class (online EM).
+    the scored tokens of that class (online EM). Suffix S: classes.
     """
 
     def __init__(self, cfg: Config, device: torch.device):
         size = 9 * len(cfg.mixer_contexts)
-        self.sums_2S, self.evidence = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
-        self.step(self.evidence)
+        self.sums_2S, self.statistics = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
+        self.update_weights(self.statistics)
 
     def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed probabilities (N, C); by class, the sums of posteriors and of contexts seen."""
+        """Mixed probabilities (N, C); statistics (2, S): posteriors and contexts seen by class."""
         p_NC, (_, total_NO, top_NO, _), posteriors = p_NCM[..., 0], seen_4NO, list[Tensor]()
-        sure_NO = top_NO / total_NO.clamp_min(1).double()
-        kind_NO = (sure_NO >= 0.6).long() + (sure_NO >= 0.95) + 3 * (total_NO >= 2)
-        kind_NO += 3 * (total_NO >= 4) + 9 * torch.arange(total_NO.size(1), device=total_NO.device)
-        share_NO = torch.where(total_NO > 0, self.share_S[kind_NO], 0.0)
-        part_NCO = count_NCO * (share_NO / total_NO.clamp_min(1))[:, None]
-        for part_NC, share_N in zip(part_NCO.unbind(2), share_NO.unbind(1), strict=True):
-            p_NC = part_NC + (1 - share_N[:, None]) * p_NC
-            posteriors.append(part_NC[:, 0] / p_NC[:, 0] * FIXED_POINT_ONE)
+        certainty_NO = top_NO / total_NO.clamp_min(1).double()
+        class_NO = (certainty_NO >= 0.6).long() + (certainty_NO >= 0.95) + 3 * (total_NO >= 2)
+        class_NO += 3 * (total_NO >= 4) + 9 * torch.arange(total_NO.size(1), device=total_NO.device)
+        ngram_weight_NO = torch.where(total_NO > 0, self.ngram_weight_S[class_NO], 0.0)
+        weighted_NCO = count_NCO * (ngram_weight_NO / total_NO.clamp_min(1))[:, None]
+        for weighted_NC, weight_N in zip(
+            weighted_NCO.unbind(2), ngram_weight_NO.unbind(1), strict=True
+        ):
+            p_NC = weighted_NC + (1 - weight_N[:, None]) * p_NC
+            posteriors.append(weighted_NC[:, 0] / p_NC[:, 0] * FIXED_POINT_ONE)
         sums = torch.stack([torch.stack(posteriors, 1).long(), (total_NO > 0).long()]).flatten(1)
-        return p_NC, torch.zeros_like(self.sums_2S).index_add_(1, kind_NO.flatten(), sums)
+        return p_NC, torch.zeros_like(self.sums_2S).index_add_(1, class_NO.flatten(), sums)
 
-    def step(self, evidence: Tensor) -> None:
-        self.sums_2S += evidence
+    def update_weights(self, statistics: Tensor) -> None:
+        self.sums_2S += statistics
         posterior_S, number_S = self.sums_2S.double()
-        self.share_S = (posterior_S / FIXED_POINT_ONE + 1) / (
-            number_S + 21
-        )  # at first 1 of 21 tokens
+        # Prior: the n-gram produced 1 of 21 tokens.
+        self.ngram_weight_S = (posterior_S / FIXED_POINT_ONE + 1) / (number_S + 21)
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
@@ -6822,37 +6910,38 @@ class Mixer:
     ) -> tuple[Tensor, Tensor]:
         """log p (N, C) of candidates, float64, and the mixture's statistics on candidate 0."""
         cfg, seen_4NO = self.cfg, self.counts.look_up(context_NK)
-        if (coldest := cfg.adaptive_temperature) != 1:  # the surer (by entropy), the sharper
-            doubt_N1 = entropy(logits_NV) / math.log(cfg.vocab_size)
-            logits_NV = logits_NV / (1 - (1 - coldest) * (1 - doubt_N1))
+        if (temperature := cfg.adaptive_temperature) != 1:  # it acts fully at zero entropy
+            relative_entropy_N1 = entropy(logits_NV) / math.log(cfg.vocab_size)
+            logits_NV = logits_NV / (1 - (1 - temperature) * (1 - relative_entropy_N1))
         norm_N1 = logits_NV.logsumexp(1, keepdim=True)
         logp_NC = (logits_NV.gather(1, token_NC) - norm_N1).double()
         if self.tilting:
             _, total_NO, top_NO, token_NO = seen_4NO[..., self.tilting]
-            fires_NO = top_NO >= cfg.ngram_tilt_min_frac * total_NO.double() - 1e-9  # 0.8 * 5 is 4
-            fires_NO &= total_NO >= cfg.ngram_tilt_min_count
-            longest_N1 = fires_NO.cumsum(1).argmax(1, keepdim=True)  # of those that fire
+            # The offset because of rounding: 0.8 * 5 is 4.
+            is_active_NO = top_NO >= cfg.ngram_tilt_min_frac * total_NO.double() - 1e-9
+            is_active_NO &= total_NO >= cfg.ngram_tilt_min_count
+            longest_N1 = is_active_NO.cumsum(1).argmax(1, keepdim=True)  # of the active ones
             hint_N1 = token_NO.gather(1, longest_N1)
-            tilt_N1 = cfg.ngram_tilt * fires_NO.any(1, keepdim=True).double()
+            tilt_N1 = cfg.ngram_tilt * is_active_NO.any(1, keepdim=True).double()
             p_N1 = (logits_NV.gather(1, hint_N1) - norm_N1).double().exp()
             # p * exp(tilt * [token is the hint]) / Z, where Z = 1 + p(hint) * (exp(tilt) - 1)
             logp_NC += tilt_N1 * (token_NC == hint_N1) - torch.log1p(p_N1 * torch.expm1(tilt_N1))
         if self.weights is None:
             return logp_NC, logp_NC.new_zeros(0)
         p_NCM, seen_4NO = logp_NC.exp()[..., None], seen_4NO[..., self.mixed]
-        if cfg.mixer == "hedge_entropy":  # one number for every token: this is no distribution
-            guess_N1 = torch.exp(-entropy(logits_NV).double())
-            p_NCM = torch.cat([p_NCM, guess_N1[..., None].expand_as(p_NCM)], 2)
+        if cfg.mixer == "hedge_entropy":  # one number for every token: not a distribution
+            entropy_expert_N1 = torch.exp(-entropy(logits_NV).double())
+            p_NCM = torch.cat([p_NCM, entropy_expert_N1[..., None].expand_as(p_NCM)], 2)
         count_NCO = self.counts.count(seen_4NO[0], token_NC)
-        p_NC, evidence = self.weights.mix(p_NCM, count_NCO, seen_4NO)
+        p_NC, statistics = self.weights.mix(p_NCM, count_NCO, seen_4NO)
         is_early = cfg.mixer != "backoff" and self.counts.num_tokens < cfg.hedge_min_tokens
-        return logp_NC if is_early else p_NC.log(), evidence
+        return logp_NC if is_early else p_NC.log(), statistics
 
     def nll(self, logits_NV: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
         """Nats of the targets, float32. The next `update` uses their statistics."""
-        logp_N1, evidence = self.predict(logits_NV, context_NK, target_N[:, None])
+        logp_N1, statistics = self.predict(logits_NV, context_NK, target_N[:, None])
         if self.weights is not None:
-            self.weights.evidence += evidence
+            self.weights.statistics += statistics
         return -logp_N1[:, 0].float()
 
     def log_probs(self, logits_NV: Tensor, context_NK: Tensor) -> Tensor:
@@ -6863,8 +6952,8 @@ class Mixer:
     def update(self, ids: Tensor) -> None:
         """Learn from the text that all ranks have scored since the last call."""
         if self.weights is not None:
-            self.weights.step(self.run.all_reduce_sum(self.weights.evidence))
-            self.weights.evidence.zero_()
+            self.weights.update_weights(self.run.all_reduce_sum(self.weights.statistics))
+            self.weights.statistics.zero_()
         if self.mixed or self.tilting:
             self.counts.update(ids)
 
@@ -6876,7 +6965,7 @@ class Mixer:
 def main() -> int:
     """Run as the environment says; 0, or 1 (failed), 2 (bad input), 143 (stopped by a signal).
 
-    SIGTERM and SIGINT are ignored from its end on, so that the process ends with this status.
+    Signals are ignored once the status is known, so that the process exits with it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, raise_interrupted)
@@ -6930,7 +7019,7 @@ def execute(run: Run) -> None:
     if validation is None:  # the artifact, not the environment, has the vocabulary's size
         validation = load_validation(run.cfg, processor)
     evaluate_artifact(run, model, validation)
-    finish(run, sizes, groups)
+    write_submission(run, sizes, groups)
 
 
 def artifact_path(run: Run) -> Path:
@@ -6966,7 +7055,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
     code = pack_source(script_source())
     identity = {
         "config": dataclasses.asdict(cfg),
-        "code_sha256": hashlib.sha256(code).hexdigest(),
+        "code_sha256": hash_bytes(code),
         "data": data_identity(cfg),
     }
     state = find_earlier_state(run, artifact, identity)
@@ -6980,7 +7069,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
 
 
 def check_own_files(directory: Path) -> None:
-    """Raise InputError if RUN_DIR holds foreign files under the names that a run writes."""
+    """Raise InputError if RUN_DIR holds files of other programs under names that a run writes."""
     require_regular_file(directory / "train_gpt.py", PACKED_STUB.partition("lzma.dec")[0])
     require_regular_file(directory / "train_gpt_source.py", '"""Train', "from __future__")
     require_regular_file(directory / "train.log", "config ")
@@ -7005,7 +7094,7 @@ def check_own_files(directory: Path) -> None:
 def find_earlier_state(run: Run, artifact: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Ledger and scores of the training that made RUN_DIR's artifact; empty if there is none.
 
-    InputError if the artifact or the checkpoints there are of another run.
+    InputError if the artifact or the checkpoints there are from another run.
     """
     cfg, path = run.cfg, run.directory / "run_state.json"
     remedy = "set another RUN_ID or RUN_DIR"
@@ -7124,23 +7213,26 @@ def quantize_and_encode(
     run: Run, model: GPT, hessians: Mapping[str, KroneckerHessian], tokenizer_sha256: str
 ) -> bytes:
     """Rank 0: the bytes of the artifact; solved scales are set so that it fills the budget."""
-    cfg, stacks = run.cfg, group_matrices(run.cfg, model, hessians)
-    encode = functools.partial(encode_model, run, model, stacks, tokenizer_sha256)
-    if not cfg.solves_scales or not stacks:
+    cfg, groups = run.cfg, group_matrices(run.cfg, model, hessians)
+    encode = functools.partial(encode_model, run, model, groups, tokenizer_sha256)
+    if not cfg.solves_scales or not groups:
         return encode(1.0)
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
-    return fill_budget(stacks, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
+    return fill_budget(groups, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
 
 
 def encode_model(
-    run: Run, model: GPT, stacks: Sequence[MatrixGroup], tokenizer_sha256: str, multiplier: float
+    run: Run, model: GPT, groups: Sequence[MatrixGroup], tokenizer_sha256: str, scale_factor: float
 ) -> bytes:
-    """The bytes of the artifact with all quantization scales times `multiplier`."""
+    """The bytes of the artifact with all quantization scales times `scale_factor`."""
     run.check_signal()
-    tensors = quantize_model(run.cfg, model, stacks, multiplier)
+    tensors = quantize_model(run.cfg, model, groups, scale_factor)
     payload = encode_artifact(run.cfg, tensors, tokenizer_sha256)
     run.log(
-        "quantized", multiplier=multiplier, artifact_bytes=len(payload), **code_statistics(tensors)
+        "quantized",
+        multiplier=scale_factor,
+        artifact_bytes=len(payload),
+        **code_statistics(tensors),
     )
     return payload
 
@@ -7161,7 +7253,13 @@ TRACKS = {  # a run under another name, such as demo, has only its own budgets
     "track_h200_10min_16mb": Track(16_000_000, 600.0, 600.0),
     "track_cpu_10min_1mb": Track(1_000_000, 600.0, 600.0),
 }
-FINAL_SCORES = ("final_ttt", "final_sliding", "final_quantized")  # the first one is the result
+# Scores of the artifact, in the order in which a run computes them; the last one is the result.
+FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
+
+
+def final_score(scores: Collection[str]) -> str:
+    """The log event of the last complete pass over the artifact, whose score is the result."""
+    return [name for name in FINAL_SCORES if name in scores][-1]
 
 
 class Verdict(NamedTuple):
@@ -7179,13 +7277,13 @@ def judge(
 
     `scores` are the values of the log events final_*, `budget` is that of submission.json.
     """
-    final = next(name for name in FINAL_SCORES if name in scores)
+    final = final_score(scores)
     score, overruns = scores[final], find_overruns(budget)
     reasons = [*overruns, *find_loose_budgets(track, budget)]
     if score["partial"]:
         reasons.append("the score covers only a part of the validation text")
     elif not score["compliant"]:
-        reasons.append("the score is by a method that the rules forbid (ALLOW_NONCOMPLIANT=1)")
+        reasons.append("ALLOW_NONCOMPLIANT=1 allows a method that the rules forbid")
     return Verdict(final, overruns, reasons)
 
 
@@ -7236,11 +7334,12 @@ def log_budget(run: Run, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def fail_over_budget(problems: Sequence[str]) -> None:
+    """Raise RunFailed if there are any problems."""
     if problems:
         raise RunFailed("; ".join(problems))
 
 
-def finish(run: Run, sizes: Mapping[str, int], groups: Mapping[str, int]) -> None:
+def write_submission(run: Run, sizes: Mapping[str, int], groups: Mapping[str, int]) -> None:
     """Write submission.json; RunFailed if a budget or TARGET_VAL_BPB was exceeded."""
     cfg, budget = run.cfg, log_budget(run, sizes)
     verdict = judge(cfg.track, run.scores, budget)
@@ -7337,6 +7436,7 @@ def raise_interrupted(number: int, frame: Any) -> None:
 
 
 def ignore_signals() -> None:
+    """Ignore SIGTERM and SIGINT from now on."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -7404,7 +7504,7 @@ def wait_for_ranks() -> None:
 
 
 def post(key: str) -> None:
-    """Tell the other ranks, if there is a process group, that `key` holds for this one."""
+    """Count this rank under `key` in the process group's store, if there is one."""
     count_posts(key, 1)
 
 
@@ -7414,6 +7514,7 @@ def posted(key: str) -> int:
 
 
 def count_posts(key: str, added: int) -> int:
+    """Add to the counter `key` in the store and return it; 0 without a process group."""
     if not dist.is_initialized():
         return 0
     try:

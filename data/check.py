@@ -174,7 +174,7 @@ def check_files(data: DataSet, report: Report) -> bool:
 def read_blocks(paths: Sequence[Path], block_tokens: int = BLOCK_TOKENS) -> Iterator[np.ndarray]:
     """Token ids of all shards in blocks of whole documents, about `block_tokens` each.
 
-    A document that goes on in the next shard is put together.
+    A document that continues in the next shard is put together.
     """
     held: list[np.ndarray] = []
     for ids in read_pieces(paths, block_tokens):
@@ -290,10 +290,10 @@ def check_sidecar(
     is_empty = np.append(is_bos[1:], True)  # BOS counts only where no other token is left
     if num_wrong := int((sidecar[is_bos & ~is_empty] > 0).sum()):
         report.problem(f"sidecar: {num_wrong:,} BOS tokens count bytes")
-    num_bytes, num_spelled = int(sidecar.sum(dtype=np.int64)), int(by_pieces.sum())
-    if not num_spelled / 2 <= num_bytes <= 2 * num_spelled:
+    num_bytes, num_decoded = int(sidecar.sum(dtype=np.int64)), int(by_pieces.sum())
+    if not num_decoded / 2 <= num_bytes <= 2 * num_decoded:
         report.problem(
-            f"sidecar: {num_bytes:,} bytes, but the pieces spell {num_spelled:,}; a sidecar of "
+            f"sidecar: {num_bytes:,} bytes, but the pieces stand for {num_decoded:,}; a sidecar of "
             "this text would be nearer to that"
         )
     return True

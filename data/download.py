@@ -4,7 +4,7 @@
 
 The files come from a repository on the Hugging Face Hub, all from one commit. Each is compared with
 the size and SHA-256 that the Hub lists before it gets its name. The result is data/datasets/<name>/
-with a manifest, and data/tokenizers/, as train_gpt.py expects. The same command goes on after an
+with a manifest, and data/tokenizers/, as train_gpt.py expects. The same command continues after an
 interruption: files that are whole are kept.
 
 HF_ENDPOINT names a mirror of the Hub. Without a network (or with HF_HUB_OFFLINE=1) the files are
@@ -78,7 +78,7 @@ class Variant(NamedTuple):
     repo: str
     dataset: str
     tokenizer: str
-    has_sidecar: bool = False  # byte counts, for tokens that do not spell the original text
+    has_sidecar: bool = False  # byte counts, for tokens that do not keep the original text
 
 
 CASEOPS = "lossless_caps_caseops_v1_reserved"
@@ -412,7 +412,7 @@ def check_content(path: Path, name: str) -> None:
         parse_tokenizer(read_small(path, MAX_TOKENIZER_BYTES), name)
 
 
-def check_sizes(snapshot: Snapshot, wanted: list[str], out: Path) -> None:
+def check_file_sizes(snapshot: Snapshot, wanted: list[str], out: Path) -> None:
     """Raise an error if a wanted file is not published, too large, or does not fit on the disk."""
     if missing := [name for name in wanted if name not in snapshot.files]:
         num_train = sum("_train_" in name for name in wanted) - sum(
@@ -483,7 +483,7 @@ def download(variant: Variant, out: Path, num_shards: int, endpoint: str) -> Non
     wanted = wanted_files(variant, num_shards)
     check_folder(variant, out, wanted)
     snapshot = open_snapshot(variant, out, num_shards, endpoint)
-    check_sizes(snapshot, wanted, out)
+    check_file_sizes(snapshot, wanted, out)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
         num_bytes = sum(snapshot.files[name].size for name in wanted if (out / name).exists())
@@ -546,7 +546,7 @@ def describe_file(path: Path, remote: RemoteFile) -> dict[str, Any]:
 
 def explain(error: BaseException) -> str:
     """An error of the server, the connection or the disk, and what to do about it."""
-    again = "the same command goes on from here"
+    again = "the same command continues from here"
     if isinstance(error, DownloadFailed):
         return str(error)
     if isinstance(error, HfHubHTTPError):
@@ -583,7 +583,9 @@ def main(argv: list[str] | None = None) -> int:
         huggingface_hub.set_client_factory(functools.partial(make_client, endpoint))
         download(VARIANTS[options.variant], options.out, options.shards, endpoint)
     except KeyboardInterrupt:
-        print("interrupted; whole files stay, the same command goes on from here", file=sys.stderr)
+        print(
+            "interrupted; whole files stay, the same command continues from here", file=sys.stderr
+        )
         return 130
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -94,7 +94,7 @@ Processor = sentencepiece.SentencePieceProcessor
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_TOKEN_ID = 65_535  # a shard holds uint16
 MAX_TOKENIZER_BYTES = 1 << 26
-# Text that common normalizations change: case, forms, widths, controls, white space.
+# Text that common normalizations change: case, forms, widths, controls, whitespace.
 PROBE = "  A  b \t\r\n\n \u00c5 A\u030a \ufb01 \uff21 \u3000 \u00ad \u200b \ufeff \x00\x7f 12 \n "
 # Long texts are encoded in segments, which halves the time and bounds the memory. A cut lies before
 # a run of spaces that follows another character, where no piece of a lossless tokenizer can cross.
@@ -102,22 +102,22 @@ SEGMENT = re.compile(f"{SPACE}|[^{SPACE}]{{1,4096}} *[^ {SPACE}]*")
 
 
 @functools.lru_cache(maxsize=8)
-def spell_pieces(processor: Processor) -> list[bytes]:
+def decode_pieces(processor: Processor) -> list[bytes]:
     """The bytes that each token id stands for; none for control pieces and the unknown piece."""
-    spelled = []
+    decoded = []
     for token in range(processor.get_piece_size()):
         piece = processor.id_to_piece(token)
         if processor.is_byte(token):
-            spelled.append(bytes([int(piece[3:5], 16)]))
+            decoded.append(bytes([int(piece[3:5], 16)]))
         elif processor.is_control(token) or processor.is_unknown(token):
-            spelled.append(b"")
+            decoded.append(b"")
         else:
-            spelled.append(piece.replace(SPACE, " ").encode("utf-8"))
-    return spelled
+            decoded.append(piece.replace(SPACE, " ").encode("utf-8"))
+    return decoded
 
 
 def byte_ids(processor: Processor, text: str) -> list[int]:
-    """Token ids that spell the UTF-8 bytes of `text` one by one."""
+    """Token ids that stand for the UTF-8 bytes of `text` one by one."""
     return [processor.piece_to_id(f"<0x{value:02X}>") for value in text.encode("utf-8")]
 
 
@@ -170,12 +170,12 @@ def is_lossless(processor: Processor) -> bool:
     pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
     if any(SPACE in piece.lstrip(SPACE) for piece in pieces) or not has_no_normalization(processor):
         return False
-    return spell_ids(processor, processor.encode(PROBE)) == PROBE.encode("utf-8")
+    return decode_ids(processor, processor.encode(PROBE)) == PROBE.encode("utf-8")
 
 
-def spell_ids(processor: Processor, ids: Iterable[int]) -> bytes:
+def decode_ids(processor: Processor, ids: Iterable[int]) -> bytes:
     """The bytes that a sequence of tokens stands for."""
-    return b"".join(map(spell_pieces(processor).__getitem__, ids))
+    return b"".join(map(decode_pieces(processor).__getitem__, ids))
 
 
 def encode_document(processor: Processor, text: str) -> list[int]:
@@ -203,7 +203,7 @@ def encode_segments(processor: Processor, text: str) -> Iterator[list[int]]:
 
 def decode_document(processor: Processor, ids: Iterable[int]) -> str:
     """The text of token ids; control tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
-    return spell_ids(processor, ids).decode("utf-8", errors="replace")
+    return decode_ids(processor, ids).decode("utf-8", errors="replace")
 
 
 def count_bytes(processor: Processor, text: str) -> list[int]:
@@ -214,8 +214,8 @@ def count_bytes(processor: Processor, text: str) -> list[int]:
     0, unless no other token is left.
     """
     if is_lossless(processor):
-        spelled = spell_pieces(processor)
-        return [0, *(len(spelled[token]) for token in encode_document(processor, text))]
+        decoded = decode_pieces(processor)
+        return [0, *(len(decoded[token]) for token in encode_document(processor, text))]
     raw = text.encode("utf-8")
     ends = [end for _, end in processor.encode(raw, return_type="offset_mapping")["offsets"]]
     ends = [0, 0, *ends]
@@ -231,7 +231,7 @@ def count_bytes(processor: Processor, text: str) -> list[int]:
 class Role(IntEnum):
     TRAIN = 0
     VAL = 1
-    EMPTY = 2  # white space only: left out
+    EMPTY = 2  # whitespace only: left out
     COPY_OF_VAL = 3  # left out: training on it would be training on the validation text
     COPY_IN_TRAIN = 4  # left out with --dedup only
 
@@ -460,7 +460,7 @@ def check_tokenizer(processor: Processor, name: str) -> None:
     """Raise InputError if documents or bytes would be miscounted with this tokenizer.
 
     Documents begin where BOS is, so BOS must be id 1 and a control piece, which text never gives.
-    (SentencePiece reports a BOS that is no control piece as id -1.) Every byte of a text must
+    (SentencePiece reports a BOS that is not a control piece as id -1.) Every byte of a text must
     belong to a token that counts it, so there must be a piece for a space, and byte pieces for
     characters that have no piece.
     """
@@ -526,7 +526,7 @@ def encode_batch(batch: Batch) -> int:
         for segment in encode_segments(processor, document.text):
             document_ids.extend(segment)
         raw = document.text.encode("utf-8")
-        if is_lossless(processor) and spell_ids(processor, document_ids) != raw:
+        if is_lossless(processor) and decode_ids(processor, document_ids) != raw:
             raise InputError(
                 f"{document.place}: the tokenizer does not give back this document, which begins "
                 f"{document.text[:40]!r}; leave out --tokenizer to train one that does"
@@ -569,7 +569,7 @@ def start_worker() -> None:
 
     def watch() -> None:
         multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)  # a killed parent closes no queue, so the worker would wait for ever
+        os._exit(1)  # a killed parent closes no queue, so the worker would wait forever
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -659,7 +659,7 @@ class Plan(NamedTuple):
     files: list[InputFile]  # empty: the standard library
     val_files: list[InputFile]
     stdlib_digest: str = ""  # of the library's texts, if that is the source
-    is_normalizing: bool = False  # the given tokenizer does not spell the original bytes
+    is_normalizing: bool = False  # the given tokenizer does not keep the original bytes
     cut: Cut | None = None
 
     @property
@@ -904,7 +904,7 @@ class Piece(NamedTuple):
 def plan_shards(sizes: Sequence[int], shard_tokens: int) -> list[list[Piece]]:
     """The pieces of small shards of these sizes that make up each shard.
 
-    Every shard but the last gets `shard_tokens` tokens; documents go on in the next shard.
+    Every shard but the last gets `shard_tokens` tokens; documents continue in the next shard.
     """
     ends = list(itertools.accumulate(sizes))
     shards: list[list[Piece]] = []
@@ -1164,7 +1164,7 @@ def bounded(low: float, high: float, kind: type[int] | type[float] = int) -> Cal
             raise argparse.ArgumentTypeError(f"{value} is not from {low} to {high}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    parse.__name__ = kind.__name__  # argparse names it when the text is not a number
     return parse
 
 
@@ -1179,7 +1179,7 @@ def parse_options(argv: list[str] | None) -> Options:
     """Parse the command line; exits with code 2 and a message if it is not usable."""
     parser = argparse.ArgumentParser(
         description="Turn text into a tokenizer and token shards.",
-        epilog="data/README.md describes the files. The same command goes on after a kill.",
+        epilog="data/README.md describes the files. The same command continues after a kill.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -1272,7 +1272,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status is 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C)."""
     make_output_safe()
     options = parse_options(argv)
-    again = f"finished parts stay in {options.out / PARTIAL}; the same command goes on from there"
+    again = f"finished parts stay in {options.out / PARTIAL}; the same command continues from there"
     try:
         run(options)
     except KeyboardInterrupt:

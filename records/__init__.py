@@ -5,7 +5,7 @@ ablations.py    a grid of changed knobs times seeds: run, time, tabulate and dra
 evaluations.py  trained artifacts times evaluation settings: run, tabulate and draw them
 
 logs.py         reads the events of a run
-results.py      reads and appends result files with one JSON object a line
+results.py      reads and appends result files with one JSON object per line
 significance.py mean, standard deviation, Welch's test, paired t test
 compressors.py  bits per byte of general compressors on the validation text
 plots.py        loss and bits per byte of runs

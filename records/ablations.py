@@ -816,8 +816,8 @@ weighted with their shares of the training. The median ignores work that fewer t
 steps do, such as the averaging of SWA and of the tail."""
 
 
-def spell_overrides(overrides: Mapping[str, str]) -> str:
-    """Return settings as a grid spells them."""
+def format_overrides(overrides: Mapping[str, str]) -> str:
+    """Return settings as a grid writes them."""
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in overrides.items())
 
 
@@ -892,7 +892,7 @@ def format_stack(
     references = finished_runs(stack, stack.variants[0], results)
     setting = f"`{stack.recipe}`" if stack.recipe else "the defaults of `train_gpt.py`"
     if stack.settings:
-        setting += f" with `{spell_overrides(stack.settings)}`"
+        setting += f" with `{format_overrides(stack.settings)}`"
     seeds = ", ".join(map(str, stack.seeds))
     lines = ["", f"## {stack.name}", "", f"Reference: {setting}."]
     trained = f"{stack.steps:,} steps"
@@ -905,7 +905,7 @@ def format_stack(
             continue
         rows = [[REFERENCE, "-", *score_cells(references), *NO_COMPARISON, *times[REFERENCE]]]
         for c in compared:
-            name, change = c.variant.name, f"`{spell_overrides(c.variant.overrides)}`"
+            name, change = c.variant.name, f"`{format_overrides(c.variant.overrides)}`"
             rows.append([name, change, *score_cells(c.runs), *comparison_cells(c), *times[name]])
         lines += ["", f"### {title}", "", *table_lines(HEADER, rows)]
     return lines
@@ -1019,7 +1019,7 @@ def drawn(stack: GridStack, results: Mapping[str, Json]) -> list[Comparison]:
 
 
 def axis_limits(compared: Sequence[Comparison]) -> tuple[float, float]:
-    """Return the range of the axis: all means that are no outliers, and 0."""
+    """Return the range of the axis: all means that are not outliers, and 0."""
     means = [statistics.fmean(c.gains) for c in compared] or [0.0]
     sizes = sorted(map(abs, means))
     bound = OUTLIER_FACTOR * max(sizes[int(0.8 * (len(sizes) - 1))], 1e-4)

@@ -146,7 +146,7 @@ def build_record(
     previous = find_previous(submission["previous"], records)
     settings = run_settings(logs[0])
     source = (logs[0].path.parent / SOURCE).read_text(encoding="utf-8", errors="replace")
-    packed_size(source)  # refuses a file that is no Python source before anything is written
+    packed_size(source)  # refuses a file that is not a Python source before anything is written
     texts = {
         "run.env": format_run_env(settings),
         "requirements.txt": format_requirements(submission),

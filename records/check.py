@@ -137,7 +137,7 @@ def check_text_log(path: Path, log: RunLog, source: str) -> list[str]:
 
 
 def check_sources(folder: Path, logs: Sequence[RunLog], submission: Json) -> list[str]:
-    """Return whether train_gpt.py and run.env are not those of every run."""
+    """Return problems: train_gpt.py or run.env differ from those of a run."""
     raw = (folder / "train_gpt.py").read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     problems = []
@@ -174,7 +174,7 @@ def packed_size(source: str) -> int:
     """Return the bytes of the packed script; raise InputError if it is not a Python source."""
     try:
         return len(train_gpt.pack_source(source))
-    except Exception as error:  # whatever tokenize and ast raise for text that is no Python
+    except Exception as error:  # whatever tokenize and ast raise for text that is not Python
         raise InputError(f"train_gpt.py cannot be packed: {error}") from error
 
 
@@ -204,7 +204,7 @@ def check_code_size(source: str, code_bytes: int) -> tuple[list[str], list[str]]
 
 
 def check_page(text: str, headings: Sequence[str]) -> list[str]:
-    """Return whether a README lacks the fixed headings or has too many lines."""
+    """Return problems: a README lacks the fixed headings or has too many lines."""
     problems = []
     found = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
     if found != [*headings]:
@@ -215,7 +215,7 @@ def check_page(text: str, headings: Sequence[str]) -> list[str]:
 
 
 def check_readme(text: str, result: str) -> list[str]:
-    """Return whether a record's README lacks its form or the computed result."""
+    """Return problems: a record's README lacks its form or the computed result."""
     problems = check_page(text, HEADINGS)
     try:
         if replace_marked(text, "result", result) != text:
@@ -226,7 +226,7 @@ def check_readme(text: str, result: str) -> list[str]:
 
 
 def check_description(folder: Path, name: str, submission: Json) -> list[str]:
-    """Return whether date, name or track do not fit their form or the folder."""
+    """Return problems: date, name or track do not fit their form or the folder."""
     problems = []
     try:
         datetime.date.fromisoformat(submission["date"])
@@ -262,27 +262,27 @@ def read_logs(folder: Path) -> list[RunLog]:
     return logs
 
 
-class Verdict(NamedTuple):
+class Findings(NamedTuple):
     """What is wrong with a record, and what could not be proven."""
 
     problems: list[str]
     notes: list[str]
 
 
-def check_record(folder: Path, records: Path, name: str = "") -> Verdict:
+def check_record(folder: Path, records: Path, name: str = "") -> Findings:
     """Check the record in `folder`.
 
     `records` is the folder of all tracks; `name` is the name that the folder will get.
     """
     if problems := missing_files(folder):
-        return Verdict(problems, [])
+        return Findings(problems, [])
     try:
         submission, logs = read_submission(folder / "submission.json"), read_logs(folder)
         refuse_mixed_runs(logs)
         described = {key: submission.get(key, "") for key in (*DESCRIBED, *OPTIONAL)}
         computed = compute_submission(logs, described)
         if problems := find_differences(submission, computed):
-            return Verdict(problems, [])
+            return Findings(problems, [])
         result = format_result(logs, computed, find_previous(computed["previous"], records))
         source = (folder / "train_gpt.py").read_text(encoding="utf-8")
         page = (folder / "README.md").read_text(encoding="utf-8")
@@ -292,11 +292,11 @@ def check_record(folder: Path, records: Path, name: str = "") -> Verdict:
         problems += [problem for log in logs for problem in find_contradictions(log)]
         problems += check_sources(folder, logs, submission)
     except (InputError, UnicodeDecodeError) as error:
-        return Verdict([f"unusable: {error}"], [])
+        return Findings([f"unusable: {error}"], [])
     problems += check_readme(page, result)
     if submission["track"] not in TRACK_LIMITS:
         notes.append(f"not proven: budgets, since no limits of {submission['track']} are known")
-    return Verdict(problems, notes)
+    return Findings(problems, notes)
 
 
 # --- Recipes -------------------------------------------------------------------------------------

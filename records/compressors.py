@@ -1,4 +1,4 @@
-"""General compressors as yardsticks: their bits per byte on the text that a model was scored on.
+"""General compressors as baselines ("yardsticks"): their bits per byte on the text of a score.
 
 xz and zstd see only this text. PPMd (7-zip's PPMd var. H), which predicts bytes from the longest
 contexts that it has seen, is a stronger one. It is measured alone and primed, that is after reading
@@ -21,7 +21,7 @@ import sentencepiece
 import zstandard
 
 import train_gpt
-from data.prepare import spell_pieces
+from data.prepare import decode_pieces
 from records.knobs import format_knob_value
 from records.logs import METRICS, Json, RunLog, append_event
 from train_gpt import Config, InputError
@@ -39,9 +39,9 @@ TOKENS_AT_ONCE = 2**20
 # --- Text ----------------------------------------------------------------------------------------
 
 
-def spell_tokens(processor: sentencepiece.SentencePieceProcessor, ids: Iterable[int]) -> bytes:
+def decode_tokens(processor: sentencepiece.SentencePieceProcessor, ids: Iterable[int]) -> bytes:
     """Return the bytes of all tokens but the first, counted as the scorer counts them."""
-    pieces = spell_pieces(processor)
+    pieces = decode_pieces(processor)
     # Decoders drop the leading space of a piece that follows a control token.
     starts = [piece[1:] if piece[:1] == b" " else piece for piece in pieces]
     is_text = [not (processor.is_control(t) or processor.is_unknown(t)) for t in range(len(pieces))]
@@ -57,7 +57,7 @@ def validation_text(data: Config) -> bytes:
         return path.read_bytes()
     processor, _ = train_gpt.load_tokenizer(data)
     data = replace(data, vocab_size=processor.get_piece_size())
-    return spell_tokens(processor, train_gpt.load_validation(data, processor).ids.tolist())
+    return decode_tokens(processor, train_gpt.load_validation(data, processor).ids.tolist())
 
 
 def training_text(data: Config) -> Iterator[bytes]:
@@ -67,9 +67,9 @@ def training_text(data: Config) -> Iterator[bytes]:
     stream = train_gpt.TokenStream(shards, processor.get_piece_size())
     text = b""
     for start in range(0, stream.num_tokens - 1, TOKENS_AT_ONCE):
-        # One token more than are spelled: the first one is only context.
+        # One token more than are decoded: the first one is only context.
         count = min(TOKENS_AT_ONCE + 1, stream.num_tokens - start)
-        text += spell_tokens(processor, stream.read(start, count).tolist())
+        text += decode_tokens(processor, stream.read(start, count).tolist())
         whole = len(text) - len(text) % PRIME_PIECE_BYTES
         for place in range(0, whole, PRIME_PIECE_BYTES):
             yield text[place : place + PRIME_PIECE_BYTES]
@@ -139,7 +139,7 @@ def data_of(log: RunLog) -> Config:
 
 
 def yardstick_run(folder: Path) -> Json:
-    """Measure the yardsticks on the text that a run was scored on and append them to its log."""
+    """Measure general compressors on the text of a run's score and append them to its log."""
     log = RunLog.read(folder / METRICS)
     data = data_of(log)
     text = validation_text(data)

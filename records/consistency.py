@@ -20,12 +20,12 @@ SCORE_ROUNDING, SECONDS_ROUNDING = 5e-9, 5e-4
 
 def find_contradictions(log: RunLog) -> list[str]:
     """Return what in the events of a finished run cannot be true at the same time."""
-    checks = (check_scores, check_flags, check_sizes, check_training, check_ledger)
+    checks = (check_scores, check_flags, check_size_event, check_training, check_ledger)
     return [f"{log.path.name}: {problem}" for check in checks for problem in check(log)]
 
 
 def check_scores(log: RunLog) -> Iterator[str]:
-    """Every score is positive and bpb = loss / ln 2 * tokens / bytes."""
+    """Yield contradictions to: every score is positive and bpb = loss / ln 2 * tokens / bytes."""
     for event in log.events:
         name = event["event"]
         if name not in ("val", "final_prequant", *FINAL_SCORES):
@@ -49,7 +49,7 @@ def check_scores(log: RunLog) -> Iterator[str]:
 
 
 def check_flags(log: RunLog) -> Iterator[str]:
-    """A score is compliant only if it covers the whole text and no knob allows to break rules."""
+    """Yield scores that are compliant though partial, or though a knob allows to break rules."""
     values, targets = log.config["values"], log.last("data").get("val_targets")
     for name in FINAL_SCORES:
         if not (event := log.last(name)):
@@ -65,8 +65,8 @@ def check_flags(log: RunLog) -> Iterator[str]:
             yield f"{name} has {event.get('tokens')} tokens, the validation text {targets}"
 
 
-def check_sizes(log: RunLog) -> Iterator[str]:
-    """Code and artifact add up to the total, the parts of the artifact to its size."""
+def check_size_event(log: RunLog) -> Iterator[str]:
+    """Yield sums that are wrong: of code and artifact, or of the parts of the artifact."""
     size = log.need("size", "artifact_bytes", "code_bytes", "total_bytes", "budget_bytes")
     if size["artifact_bytes"] + size["code_bytes"] != size["total_bytes"]:
         yield (
@@ -82,14 +82,14 @@ def check_sizes(log: RunLog) -> Iterator[str]:
 
 
 def check_knob(log: RunLog, knob: str, key: str, event: Json) -> Iterator[str]:
-    """A logged budget is the value of its knob."""
+    """Yield a logged budget that is not the value of its knob."""
     value = log.config["values"].get(knob, event[key])
     if value != event[key]:
         yield f"{key} is {event[key]:,}, but {knob}={value}"
 
 
 def check_training(log: RunLog) -> Iterator[str]:
-    """Averages and rates follow from steps, seconds and tokens; the last step ends the training."""
+    """Yield averages, rates and totals that do not follow from steps, seconds and tokens."""
     end = log.last("train_end")
     if not end:
         return
@@ -105,7 +105,7 @@ def check_training(log: RunLog) -> Iterator[str]:
 
 
 def check_rates(event: Json) -> Iterator[str]:
-    """step_avg_ms * step = train_s and tokens_per_s * train_s = tokens, up to rounding."""
+    """Yield violations of step_avg_ms * step = train_s and tokens_per_s * train_s = tokens."""
     name, step = event["event"], event["step"]
     keys = ("train_s", "tokens", "step_avg_ms", "tokens_per_s")
     if missing := [key for key in keys if key not in event]:
@@ -124,7 +124,7 @@ def check_rates(event: Json) -> Iterator[str]:
 
 
 def check_ledger(log: RunLog) -> Iterator[str]:
-    """The ledger holds at least the seconds of its stages, under the budgets of the knobs."""
+    """Yield entries of the ledger below the seconds of their stages, and wrong budgets."""
     keys = ("training_s", "evaluation_s", "training_budget_s", "evaluation_budget_s")
     ledger = log.need("ledger", *keys)
     yield from check_knob(log, "MAX_WALLCLOCK_SECONDS", "training_budget_s", ledger)

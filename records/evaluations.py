@@ -3,7 +3,7 @@
     python records/evaluations.py run PLAN.toml --jobs 2    # run what PLAN.jsonl does not have yet
     python records/evaluations.py table PLAN.toml           # write PLAN.md and PLAN.png from it
 
-A plan names the artifacts of each model (one a seed), settings of all evaluations, and methods:
+A plan names the artifacts of each model (one per seed), settings of all evaluations, and methods:
 
     settings = "DATA_PATH=data/x VAL_TOKENS_LIMIT=65536"
     data = "python data/prepare.py --input x.jsonl --out data/x"   # shown in the table, never run
@@ -212,7 +212,7 @@ def scores_by_method(results: Sequence[Json], artifacts: Sequence[str]) -> Score
     """Return the scores of one model by method, without methods that lack an artifact."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for result in results:
-        events = {"plain": "final_quantized", BASE: "final_sliding"}
+        events = {"disjoint": "final_quantized", BASE: "final_sliding"}
         for method, event in {**events, result["method"]: "final_ttt"}.items():
             if event in result:
                 pair = result[event]["val_bpb"], result[event]["eval_s"]
@@ -234,7 +234,7 @@ def by_score(scores: Scores) -> list[str]:
 
 
 def method_rows(scores: Scores, methods: Mapping[str, str]) -> list[list[str]]:
-    """Return a row a method, the lowest bpb first."""
+    """Return a row per method, the lowest bpb first."""
     rows = []
     for method in by_score(scores):
         bpb, seconds = ([pair[i] for pair in scores[method]] for i in (0, 1))
@@ -291,7 +291,8 @@ def write_table(plan: Plan) -> None:
 
 
 # --- 4. Plot -------------------------------------------------------------------------------------
-# A panel a model, a row a method in the order of the scores; the seconds stand right of the name.
+# One panel per model, one row per method in the order of the scores; the seconds stand right of the
+# name.
 
 ROW_INCHES, MARGIN_INCHES, PANEL_INCHES = 0.24, 1.0, 5.2
 

@@ -13,7 +13,7 @@ from train_gpt import Config
 
 
 def format_knob_value(value: Any) -> str:
-    """Return a knob's value as an environment variable spells it: 1 for True, 2 for 2.0."""
+    """Return a knob's value as text for an environment variable: 1 for True, 2 for 2.0."""
     if isinstance(value, bool):
         return str(int(value))
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -27,6 +27,8 @@ Json = dict[str, Any]
 
 METRICS, LOG, SOURCE = "metrics.jsonl", "train.log", "train_gpt_source.py"
 # Scores of the artifact, in the order in which a run computes them; the last one is its result.
+# Repeated here, as the tracks in submission.py are: the checker does not take the rules from the
+# script that it checks.
 FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
 # Events of the session that scored; those of other sessions belong to other scores.
 SCORING_EVENTS = {*FINAL_SCORES, "pass", "final", "size", "bytes", "ledger"}
@@ -254,7 +256,7 @@ def mode_of(session: list[Json]) -> str:
 
 
 def run_settings(log: RunLog) -> dict[str, str]:
-    """Return the knobs that differ from their defaults, as run.env spells them."""
+    """Return the knobs that differ from their defaults, in the format of run.env."""
     config = log.config
     names = [name for name in config["changed"] if name not in RUN_KNOBS]
     return {name: format_knob_value(config["values"][name]) for name in names}

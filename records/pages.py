@@ -23,10 +23,10 @@ HEADINGS = (
 MAX_README_LINES = 120
 RULES = f"""\
 - Causal: a prediction reads only the tokens before it (`{train_gpt.CausalSelfAttention.__name__}`).
-- Normalized: the probabilities are a softmax over the whole vocabulary
-  (`{train_gpt.softcapped_cross_entropy.__name__}`).
+- Normalized: the probabilities of the whole vocabulary sum to 1
+  (`{train_gpt.softcapped_cross_entropy.__name__}`, `{train_gpt.Mixer.__name__}`).
 - Score before update: a target is scored before the model learns from it
-  (`{train_gpt.evaluate.__name__}`).
+  (`{train_gpt.rule_violations.__name__}`, `{train_gpt.Scorer.__name__}`).
 - Single pass: every target is scored exactly once (`{train_gpt.plan_windows.__name__}`,
   `{train_gpt.Scorer.__name__}`)."""
 
@@ -80,7 +80,7 @@ def format_comparison(submission: Json, previous: Json) -> str:
 
 
 def format_result(logs: Sequence[RunLog], submission: Json, previous: Json | None) -> str:
-    """Return the Result section of a record's README: a row a seed, statistics, yardsticks."""
+    """Return the Result section of a record's README: a row per seed, statistics, baselines."""
     names = ("final_prequant", *FINAL_SCORES)
     rows = []
     for log in sorted(logs, key=lambda log: int(log.seed)):

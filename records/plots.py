@@ -124,7 +124,7 @@ def describe_runs(logs: Sequence[RunLog]) -> str:
 
 
 def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return means over centered windows of 1/20 of all values, shorter towards the ends."""
+    """Return means over centered windows of 1/20 of all values, shorter toward the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     reach = np.minimum(np.minimum(places, places[::-1]), len(values) // 40)

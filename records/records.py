@@ -171,7 +171,7 @@ def run_options(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the locale cannot spell
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the locale cannot encode
             stream.reconfigure(errors="backslashreplace")
     try:
         return run_options(parse_options(argv))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records import ROOT
-from records.check import Verdict, read_logs
+from records.check import Findings, read_logs
 from records.logs import FINAL_SCORES, METRICS, RunLog, run_settings
 from train_gpt import InputError
 
@@ -73,7 +73,7 @@ def score_again(folder: Path, log: RunLog, inputs: Inputs, run_dir: Path) -> Run
     return RunLog.read(run_dir / METRICS)
 
 
-def compare_scores(log: RunLog, again: RunLog, tolerance_bpb: float) -> Verdict:
+def compare_scores(log: RunLog, again: RunLog, tolerance_bpb: float) -> Findings:
     """Return where scores or sizes differ, and a line for each score."""
     problems, notes = list[str](), list[str]()
     for name in FINAL_SCORES:
@@ -96,12 +96,12 @@ def compare_scores(log: RunLog, again: RunLog, tolerance_bpb: float) -> Verdict:
     sizes = [run.need("size")["code_bytes"] for run in (log, again)]
     if sizes[0] != sizes[1]:
         problems.append(f"code_bytes is {sizes[0]:,}, the script packs itself into {sizes[1]:,}")
-    return Verdict(problems, notes)
+    return Findings(problems, notes)
 
 
-def rescore_record(folder: Path, data_path: Path | None, tolerance_bpb: float) -> Verdict:
+def rescore_record(folder: Path, data_path: Path | None, tolerance_bpb: float) -> Findings:
     """Score every artifact of the record again; what cannot be scored is a problem."""
-    verdict = Verdict([], [])
+    verdict = Findings([], [])
     for log in read_logs(folder):
         try:
             with tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +109,7 @@ def rescore_record(folder: Path, data_path: Path | None, tolerance_bpb: float) -
                 again = score_again(folder, log, inputs, Path(scratch) / "run")
                 found = compare_scores(log, again, tolerance_bpb)
         except InputError as error:
-            found = Verdict([f"not scored again: {error}"], [])
+            found = Findings([f"not scored again: {error}"], [])
         verdict.problems.extend(found.problems)
         verdict.notes.extend(found.notes)
     return verdict

@@ -1,4 +1,4 @@
-"""Result files of comparisons: one JSON object a line, under the key of what was measured.
+"""Result files of comparisons: one JSON object per line, under the key of what was measured.
 
 A line is added by rewriting the whole file under another name and renaming it, so a kill at any
 moment leaves the file with or without the line, never with half of it.
@@ -25,7 +25,7 @@ def read_results(path: Path) -> dict[str, Json]:
             result = json.loads(line)
             results[result["key"]] = result
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number} is no result: {error!r}") from error
+            raise InputError(f"{path}:{number} is not a result: {error!r}") from error
     return results
 
 

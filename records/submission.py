@@ -22,6 +22,8 @@ DATED_FOLDER = re.compile(r"(\d{4}-\d{2}-\d{2})_(.+)")
 MAX_TEXT_CHARACTERS = 200
 
 # --- Tracks --------------------------------------------------------------------------------------
+# The limits and rules of train_gpt.py once more, because the checker does not rely on the script
+# that it checks: a mistake there shows as a difference.
 
 
 class TrackLimits(NamedTuple):

@@ -31,8 +31,8 @@ RECORDS_TAIL = """\
 
 ```bash
 python records/records.py plot RUN_A RUN_B         # losses and scores of runs or records, overlaid
-python records/records.py yardstick RUN_DIR        # xz, zstd and PPMd on the text of the score
-python records/records.py build OUT_DIR RUN_DIR... # a record folder from one run a seed
+python records/records.py yardstick RUN_DIR        # baselines: xz, zstd, PPMd on the same text
+python records/records.py build OUT_DIR RUN_DIR... # a record folder from one run per seed
 python records/records.py check DIR...             # what is wrong with records, what is not proven
 python records/records.py check --rescore DIR...   # the same, and score their artifacts again
 ```
@@ -122,7 +122,7 @@ def knob_range(metadata: Mapping[str, Any], kind: str) -> str:
     if low is None:
         return {"bool": "`0`, `1`", "str": "text"}.get(kind, kind)
     unit = f" {metadata['unit']}" if metadata["unit"] else ""
-    return (f"{low:,g} or more" if high is None else f"{low:,g} to {high:,.8g}") + unit
+    return (f"{low:,g} or more" if high is None else f"{low:,g} to {high:,}") + unit
 
 
 def knob_table() -> str:

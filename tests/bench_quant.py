@@ -204,7 +204,7 @@ def train_models(folder: Path) -> list[Path]:
 def changed(config: Json) -> str:
     """Return the knobs of a training that differ from RECIPE."""
     recipe = dataclasses.asdict(tg.config_from_env(tg.read_recipe(RECIPE)))
-    names = [*tg.SHAPE_KNOBS, "iterations", "max_wallclock_seconds", "data_path"]
+    names = [*tg.STORED_KNOBS, "iterations", "max_wallclock_seconds", "data_path"]
     return " ".join(
         f"{name.upper()}={config[name]}"
         for name in names
@@ -216,7 +216,7 @@ def load_subject(directory: Path, scratch: Path) -> Subject:
     """Load the model of the last checkpoint of a run."""
     folder = max(directory.glob("checkpoint/step_*"))
     meta = json.loads((folder / "meta.json").read_text())
-    shape = {name: meta["config"][name] for name in tg.SHAPE_KNOBS if name in meta["config"]}
+    shape = {name: meta["config"][name] for name in tg.STORED_KNOBS if name in meta["config"]}
     kept = ("train_batch_tokens", "val_batch_size", "loader", "micro_batch_tokens")
     cfg = tg.Config(
         **shape, **{name: meta["config"][name] for name in kept},
@@ -431,7 +431,7 @@ def measure_coders(subject: Subject, name: str, made: Made, results: Results) ->
     members = tg.group_names(list(made.tensors), tg.model_layout(subject.run.cfg)[1])
     by_group = dict[str, Json]()
     for group, names in members.items():
-        coded = [t for t in map(made.tensors.__getitem__, names) if t.scales is not None]
+        coded = [t for t in map(made.tensors.__getitem__, names) if t.row_scales is not None]
         if coded:
             by_group[group] = coder_bytes(coded)
     values = {coder: [sizes[coder] for sizes in by_group.values()] for coder in CODERS}
@@ -453,7 +453,7 @@ def gaussian_bound(subject: Subject) -> list[tuple[float, float]]:
         variance_OI /= square_OI.mean().clamp_min(1e-30)
         inputs_II, outputs_O = subject.hessians[name]
         factor = tg.factor_hessians(inputs_II[None])
-        per_column_I = factor.alive_LI[0] / factor.std_LI[0].square()
+        per_column_I = factor.alive_LI[0] / factor.upper_diagonal_LI[0].square()
         costs.append((outputs_O[:, None] * variance_OI * per_column_I).flatten().double())
     cost_N = torch.cat(costs)
     points = []

@@ -143,8 +143,8 @@ def test_a_model_read_back_is_the_stored_codes_times_their_scales(
     assert parameters.keys() == tensors.keys()
     for name, stored in tensors.items():
         expected = stored.values.astype(np.float32)
-        if stored.scales is not None:
-            expected = expected * stored.scales.astype(np.float32)[:, None]
+        if stored.row_scales is not None:
+            expected = expected * stored.row_scales.astype(np.float32)[:, None]
         assert parameters[name].dtype == torch.float32 and parameters[name].requires_grad
         assert np.array_equal(parameters[name].detach().numpy(), expected), name
 
@@ -159,7 +159,7 @@ def test_the_shape_comes_from_the_artifact_and_all_else_from_the_run(
     model = read_artifact(path, run, SHA)
     wanted = tiny_config(**knobs)
     for f in fields(Config):
-        expected = getattr(wanted if f.metadata["shape"] else run.cfg, f.name)
+        expected = getattr(wanted if f.metadata["stored"] else run.cfg, f.name)
         assert getattr(model.cfg, f.name) == expected, f.name
     assert (run.cfg.eval_stride, run.cfg.run_id, run.cfg.num_layers) == (4, "mine", 3)
     ids = torch.randint(40, (1, 9))
@@ -540,7 +540,7 @@ def test_an_artifact_sealed_again_without_an_edit_is_read(
         assert isinstance(read(Parts(payload).seal()), GPT)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.metadata["shape"]])
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.metadata["stored"]])
 def test_a_header_that_leaves_out_a_knob_of_the_shape_is_refused(
     name: str, artifacts: dict[str, bytes], read: Callable[..., GPT]
 ):
@@ -548,7 +548,7 @@ def test_a_header_that_leaves_out_a_knob_of_the_shape_is_refused(
     del parts.header["model"][name]
     default = tiny_config(**SHAPE)
     # The run's own value fits, so that nothing else is wrong.
-    shape = {f.name: getattr(default, f.name) for f in fields(Config) if f.metadata["shape"]}
+    shape = {f.name: getattr(default, f.name) for f in fields(Config) if f.metadata["stored"]}
     refusal_of(read, parts.seal(), **shape)
 
 
@@ -692,12 +692,12 @@ def test_a_vector_with_factors_for_columns_is_refused(read: Callable[..., GPT]):
 @pytest.mark.parametrize("name", [MATRIX, VECTOR])
 def test_weights_that_are_not_finite_are_refused(name: str, value: float, read: Callable[..., GPT]):
     def change(stored: Quantized) -> Quantized:
-        numbers = stored.values if stored.scales is None else stored.scales
+        numbers = stored.values if stored.row_scales is None else stored.row_scales
         numbers = numbers.copy()
         numbers[1] = value
-        if stored.scales is None:
+        if stored.row_scales is None:
             return stored._replace(values=numbers)
-        return stored._replace(scales=numbers)
+        return stored._replace(row_scales=numbers)
 
     refusal_of(read, edited_tensors(name, change))
 

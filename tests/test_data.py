@@ -46,7 +46,7 @@ from train_gpt import (
     write_shard,
 )
 
-REMEDY = "make it again with data/prepare.py or data/download.py"
+REMEDY = "rebuild it with data/prepare.py or data/download.py"
 
 
 def refusal_of(call: Callable[[], Any]) -> str:

@@ -216,7 +216,7 @@ def test_a_broken_link_in_place_of_a_shard_is_refused(plain: Path):
 def test_a_listed_shard_that_is_missing_is_refused(listed: Path, name: str):
     (listed / name).unlink()
     assert refusal_of(lambda: load(listed)).startswith(
-        f"{listed / name} is missing, but {listed}/manifest.json lists it; make it again with"
+        f"{listed / name} is missing, but {listed}/manifest.json lists it; rebuild it with"
     )
 
 
@@ -359,7 +359,7 @@ def test_a_malformed_manifest_is_refused(plain: Path, content: bytes):
     (plain / "manifest.json").write_bytes(content)
     assert refusal_of(lambda: load(plain)) == (
         f"{plain}/manifest.json is not a manifest of data/prepare.py or data/download.py; "
-        "make it again"
+        "rebuild it"
     )
 
 
@@ -410,7 +410,7 @@ def test_a_sidecar_that_cannot_belong_is_refused(
     write_raw_shard(plain / "tiny_val_bytes_000001.bin", changed[700:])
     message = refusal_of(lambda: load(plain))
     assert message.startswith(f"{plain}/tiny_val_bytes_000000.bin: ") and problem in message
-    assert "sidecar and shards belong to different data sets; make it again with" in message
+    assert "sidecar and shards belong to different data sets; rebuild it with" in message
 
 
 def test_bos_may_count_the_bytes_of_a_document_without_other_tokens(plain: Path, data: TinyData):

@@ -446,7 +446,7 @@ def test_two_ranks_that_were_killed_go_on_to_the_same_bits(
         (work / name).mkdir()
     whole = run_ranks([env, env], work / "whole", worker)
     assert [r.status for r in whole] == [0, 0], whole[0].err
-    # Rank 1 dies at step 5; rank 0 then cannot go on either, and must not wait for ever.
+    # Rank 1 dies at step 5; rank 0 then cannot go on either, and must not wait forever.
     killer = work / "killer.py"
     killer.write_text(WORKER.replace('float("nan") if bad_loss.calls == 3 else 1', "die(5)"))
     killer.write_text(killer.read_text().replace("def bad_loss", DIE + "def bad_loss"))

@@ -331,7 +331,7 @@ def test_a_connection_that_brings_nothing_ends_with_a_message(
 ):
     hub.break_after = [2000, *[0] * 20]
     assert run(tmp_path / "out", "--shards", 1) == 1
-    assert "the same command goes on from here" in error_line(capsys)
+    assert "the same command continues from here" in error_line(capsys)
     assert list(files_in(tmp_path / "out")) == [MODEL]  # no partial file stays
     hub.break_after = []
     assert run(tmp_path / "out", "--shards", 2) == 0

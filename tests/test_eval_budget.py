@@ -57,7 +57,7 @@ class Machine:
     def adapt(self, batch: train_gpt.Batch, learns: int) -> torch.Tensor:
         self.num_trained += learns > 0
         self.work(batch.ids_BT.numel(), 1 + 2 * learns / len(batch.ids_BT))
-        return torch.zeros(batch.ids_BT[:, batch.first :].shape)
+        return torch.zeros(batch.ids_BT[:, batch.first_column :].shape)
 
     def train(self, batch: train_gpt.Batch | None, progress: float, chunk_frac: float) -> None:
         self.num_trained += 1
@@ -235,7 +235,7 @@ def test_the_measurement_has_a_full_cache_and_the_mixer(make_run: MakeRun, data,
     def spy(self: train_gpt.AdapterTrainer, batch: train_gpt.Batch, learns: int) -> torch.Tensor:
         nll_BT = step(self, batch, learns)
         assert self.past is not None
-        seen.append((self.past.length, batch.mixed is not None))
+        seen.append((self.past.length, batch.mixer_inputs is not None))
         return nll_BT
 
     monkeypatch.setattr(train_gpt.AdapterTrainer, "step", spy)
@@ -343,7 +343,7 @@ class Peers:
 def test_a_pass_that_another_rank_abandons_is_abandoned_here(make_run: MakeRun, data):
     run, ids = make_run(**CHUNK), text_of(data)
     plan = plan_of(ids, 0, 1, **CHUNK)
-    shared = sum(step.text[1] > 0 for step in plan)
+    shared = sum(step.is_collective for step in plan)
     for place in (0, shared - 1):  # the other rank gives up before the first, or the last update
         Peers(run, [*[0.0] * (2 * place), 77.0])
         budget = EvalBudget(run, plan, 1e9, (1e-9, 0.0))

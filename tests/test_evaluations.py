@@ -98,7 +98,7 @@ def test_a_damaged_line_of_results_is_refused(plan: Path, capsys: pytest.Capture
     results.write_text(json.dumps({"key": "x", "status": 0}) + '\n{"key": "y", "sta')
     for command in ("run", "table"):
         assert main([command, str(plan)]) == 2
-        assert f"{results}:2 is no result" in capsys.readouterr().err
+        assert f"{results}:2 is not a result" in capsys.readouterr().err
 
 
 def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path):
@@ -112,7 +112,7 @@ def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path)
     scores = scores_by_method(results, ["a.bin", "b.bin"])
     assert scores["lora"] == [(1.5, 2.0), (1.7, 2.0)]
     rows = method_rows(scores, {"lora": "TTT_METHOD=lora"})
-    assert [row[0] for row in rows] == ["lora", "tilt", "sliding", "plain"]
+    assert [row[0] for row in rows] == ["lora", "tilt", "sliding", "disjoint"]
     assert rows[0][1:4] == ["1.6000", "0.1414", "-0.4500"] and rows[0][-1] == "TTT_METHOD=lora"
     assert rows[2][:5] == ["sliding", "2.0500", "0.0707", "-", "-"]
 

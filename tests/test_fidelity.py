@@ -62,7 +62,7 @@ def test_the_ramp_covers_the_first_30_percent_of_the_chunks(
         train_seq_len=T, eval_stride=8, train_batch_tokens=64,
     )  # fmt: skip
     planner = train_gpt.EvalPlanner(run.cfg, 0, 1)
-    steps = [s for s in planner.chunks(num_chunks * K) if s.action == "train"]
+    steps = [s for s in planner.plan_chunks(num_chunks * K) if s.action == "train"]
     step = next(s for s in steps if s.text == (chunk * K, (chunk + 1) * K))
     trainer = train_gpt.WeightTrainer(run, random_model(run.cfg))
     trainer.step(None, step.progress, step.chunk_frac)
@@ -121,7 +121,9 @@ def test_dead_inputs_do_not_change_the_damping_of_others(num_dead: int) -> None:
     padded[0, :64, :64] = hessian
     alone, together = (train_gpt.factor_hessians(h) for h in (hessian[None], padded))
     assert together.alive_LI[0].tolist() == [True] * 64 + [False] * num_dead
-    torch.testing.assert_close(together.std_LI[0, :64], alone.std_LI[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        together.upper_diagonal_LI[0, :64], alone.upper_diagonal_LI[0], rtol=1e-3, atol=0
+    )
 
 
 def test_pruning_reaches_matrices_that_stay_in_fp16() -> None:

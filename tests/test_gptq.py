@@ -240,7 +240,9 @@ def test_every_coded_matrix_has_a_hessian(shape: str, make_run: MakeRun):
         assert lowest > -1e-5 * inputs_II.trace()
     stacks = group_matrices(cfg, model, found)
     names = [name for stack in stacks for name in stack.names]
-    assert sorted(names) == sorted(found) and all(stack.factor is not None for stack in stacks)
+    assert sorted(names) == sorted(found) and all(
+        stack.hessian_factor is not None for stack in stacks
+    )
 
 
 # --- Calibration ---------------------------------------------------------------------------------
@@ -331,8 +333,8 @@ def test_clip_sigmas_make_steps_of_so_many_standard_deviations(
         k = {"attn": 12.85, "mlp": 5, "embed": 20, "table": 3}[group] if ":" in sigmas else 12.85
         std_O = model.get_parameter(name).detach().double().numpy().std(axis=1, ddof=1)
         expected_O = k * std_O / (2 ** (cfg.bits[group] - 1) - 1)
-        np.testing.assert_allclose(tensors[name].scales.astype(float), expected_O, rtol=1e-3)  # type: ignore[union-attr]
-        assert tensors[name].columns is None
+        np.testing.assert_allclose(tensors[name].row_scales.astype(float), expected_O, rtol=1e-3)  # type: ignore[union-attr]
+        assert tensors[name].column_scales is None
 
 
 def test_rows_of_zero_deviation_do_not_divide_by_zero():
@@ -342,7 +344,7 @@ def test_rows_of_zero_deviation_do_not_divide_by_zero():
         model.tok_emb.weight[0] = 0.3
         model.tok_emb.weight[1] = 0.0
     stored = quantize_model(cfg, model)["tok_emb.weight"]
-    assert stored.scales is not None and (stored.scales > 0).all()
+    assert stored.row_scales is not None and (stored.row_scales > 0).all()
     assert stored.dequantized().isfinite().all()
     assert (stored.dequantized()[1] == 0).all()
 

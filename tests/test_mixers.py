@@ -381,7 +381,7 @@ class Ranks:
 
     def update(self, ids: Tensor) -> None:
         weights = [mixer.weights for mixer in self.mixers if mixer.weights is not None]
-        self.total = sum((w.evidence for w in weights), torch.zeros(1, dtype=torch.int64))
+        self.total = sum((w.statistics for w in weights), torch.zeros(1, dtype=torch.int64))
         for mixer in self.mixers:
             mixer.update(ids)
 

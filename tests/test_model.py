@@ -397,7 +397,7 @@ def test_under_xsa_the_first_position_of_a_document_gets_nothing_from_attention(
         assert (alone < 1e-5) == (layer >= 3) and out[[1, 2, 4, 5]].abs().max() > 0.1
 
 
-def test_skip_gates_blend_half_and_half_at_initialisation():
+def test_skip_gates_blend_half_and_half_at_initialization():
     model = GPT(
         config_of("skip_gates"),
         choose_attention_backend(tiny_config(), CPU, torch.float32),
@@ -979,7 +979,7 @@ def test_without_a_compiler_the_run_says_so_and_goes_on(
     assert math.isfinite(model.loss(ids[:, :-1], ids[:, 1:]).item())
 
 
-# --- Plan, parameters, initialisation ------------------------------------------------------------
+# --- Plan, parameters, initialization ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

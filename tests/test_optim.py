@@ -59,7 +59,7 @@ SHAPES = [(16, 16), (12, 30), (30, 12), (1, 9), (9, 1)]
 ITERATIONS = [("classic", 5), ("classic", 1), ("classic", 7), ("polar", 5), ("polar", 2)]
 
 
-# --- Orthogonalisation ---------------------------------------------------------------------------
+# --- Orthogonalization ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -244,7 +244,7 @@ class Ranks:
     """A process group whose ranks are threads of this process.
 
     A collective is posted when it is called and complete when it is waited for. The n-th one of
-    every rank must be of the same kind and shape, or processes would wait for each other for ever.
+    every rank must be of the same kind and shape, or processes would wait for each other forever.
     """
 
     def __init__(self, runs: list[Run], monkeypatch: pytest.MonkeyPatch):

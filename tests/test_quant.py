@@ -1,4 +1,4 @@
-"""Quantisation: codes and scales of every width, the error they leave, what each tensor gets."""
+"""Quantization: codes and scales of every width, the error they leave, what each tensor gets."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_no_number_is_off_by_more_than_half_a_step(bits: int):
 def test_codes_are_the_nearest_levels_of_the_stored_scale(bits: int):
     w = torch.randn(40, 300) * torch.logspace(-3, 2, 40)[:, None]
     stored = quantize_rows(w, bits)
-    assert stored.scales is not None and stored.scales.dtype == np.float16
-    scale, qmax = stored.scales.astype(np.float64), 2 ** (bits - 1) - 1
+    assert stored.row_scales is not None and stored.row_scales.dtype == np.float16
+    scale, qmax = stored.row_scales.astype(np.float64), 2 ** (bits - 1) - 1
     levels = np.arange(-qmax, qmax + 1)
     for row in range(40):
         distance = np.abs(w[row].double().numpy()[:, None] - levels * scale[row])
@@ -69,9 +69,9 @@ def test_codes_are_the_nearest_levels_of_the_stored_scale(bits: int):
 def test_the_scale_is_the_rows_largest_number_over_the_largest_code(bits: int):
     w = torch.randn(7, 20)
     stored = quantize_rows(w, bits)
-    assert stored.scales is not None
+    assert stored.row_scales is not None
     expected = w.abs().amax(dim=1).numpy() / (2 ** (bits - 1) - 1)
-    np.testing.assert_allclose(stored.scales.astype(np.float32), expected, rtol=2**-11)
+    np.testing.assert_allclose(stored.row_scales.astype(np.float32), expected, rtol=2**-11)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -80,8 +80,8 @@ def test_a_row_of_zeros_and_a_tiny_row_come_back_as_zeros_not_as_nan(bits: int):
     w[1] = 1e-12
     w[2] = -1e-40  # subnormal in float32 already
     stored = quantize_rows(w, bits)
-    assert (stored.values == 0).all() and stored.scales is not None
-    assert (stored.scales == np.float16(SMALLEST_NORMAL)).all()
+    assert (stored.values == 0).all() and stored.row_scales is not None
+    assert (stored.row_scales == np.float16(SMALLEST_NORMAL)).all()
     assert (stored.dequantized() == 0).all()
 
 
@@ -118,9 +118,9 @@ def test_a_row_is_quantised_by_its_own_numbers_alone(
     alone = quantize_rows(row, bits)
     other = torch.tensor(others).repeat(8)[: len(values)][None]
     together = quantize_rows(torch.cat([other, row]), bits)
-    assert alone.scales is not None and together.scales is not None
+    assert alone.row_scales is not None and together.row_scales is not None
     assert np.array_equal(together.values[1:], alone.values)
-    assert together.scales[1] == alone.scales[0]
+    assert together.row_scales[1] == alone.row_scales[0]
 
 
 def test_more_bits_never_leave_a_larger_error():
@@ -161,7 +161,7 @@ def test_each_group_of_tensors_gets_its_bits(knobs: dict[str, Any]):
         elif name.endswith(".weight"):
             knob = "attn_bits" if ".attn." in name else "mlp_bits"
         else:  # vectors: fp16, 11 bits
-            assert stored.bits == 16 and stored.scales is None
+            assert stored.bits == 16 and stored.row_scales is None
             assert stored.values.dtype == np.float16
             torch.testing.assert_close(
                 stored.dequantized(), parameters[name].detach(), rtol=2**-11, atol=1e-7
@@ -187,5 +187,5 @@ def test_what_was_quantised_once_is_quantised_to_itself():
     # A second save of a model that was read back loses nothing more, up to a scale's last bit.
     w = quantize_rows(torch.randn(30, 50), 6).dequantized()
     again = quantize_rows(w, 6)
-    assert again.scales is not None
+    assert again.row_scales is not None
     torch.testing.assert_close(again.dequantized(), w, rtol=2**-10, atol=0)

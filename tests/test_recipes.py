@@ -186,7 +186,7 @@ def test_parallel_residuals_begin_at_the_published_blocks() -> None:
     assert parts == [8]
     with torch.device("meta"):
         model = GPT(recipe(SP8192), train_gpt.ATTENTION_BACKENDS["sdpa"](), torch.float32)
-    assert [module.is_parallel for module in model.blocks] == [False] * 7 + [True] * 4
+    assert [module.shares_input for module in model.blocks] == [False] * 7 + [True] * 4
     assert not [
         visit for visit in train_gpt.layer_schedules(recipe(SP8192))[-1] if visit.split_lanes
     ]

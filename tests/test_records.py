@@ -554,7 +554,7 @@ def test_damaged_results_are_refused_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "grid.jsonl"
     for line in ("{}", "[1]", '{"key": "a"', ""):
         path.write_text(f'{{"key": "b"}}\n{line}\n')
-        with pytest.raises(train_gpt.InputError, match="grid.jsonl:2 is no result"):
+        with pytest.raises(train_gpt.InputError, match="grid.jsonl:2 is not a result"):
             read_results(path)
 
 

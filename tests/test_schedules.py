@@ -1,4 +1,4 @@
-"""Schedules, late quantisation, averages, the coprime loader and the ranks' shares of Muon.
+"""Schedules, late quantization, averages, the coprime loader and the ranks' shares of Muon.
 
 Oracles: tables worked out by hand, closed forms, one process for many, the stored quantiser for the
 straight-through one, an uninterrupted run for a resumed one.
@@ -398,7 +398,7 @@ def test_a_training_exports_the_mean_of_the_weights_of_its_end(new_run: MakeRun,
         torch.testing.assert_close(weight.double(), mean, rtol=1e-5, atol=1e-6)
 
 
-# --- Late quantisation ---------------------------------------------------------------------------
+# --- Late quantization ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])

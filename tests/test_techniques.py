@@ -443,7 +443,7 @@ def test_nats_are_those_of_a_plain_forward_written_from_the_specification(name: 
 
 
 @each_technique
-def test_at_initialisation_too_nats_are_those_of_the_plain_forward(name: str):
+def test_at_initialization_too_nats_are_those_of_the_plain_forward(name: str):
     # The added parameters keep their initial values, while all others are random.
     model = scrambled(config_of(name))
     fresh = new_model(model.cfg).state_dict()
@@ -905,7 +905,7 @@ SHA = hashlib.sha256(b"the tokenizer").hexdigest()
 
 
 @each_technique
-def test_a_model_survives_quantisation_and_is_read_back(
+def test_a_model_survives_quantization_and_is_read_back(
     name: str, make_run: MakeRun, tmp_path: Path
 ):
     bits = {"attn_bits": 6, "mlp_bits": 5, "embed_bits": 8, "table_bits": 6}

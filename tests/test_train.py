@@ -181,7 +181,7 @@ def gradients_at_update(trainer: Trainer, window_BT: torch.Tensor) -> torch.Tens
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         # AdamW reads the gradients of the parameters, Muon its own copies of the matrices'.
-        grads = [p.grad for p in trainer.replicated] + trainer.muon.reduced_gradients()
+        grads = [p.grad for p in trainer.adam_params] + trainer.muon.reduced_gradients()
         seen.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
         assert len(seen[-1]) == sum(p.numel() for p in trainer.params)
         return step(*args, **kwargs)
@@ -314,7 +314,7 @@ def test_averages_that_are_of_no_use_are_announced(new_run: MakeRun, trajectory)
 
 
 @pytest.mark.parametrize("finished_before", [False, True])
-def test_score_before_quantisation_is_that_of_the_weights_as_they_are(
+def test_score_before_quantization_is_that_of_the_weights_as_they_are(
     new_run: MakeRun, data: TinyData, finished_before
 ):
     knobs = dict(late_qat_threshold=0.9, attn_bits=4, mlp_bits=4, warmup_steps=1, iterations=4)
@@ -813,7 +813,7 @@ def test_checkpoint_of_another_configuration_is_refused_with_both_values(
     with pytest.raises(InputError) as caught:
         train_weights(stopped.run(seed=7, matrix_lr=0.5))
     message = str(caught.value)
-    assert message.startswith(f"{stopped.checkpoint} is of another run: ")
+    assert message.startswith(f"{stopped.checkpoint} is from another run: ")
     assert re.search(r"MATRIX_LR=0.5 \(\w+: 0.04\)", message)
     assert re.search(r"SEED=7 \(\w+: 1337\)", message)
     assert "NUM_LAYERS" not in message and "RUN_ID" in message

@@ -133,7 +133,9 @@ def test_a_stack_gives_the_codes_that_its_matrices_give_alone(
 def test_the_factor_gives_each_columns_conditional_deviation_in_the_weights_order():
     _, hessian_LII, _ = correlated_problem(2, 3, 20)
     factor = factor_hessians(hessian_LII)
-    for hessian_II, order_I, std_I in zip(hessian_LII, factor.order_LI, factor.std_LI, strict=True):
+    for hessian_II, order_I, std_I in zip(
+        hessian_LII, factor.order_LI, factor.upper_diagonal_LI, strict=True
+    ):
         damped = hessian_II.double() + 0.01 * hessian_II.diagonal().mean() * torch.eye(20)
         for position in (0, 7, 19):  # what is left of H_jj once the later columns are eliminated
             late = order_I[position:]

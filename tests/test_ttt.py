@@ -173,7 +173,7 @@ def test_where_later_documents_begin_and_end_does_not_matter(make_run: MakeRun, 
     np.testing.assert_allclose(after[: place - 1], before[: place - 1], rtol=1e-4, atol=1e-4)
 
 
-# --- C2: a full normalised distribution ----------------------------------------------------------
+# --- C2: a full normalized distribution ----------------------------------------------------------
 
 
 @each_method
@@ -201,7 +201,9 @@ def test_probabilities_of_all_tokens_sum_to_one_when_they_are_scored(
                     every.append(nats(self, ids_BT, target, first, **more)[1])
         if every:
             probability = (-torch.stack(every).double()).exp()
-            keep = more["mixed"].keep_BT[:, first:] if more.get("mixed") else slice(None)
+            keep = (
+                more["mixer_inputs"].keep_BT[:, first:] if more.get("mixer_inputs") else slice(None)
+            )
             totals.append(probability.sum(dim=0)[keep])
         return nats(self, ids_BT, target_BT, first, past=past, **more)
 
@@ -440,10 +442,10 @@ def test_adapters_learn_as_a_plain_loop_over_single_documents(make_run: MakeRun,
     model, ids = random_model(run.cfg), text_of(data)
     found = nats_of(run, model, ids)
     trainer = train_gpt.AdapterTrainer(run, model)
-    matrices = [matrix for pairs in trainer.visits for matrix, _ in pairs]
+    matrices = [matrix for pairs in trainer.call_adapters for matrix, _ in pairs]
     expected = np.full(len(ids) - 1, np.nan)
     for first, stop in zip(document_bounds(ids)[:-1], document_bounds(ids)[1:], strict=True):
-        downs = [start.clone().requires_grad_() for start in trainer.starts]
+        downs = [start.clone().requires_grad_() for start in trainer.initial_a]
         ups = [torch.zeros(train_gpt.lora_sizes(m)[1], 4, requires_grad=True) for m in matrices]
         adam = torch.optim.AdamW([*downs, *ups], lr=0.02, betas=(0.0, 0.99), eps=1e-10,
                                  weight_decay=0.0)  # fmt: skip
@@ -539,7 +541,7 @@ def test_every_call_of_a_looped_block_has_its_own_adapter(make_run: MakeRun):
     run = make_run(**LORA | {"num_layers": 3}, num_loops=1, loop_start=0, loop_end=2,
                    ttt_lora_targets="v")  # fmt: skip
     trainer = train_gpt.AdapterTrainer(run, random_model(run.cfg))
-    assert (len(trainer.visits), len(trainer.adapters)) == (6, 6)  # blocks 0 to 2 twice
+    assert (len(trainer.call_adapters), len(trainer.adapters)) == (6, 6)  # blocks 0 to 2 twice
 
 
 def test_documents_end_at_the_next_bos():

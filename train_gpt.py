@@ -5515,8 +5515,9 @@ def minify(source: str) -> str:
     A statement takes one line, and each level of indentation one space. The text of a token is
     never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
     """
-    for span in annotation_spans(source):
-        source = source[: span[0]] + source[span[1] :]
+    spans = annotation_spans(source)
+    edges = [0, *itertools.chain(*spans), len(source)]
+    source = "".join(source[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2))
     docstrings, output = docstring_positions(source), list[str]()
     statement, indent, first, previous_end = "", 0, (0, 0), (0, 0)
     for kind, text, start, end in source_tokens(source):
@@ -5578,7 +5579,7 @@ def docstring_positions(source: str) -> dict[Position, str]:
 
 
 def annotation_spans(source: str) -> list[tuple[int, int]]:
-    """Spans of characters that hold annotations without effect, the last one first.
+    """Spans of characters that hold annotations without effect, in order.
 
     They are those of arguments, results and variables of functions. A decorator may read those of
     its function, and a class needs its own.
@@ -5592,9 +5593,9 @@ def annotation_spans(source: str) -> list[tuple[int, int]]:
     def add(x: Any) -> None:
         if x is not None:
             start, end = offset(x.lineno, x.col_offset), offset(x.end_lineno, x.end_col_offset)
-            before = source[:start].rstrip()
-            if before.endswith((":", "->")):  # not in parentheses
-                spans.append((len(before.removesuffix("->").removesuffix(":").rstrip()), end))
+            sign = re.search(r"\s*(:|->)\s*$", source[max(0, start - 99) : start])
+            if sign:  # not in parentheses
+                spans.append((start - len(sign[0]), end))
 
     def visit(node: Any, in_function: bool) -> None:
         """Add the spans of a node and of what it contains."""
@@ -5610,7 +5611,7 @@ def annotation_spans(source: str) -> list[tuple[int, int]]:
             visit(child, in_function)
 
     visit(ast.parse(source), False)
-    return sorted(spans, reverse=True)
+    return sorted(spans)
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:

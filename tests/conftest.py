@@ -27,6 +27,9 @@ from hypothesis import settings
 import train_gpt
 from train_gpt import GPT, Config, Run
 
+# Packing the script takes a second, and every run does it.
+train_gpt.pack_source = functools.cache(train_gpt.pack_source)
+
 VOCAB_SIZE = 320
 MakeRun = Callable[..., Run]
 

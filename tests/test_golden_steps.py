@@ -59,7 +59,9 @@ def gradients_of(model: GPT, window_BT: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, gradients, strict=True))
 
 
-@pytest.mark.parametrize("first_step", [0, 19_000])  # in the momentum's ramp, in the warmdown
+@pytest.mark.parametrize(
+    "first_step", [0, pytest.param(19_000, marks=pytest.mark.slow)]
+)  # in the momentum's ramp, in the warmdown
 @pytest.mark.parametrize("system", [s for s in SYSTEMS if s.name in RECIPES], ids=lambda s: s.name)
 def test_the_trainer_makes_the_published_optimizer_steps(system: System, first_step: int):
     trainer = small_trainer(system.recipe)

@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,6 +157,15 @@ COMBINED: dict[str, Technique] = {
 }  # fmt: skip
 TECHNIQUES = {**SINGLE, **COMBINED}
 each_technique = pytest.mark.parametrize("name", TECHNIQUES)
+slow = pytest.mark.slow
+
+
+def slow_unless_combined(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: combinations of techniques, and slow ones of single techniques."""
+    return [pytest.param(name, marks=[slow] * (name not in COMBINED), id=name) for name in names]
+
+
+each_combination = pytest.mark.parametrize("name", slow_unless_combined(TECHNIQUES))
 
 
 def config_of(name: str, **changes: Any) -> Config:
@@ -426,7 +436,7 @@ class Reference:
 
 # The polynomial hash knows no documents: see the test of isolation.
 AS_SPECIFIED = [
-    (name, isolate)
+    pytest.param(name, isolate, marks=[slow] * (isolate and name in SINGLE), id=f"{name}-{isolate}")
     for name in TECHNIQUES
     for isolate in (False, True)
     if not isolate or "polynomial" not in TECHNIQUES[name].knobs.values()
@@ -469,7 +479,7 @@ def test_every_technique_changes_the_nats_by_more_than_rounding():
         assert near == {name}
 
 
-@each_technique
+@each_combination
 def test_in_bf16_nats_are_those_of_float32_to_bf16_precision(name: str):
     cfg = config_of(name)
     full, half = scrambled(cfg), scrambled(cfg)
@@ -799,7 +809,7 @@ def test_the_gate_s_window_matters_only_to_a_model_with_a_gate():
 ISOLATED = [name for name in TECHNIQUES if "polynomial" not in TECHNIQUES[name].knobs.values()]
 
 
-@each_technique
+@each_combination
 @pytest.mark.parametrize("isolate", [False, True])
 def test_no_score_depends_on_a_later_token(name: str, isolate: bool):
     isolate = isolate and name in ISOLATED
@@ -815,7 +825,7 @@ def test_no_score_depends_on_a_later_token(name: str, isolate: bool):
     assert moved.sum() > 7  # while what comes later does read it
 
 
-@pytest.mark.parametrize("name", ISOLATED)
+@pytest.mark.parametrize("name", slow_unless_combined(ISOLATED))
 def test_with_isolation_a_document_is_scored_as_it_is_alone(name: str):
     model = scrambled(config_of(name, isolate_documents=True))
     documents = [random_ids(1, n, seed=n).clamp_min(2) for n in (5, 7, 2, 3)]
@@ -834,7 +844,7 @@ def test_with_isolation_a_document_is_scored_as_it_is_alone(name: str):
 # --- Training ------------------------------------------------------------------------------------
 
 
-@each_technique
+@each_combination
 def test_after_two_steps_the_gradient_reaches_every_parameter(name: str, make_run: MakeRun):
     # Zero output projections hold back what lies before them for one step.
     run = make_run(**{**SHAPE, **TECHNIQUES[name].knobs})
@@ -904,7 +914,7 @@ def test_tables_learn_as_the_embedding_does_and_their_projections_by_muon(make_r
 SHA = hashlib.sha256(b"the tokenizer").hexdigest()
 
 
-@each_technique
+@each_combination
 def test_a_model_survives_quantization_and_is_read_back(
     name: str, make_run: MakeRun, tmp_path: Path
 ):
@@ -947,7 +957,7 @@ def linears_of(model: GPT) -> dict[str, CastedLinear]:
     }
 
 
-@each_technique
+@each_combination
 def test_adapters_of_zeros_change_nothing_and_others_do(name: str):
     model = scrambled(config_of(name))
     ids = random_ids(2, 17)
@@ -974,7 +984,9 @@ def test_adapters_of_zeros_change_nothing_and_others_do(name: str):
         torch.testing.assert_close(adapted_T.double(), reference.nats(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["everything_merge", "everything_routed"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("everything_merge", marks=slow), "everything_routed"]
+)
 def test_an_adapter_on_any_matrix_alone_changes_the_scores_and_learns(name: str):
     model = scrambled(config_of(name))
     ids = random_ids(2, 17)

@@ -1703,6 +1703,11 @@ def check_tokenizer(
         f"VOCAB_SIZE={vocab_size} does not match the tokenizer's {num_pieces}; set it to "
         f"{num_pieces}, or use another tokenizer",
     )
+    try:
+        for token in range(num_pieces):
+            processor.id_to_piece(token)
+    except UnicodeDecodeError:
+        raise InputError(f"{name}: piece {token} is not UTF-8; the file is damaged") from None
     num_bytes = sum(processor.is_byte(list(range(num_pieces))))
     rules = [
         (num_pieces <= 65_536, f"{num_pieces} pieces, but a shard holds ids up to 65,535"),
@@ -1727,7 +1732,7 @@ def check_tokenizer(
     require(
         not problems,
         f"{name} cannot be used: {'; '.join(problems)}; use another one, or let data/prepare.py "
-        "train one",
+        "train one (leave out --tokenizer)",
     )
 
 
@@ -1808,7 +1813,7 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
     payload = path.read_bytes()
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=payload or b"empty")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the message itself may not be UTF-8
         raise InputError(f"{path} is not a SentencePiece model: {error}") from error
     sha256, manifest = hash_bytes(payload), read_manifest(cfg)
     if manifest is not None:

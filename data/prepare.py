@@ -77,6 +77,7 @@ from train_gpt import (  # noqa: E402
     SHARD_VERSION,
     InputError,
     atomic_file,
+    check_tokenizer,
     read_shard,
     sync_folder,
     write_atomic,
@@ -424,7 +425,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
         raise InputError(explain_training_failure(str(error), num_bytes, vocab_size)) from None
     processor = Processor(model_proto=model.getvalue())
     assert is_lossless(processor), "the trained tokenizer does not give its text back"
-    check_tokenizer(processor, "the trained tokenizer")
+    check_tokenizer(processor, processor.get_piece_size(), "the trained tokenizer")
     return model.getvalue()
 
 
@@ -456,45 +457,13 @@ def explain_training_failure(message: str, num_bytes: int, vocab_size: int) -> s
     return f"the tokenizer could not be trained on {num_bytes:,} bytes of text: {message}"
 
 
-def check_tokenizer(processor: Processor, name: str) -> None:
-    """Raise InputError if documents or bytes would be miscounted with this tokenizer.
-
-    Documents begin where BOS is, so BOS must be id 1 and a control piece, which text never gives.
-    (SentencePiece reports a BOS that is not a control piece as id -1.) Every byte of a text must
-    belong to a token that counts it, so there must be a piece for a space, and byte pieces for
-    characters that have no piece.
-    """
-    num_pieces = processor.get_piece_size()
-    try:
-        for token in range(num_pieces):
-            processor.id_to_piece(token)
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: piece {token} is not UTF-8; the file is damaged") from None
-    problems = []
-    if num_pieces > MAX_TOKEN_ID + 1:
-        problems.append(f"it has {num_pieces} pieces, a shard holds ids up to {MAX_TOKEN_ID}")
-    if processor.bos_id() != BOS_ID:
-        problems.append(f"BOS has id {processor.bos_id()}, shards need {BOS_ID}")
-    if not any(map(processor.is_byte, range(num_pieces))):  # SentencePiece wants all or none
-        problems.append("no byte pieces, so unknown characters would count as no bytes")
-    elif processor.unk_id() in processor.encode("\U000f1234\U0010fffd"):
-        problems.append("byte fallback is off, so unknown characters would count as no bytes")
-    if processor.piece_to_id(SPACE) == processor.unk_id():
-        problems.append("no piece for a single space, so a space would count as three bytes")
-    if problems:
-        raise InputError(
-            f"{name}: {'; '.join(problems)}; use another tokenizer, or let data/prepare.py train "
-            "one (leave out --tokenizer)"
-        )
-
-
 def parse_tokenizer(model: bytes, name: str) -> Processor:
     """The tokenizer in a SentencePiece file; InputError if it is none or is not usable."""
     try:
         processor = Processor(model_proto=model or b"empty")
     except (RuntimeError, UnicodeDecodeError):  # the latter of a message that names a piece
         raise InputError(f"{name}: not a SentencePiece model; give a .model file") from None
-    check_tokenizer(processor, name)
+    check_tokenizer(processor, processor.get_piece_size(), name)
     return processor
 
 

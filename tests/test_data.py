@@ -526,7 +526,10 @@ def test_a_vocabulary_of_another_size_is_refused(data: TinyData):
     )
 
 
-UNFIT = "the tokenizer cannot be used: {}; use another one, or let data/prepare.py train one"
+UNFIT = (
+    "the tokenizer cannot be used: {}; use another one, or let data/prepare.py train one "
+    "(leave out --tokenizer)"
+)
 
 
 @pytest.mark.parametrize(

@@ -621,7 +621,7 @@ def test_an_unfit_tokenizer_is_refused(
     )
     wrong.write_bytes(model.getvalue())
     message = fail(capsys, *words, wrong)
-    assert "no byte pieces" in message and "leave out --tokenizer" in message
+    assert "0 of 256 byte pieces" in message and "leave out --tokenizer" in message
     assert "No such file" in fail(capsys, *words, tmp_path / "absent.model", status=1)
 
 

@@ -443,10 +443,10 @@ def test_a_tokenizer_with_rules_of_its_own_is_applied_unchanged_and_gets_a_sidec
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bos_id": 3, "eos_id": 1, "unk_id": 2}, "BOS has id 3, shards need 1"),
-        ({"bos_id": 2, "eos_id": 1}, "BOS has id 2, shards need 1"),
-        ({"bos_id": -1, "eos_id": 1, "unk_id": 2}, "BOS has id -1, shards need 1"),
-        ({"byte_fallback": False, "vocab_size": 60}, "no byte pieces"),
+        ({"bos_id": 3, "eos_id": 1, "unk_id": 2}, "BOS has id 3, but documents begin with id 1"),
+        ({"bos_id": 2, "eos_id": 1}, "BOS has id 2, but documents begin with id 1"),
+        ({"bos_id": -1, "eos_id": 1, "unk_id": 2}, "BOS has id -1, but documents begin with id 1"),
+        ({"byte_fallback": False, "vocab_size": 60}, "0 of 256 byte pieces"),
     ],
     ids=str,
 )

@@ -85,8 +85,11 @@ class Interrupted(RuntimeError):
     """A signal asked the run to stop; what it had is saved."""
 
 
-def knob(default: Any, doc: str, **meta: Any) -> Any:
-    """A field set by the variable of its name; bounds are inclusive; shape: artifacts carry it."""
+def knob(default: Any, doc: str = "", **meta: Any) -> Any:
+    """A field set by the variable of its name; bounds are inclusive; shape: artifacts carry it.
+
+    The packed script has neither `doc` nor `unit`.
+    """
     unset = {"unit": "", "low": None, "high": None, "choices": (), "shape": False}
     assert meta.keys() <= unset.keys(), f"unknown: {meta.keys() - unset.keys()}"
     return field(default=default, metadata={"doc": doc, **unset, **meta})
@@ -867,7 +870,7 @@ def out_of_range(f: dataclasses.Field[Any], value: Any) -> str:
     low, high = meta["low"], meta["high"]
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        return f"{name}={value} must be {bounds} ({meta['doc']})"
+        return f"{name}={value} must be {bounds}" + (meta["doc"] and f" ({meta['doc']})")
     return ""
 
 
@@ -5468,12 +5471,12 @@ NEEDS_SPACE = re.compile(r"[\w.'\"]{2}")
 
 
 def minify(source: str) -> str:
-    """The source without comments, docstrings, annotations and optional whitespace.
+    """The source without comments, documentation, annotations and optional whitespace.
 
     A statement takes one line, and each level of indentation one space. The text of a token is
     never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
     """
-    for span in annotation_spans(source):
+    for span in sorted(annotation_spans(source) + documentation_spans(source), reverse=True):
         source = source[: span[0]] + source[span[1] :]
     docstrings, output = docstring_positions(source), list[str]()
     statement, indent, first, previous_end = "", 0, (0, 0), (0, 0)
@@ -5535,17 +5538,35 @@ def docstring_positions(source: str) -> dict[Position, str]:
     return positions
 
 
+def character_offsets(source: str) -> Callable[[int, int], int]:
+    """A function that returns the index of the character at a row and a byte of it, as in ast."""
+    lines = list(io.StringIO(source))
+    line_starts = [0, *itertools.accumulate(map(len, lines))]
+    return lambda row, num_bytes: (
+        line_starts[row - 1] + len(lines[row - 1].encode()[:num_bytes].decode())
+    )
+
+
+def documentation_spans(source: str) -> list[tuple[int, int]]:
+    """Spans of the documentation and the unit of each knob."""
+    offset, spans = character_offsets(source), list[tuple[int, int]]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "knob" and node.args:
+            units = [pair.value for pair in node.keywords[:1] if pair.arg == "unit"]
+            ends: Any = [node.args[0], [*node.args, *units][-1]]
+            start, end = (offset(x.end_lineno, x.end_col_offset) for x in ends)
+            if re.match(r',(\s|#.*)*"', source[start:]):  # not in parentheses
+                spans.append((start, end))
+    return spans
+
+
 def annotation_spans(source: str) -> list[tuple[int, int]]:
-    """Spans of characters that hold annotations without effect, the last one first.
+    """Spans of characters that hold annotations without effect.
 
     They are those of arguments, results and variables of functions. A decorator may read those of
     its function, and a class needs its own.
     """
-    lines, spans = list(io.StringIO(source)), list[tuple[int, int]]()
-    line_starts = [0, *itertools.accumulate(map(len, lines))]
-
-    def offset(row: int, num_bytes: int) -> int:
-        return line_starts[row - 1] + len(lines[row - 1].encode()[:num_bytes].decode())
+    offset, spans = character_offsets(source), list[tuple[int, int]]()
 
     def add(x: Any) -> None:
         if x is not None:
@@ -5567,7 +5588,7 @@ def annotation_spans(source: str) -> list[tuple[int, int]]:
             visit(child, in_function)
 
     visit(ast.parse(source), False)
-    return sorted(spans, reverse=True)
+    return spans
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     RECIPE=records/demo/cpu.env python train_gpt.py            # one GPU, or a CPU, to look around
     MODE=describe python train_gpt.py                          # shape, groups, bytes; needs no data
     MODE=eval ARTIFACT=logs/x/artifact.bin python train_gpt.py # score an artifact, fresh process
+    MODE=generate PROMPT="def " ARTIFACT=logs/x/artifact.bin python train_gpt.py # write text
 
 The environment is the only configuration: every knob is a field of Config, spelled in capitals.
 RECIPE=path/to/run.env reads KEY=value lines as defaults below the real environment. A run trains
@@ -13,7 +14,7 @@ that was killed continues from its last checkpoint when it is restarted with the
 
 Sections: 1. Configuration  2. Run context  3. Data  4. Model  5. Optimization
           6. Training  7. Quantization  8. Artifact  9. Evaluation plans
-          10. Scoring  11. Test-time training  12. N-gram mixers
+          10. Scoring  11. Test-time training  12. N-gram mixers  13. Generation
 Tensor suffixes: B sequences, T positions, D model width, H query heads, K key/value heads,
                  E width of a head, F MLP width, V vocabulary, O x I a weight's out x in,
                  N tokens, L equal matrices in a stack, R adapter rank. Other letters are
@@ -86,8 +87,8 @@ class Interrupted(RuntimeError):
     """A signal stopped the run, which can be resumed from its last checkpoint."""
 
 
-def knob(default: Any, doc: str, **meta: Any) -> Any:
-    """Declare a knob; `low` and `high` are inclusive.
+def knob(default: Any, doc: str = "", **meta: Any) -> Any:
+    """Declare a knob; `low` and `high` are inclusive. The packed script has no `doc` and `unit`.
 
     `stored` marks the knobs that the artifact stores and that override the environment in
     MODE=eval: the shape of the model, and SEED, from which the evaluation draws the LoRA's A.
@@ -98,7 +99,7 @@ def knob(default: Any, doc: str, **meta: Any) -> Any:
 
 
 BITS = (4, 5, 6, 7, 8, 16)
-MODES = ("all", "train", "eval", "describe")
+MODES = ("all", "train", "eval", "describe", "generate")
 PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
 LOADER_CHOICES = ("stream", "shuffled", "coprime")
@@ -130,7 +131,7 @@ class Config:
     mode: str = knob(
         "all",
         "all = train and score; train = stop after the artifact; eval = score ARTIFACT; "
-        "describe = print the configuration",
+        "describe = print the configuration; generate = write text from ARTIFACT",
         choices=MODES,
     )
     recipe: str = knob("", "file of KEY=value lines, used as defaults below the environment")
@@ -370,7 +371,7 @@ class Config:
     artifact_budget_bytes: int = knob(
         16_000_000, "limit for packed code plus artifact", unit="bytes", low=1
     )
-    artifact: str = knob("", "artifact for MODE=eval; empty = RUN_DIR/artifact.bin")
+    artifact: str = knob("", "artifact for MODE=eval and generate; empty = RUN_DIR/artifact.bin")
     # Evaluation
     eval_seq_len: int = knob(0, "evaluation context; 0 = TRAIN_SEQ_LEN", unit="tokens", low=0)
     eval_stride: int = knob(
@@ -475,6 +476,13 @@ class Config:
     ngram_table_bits: int = knob(
         22, "log2 of the rows of the n-gram table (24 bytes each)", unit="bits", low=10, high=30
     )
+    # Generation
+    prompt: str = knob("", "MODE=generate: the text to continue")
+    temperature: float = knob(0.8, "temperature of sampling; 0 = always the likeliest token", low=0)
+    top_k: int = knob(50, "sample among the k likeliest tokens; 0 = among all", low=0)
+    max_new_tokens: int = knob(
+        200, "length of the continuation at most", unit="tokens", low=0, high=2**20
+    )
 
     def __post_init__(self) -> None:
         """Raise one InputError with every value out of range and every contradiction."""
@@ -491,8 +499,8 @@ class Config:
 
     @property
     def trains(self) -> bool:
-        """Whether this configuration describes the model; in MODE=eval the artifact does."""
-        return self.mode != "eval"
+        """Whether this configuration describes the model, or else an artifact does."""
+        return self.mode not in ("eval", "generate")
 
     @property
     def head_dim(self) -> int:
@@ -894,7 +902,7 @@ def out_of_range(f: dataclasses.Field[Any], value: Any) -> str:
     low, high = meta["low"], meta["high"]
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        return f"{name}={value} must be {bounds} ({meta['doc']})"
+        return f"{name}={value} must be {bounds}" + (meta["doc"] and f" ({meta['doc']})")
     return ""
 
 
@@ -2890,9 +2898,9 @@ class GPT(nn.Module):
         rows = {name: scalars[name][row] for name, row in row_of.items() if name in scalars}
         return BlockScalars(**rows)
 
-    def logits(self, ids_BT: Tensor) -> Tensor:
-        """Softcapped logits (B, T, V) in float32."""
-        return softcap_logits(self(ids_BT) @ self.head_VD.to(self.dtype).T, self.cap)[0]
+    def logits(self, ids_BT: Tensor, past: KVCache | None = None) -> Tensor:
+        """Softcapped logits (B, T, V) in float32, of tokens that continue `past`."""
+        return softcap_logits(self(ids_BT, past) @ self.head_VD.to(self.dtype).T, self.cap)[0]
 
     def loss(self, ids_BT: Tensor, target_BT: Tensor, weight_BT: Tensor | None = None) -> Tensor:
         """Training loss: the sum of weight * nll over all targets, or the mean nll."""
@@ -3945,6 +3953,10 @@ RESUME_IGNORED_KNOBS = {
     "data_path",
     "tokenizer_path",
     "check_data",
+    "prompt",
+    "temperature",
+    "top_k",
+    "max_new_tokens",
 }
 
 
@@ -4875,7 +4887,7 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
         check_shape_knobs(header["model"])
         run.cfg = dataclasses.replace(run.cfg, **header["model"])
         problems = check_eval_context(run.cfg)
-        require(not problems, "; ".join(problems))
+        require(run.cfg.mode == "generate" or not problems, "; ".join(problems))
         weights = dequantize_all(decode_tensors(header, body, *model_layout(run.cfg)))
     except Exception as error:  # strange bytes raise errors of all kinds: of numpy, JSON, coders
         raise InputError(f"cannot use the artifact {path}: {error}") from error
@@ -5515,12 +5527,12 @@ NEEDS_SPACE = re.compile(r"[\w.'\"]{2}")
 
 
 def minify(source: str) -> str:
-    """The source without comments, docstrings, annotations and optional whitespace.
+    """The source without comments, documentation, annotations and optional whitespace.
 
     A statement takes one line, and each level of indentation one space. The text of a token is
     never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
     """
-    spans = annotation_spans(source)
+    spans = sorted(annotation_spans(source) + documentation_spans(source))
     edges = [0, *itertools.chain(*spans), len(source)]
     source = "".join(source[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2))
     docstrings, output = docstring_positions(source), list[str]()
@@ -5583,17 +5595,37 @@ def docstring_positions(source: str) -> dict[Position, str]:
     return positions
 
 
+def character_offsets(source: str) -> Callable[[int, int], int]:
+    """A function that returns the index of the character at a row and a byte of it, as in ast."""
+    lines = list(io.StringIO(source))
+    line_starts = [0, *itertools.accumulate(map(len, lines))]
+    return lambda row, num_bytes: (
+        line_starts[row - 1] + len(lines[row - 1].encode()[:num_bytes].decode())
+    )
+
+
+def documentation_spans(source: str) -> list[tuple[int, int]]:
+    """Spans of the documentation and the unit of each knob."""
+    offset, spans = character_offsets(source), list[tuple[int, int]]()
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "knob"):
+            continue
+        if node.args:
+            units = [pair.value for pair in node.keywords[:1] if pair.arg == "unit"]
+            ends: Any = [node.args[0], [*node.args, *units][-1]]
+            start, end = (offset(x.end_lineno, x.end_col_offset) for x in ends)
+            if re.match(r',(\s|#.*)*"', source[start : start + 999]):  # not in parentheses
+                spans.append((start, end))
+    return spans
+
+
 def annotation_spans(source: str) -> list[tuple[int, int]]:
-    """Spans of characters that hold annotations without effect, in order.
+    """Spans of characters that hold annotations without effect.
 
     They are those of arguments, results and variables of functions. A decorator may read those of
     its function, and a class needs its own.
     """
-    lines, spans = list(io.StringIO(source)), list[tuple[int, int]]()
-    line_starts = [0, *itertools.accumulate(map(len, lines))]
-
-    def offset(row: int, num_bytes: int) -> int:
-        return line_starts[row - 1] + len(lines[row - 1].encode()[:num_bytes].decode())
+    offset, spans = character_offsets(source), list[tuple[int, int]]()
 
     def add(x: Any) -> None:
         if x is not None:
@@ -5616,7 +5648,7 @@ def annotation_spans(source: str) -> list[tuple[int, int]]:
             visit(child, in_function)
 
     visit(ast.parse(source), False)
-    return sorted(spans)
+    return spans
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
@@ -6964,6 +6996,54 @@ class Mixer:
             self.counts.update(ids)
 
 
+# --- 13. Generation ------------------------------------------------------------------------------
+# MODE=generate prints PROMPT and what the model of an artifact continues it with, token by token
+# with a KV cache. It leaves no files.
+
+
+def generate(
+    run: Run,
+    artifact: Path,
+    processor: sentencepiece.SentencePieceProcessor,
+    tokenizer_sha256: str,
+) -> None:
+    """Print PROMPT with its continuation by the artifact's model."""
+    cfg = run.cfg  # with its own SEED; read_artifact takes that of the training
+    # Every token has another context length, and would be compiled on its own.
+    run.cfg = dataclasses.replace(cfg, attention="sdpa", compile=False)
+    model = read_artifact(artifact, run, tokenizer_sha256)
+    ids, context = [BOS_ID, *processor.encode(os.fsencode(cfg.prompt))], run.cfg.score_seq_len
+    if len(ids) > context:
+        warn_once(f"PROMPT has {len(ids)} tokens; the model reads only the last {context}")
+    ids += sample_tokens(run, model, ids[-context:], cfg.seed)
+    if run.is_rank0:
+        print(processor.decode(ids), flush=True)
+
+
+@torch.no_grad()
+def sample_tokens(run: Run, model: GPT, ids: Sequence[int], seed: int) -> list[int]:
+    """Tokens that continue `ids`, until the document ends or MAX_NEW_TOKENS.
+
+    Beyond the context, the KV cache drops its oldest positions.
+    """
+    cfg, generator, tokens = run.cfg, torch.Generator().manual_seed(seed), list[int]()
+    model.schedule = model.schedules[-1]
+    past = KVCache(len(model.schedule), cfg.score_seq_len)
+    while len(tokens) < cfg.max_new_tokens:
+        run.check_signal()
+        ids_BT = torch.tensor([ids], device=run.device)
+        logits_V = model.logits(ids_BT, past)[0, -1].cpu().double()
+        count = min(cfg.top_k or len(logits_V), len(logits_V)) if cfg.temperature else 1
+        top_K, id_K = logits_V.topk(count)
+        p_K = ((top_K - top_K[0]) / (cfg.temperature or 1)).softmax(0)
+        token = int(id_K[torch.multinomial(p_K, 1, generator=generator)])
+        if token == BOS_ID:
+            break
+        tokens.append(token)
+        ids = [token]
+    return tokens
+
+
 # --- main ----------------------------------------------------------------------------------------
 # main() reports errors and chooses the exit status; execute() is a run from start to end.
 
@@ -7003,12 +7083,18 @@ def run_mode(env: Mapping[str, str]) -> None:
 
 
 def execute(run: Run) -> None:
-    """Train and export unless the artifact exists; read the artifact back, score it, report."""
+    """Train and export unless the artifact exists; read the artifact back, score it, report.
+
+    MODE=generate only reads the artifact and writes text.
+    """
     cfg, trains = run.cfg, run.cfg.trains
     artifact = artifact_path(run)
     has_artifact = run.run_on_rank0(artifact.exists)
     require(trains or has_artifact, f"ARTIFACT={artifact} does not exist; MODE=train makes one")
     processor, tokenizer_sha256 = load_tokenizer(cfg)
+    if cfg.mode == "generate":
+        generate(run, artifact, processor, tokenizer_sha256)
+        return
     validation = load_validation(cfg, processor) if trains else None
     find_compressor(cfg.compressor)  # a missing package must not be found after the training
     prepare_directory(run, artifact)

@@ -1,7 +1,7 @@
 """The demo (`make run`): the whole job on a corpus that needs no download.
 
-Its stages: corpus, training and scoring, compressors, plot, record. Each one prints what it does
-and about how long that takes; the first one that fails ends the demo.
+Its stages: corpus, training and scoring, compressors, plot, record, samples. Each one prints what
+it does and about how long that takes; the first one that fails ends the demo.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ DEMO_DATA = "data/demo"
 DEMO_COMMAND = (
     f"python data/prepare.py --source stdlib --out {DEMO_DATA} --vocab-size 1024 --write-val-text"
 )
-NUM_DEMO_STAGES = 5
+NUM_DEMO_STAGES = 6
+SAMPLE_PROMPTS = ("import ", "class ", "def ")  # for the demo corpus
+SAMPLE_TOKENS = 60
 STOP_PATIENCE_S = 60  # a run that gets SIGTERM finishes its step and saves a checkpoint
 
 
@@ -122,6 +124,16 @@ def demo_stages(folder: Path, env: Mapping[str, str], cfg: Config) -> None:
     announce(5, f"record folder {folder}/record (seconds)")
     data_command = DEMO_COMMAND if uses_demo else ""
     build_record(folder / "record", [folder], data_command=data_command)
+    announce(6, "three samples (seconds)")
+    print_samples(folder, env, SAMPLE_PROMPTS if uses_demo else ("", "", ""))
+
+
+def print_samples(folder: Path, env: Mapping[str, str], prompts: Sequence[str]) -> None:
+    """Print what the run's artifact writes after each prompt, with another seed for each."""
+    given = {"MODE": "generate", "RUN_DIR": str(folder), "MAX_NEW_TOKENS": str(SAMPLE_TOKENS)}
+    for seed, prompt in enumerate(prompts):
+        print(f"--- PROMPT={prompt!r} SEED={seed}", flush=True)
+        train_gpt.run_mode({**env, **given, "PROMPT": prompt, "SEED": str(seed)})
 
 
 def run_demo() -> None:

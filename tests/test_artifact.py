@@ -901,7 +901,8 @@ def unpack(packed: bytes) -> str:
 
 
 class Plain(ast.NodeTransformer):
-    """Removes docstrings, and annotations of and in functions that no decorator can read."""
+    """Removes docstrings, annotations of and in functions that no decorator can read, and the
+    documentation and unit of knobs."""
 
     in_function = False
 
@@ -923,6 +924,9 @@ class Plain(ast.NodeTransformer):
         outer, is_function = self.in_function, isinstance(node, FUNCTIONS)
         if isinstance(node, ast.AnnAssign) and outer and node.value and node.simple:
             node = ast.copy_location(ast.Assign([node.target], node.value), node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "knob":
+            del node.args[1:]
+            node.keywords = [pair for pair in node.keywords if pair.arg != "unit"]
         if isinstance(node, FUNCTIONS) and not node.decorator_list:
             self.remove_annotations(node)
         self.in_function = is_function or (outer and not isinstance(node, ast.ClassDef))
@@ -975,6 +979,12 @@ ODD_SOURCES = {
         "        def h(self, n: int) -> int:\n            m: int = n\n            return m\n"
         "    return x\n\n@read\ndef i(a: int) -> int:\n    n: int = a\n    return n\n"
         "l: int = 3\n"
+    ),
+    "knobs": (
+        'class C:\n    a: int = knob(1, "doc", unit="s", low=0)\n    b: int = knob(2, "d" "oc")\n'
+        '    c: str = knob(\n        "x",  # why\n        "doc (a, b)",\n        choices=("x",),\n'
+        '    )\n    d: int = knob(3)\n    e: int = knob(4, low=1)\n    f: str = knob("é", "doc")\n'
+        "x = other(1, 'doc', unit='s')\n"
     ),
     "the script": SOURCE,
 }

@@ -729,8 +729,12 @@ def test_ctrl_c_ends_the_stage_in_order_and_leaves_nothing_running(tmp_path: Pat
 def test_the_demo_goes_through_its_stages_and_prints_what_came_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The two processes are stand-ins; the rest is real, and the record is checked by `build`."""
+    """Processes and samples are stand-ins; the rest is real, `build` checks the record."""
     commands: list[str] = []
+    samples: list[tuple[str, ...]] = []
+
+    def run_mode(env: dict[str, str]) -> None:
+        samples.append(tuple(env[name] for name in ("MODE", "PROMPT", "SEED", "RUN_DIR")))
 
     def run_command(command: list[str], what: str, env: dict[str, str]) -> None:
         commands.append(" ".join(command[1:]))
@@ -745,16 +749,21 @@ def test_the_demo_goes_through_its_stages_and_prints_what_came_out(
     for module in (demo, pages):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(demo, "run_command", run_command)
+    monkeypatch.setattr(train_gpt, "run_mode", run_mode)
     monkeypatch.setenv("RECIPE", str(tmp_path / "demo.env"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert main(["demo"]) == 0
     assert commands == [demo.DEMO_COMMAND.removeprefix("python "), "train_gpt.py"]
     (folder,) = (tmp_path / "logs").iterdir()
+    assert samples == [
+        ("generate", prompt, str(seed), f"logs/{folder.name}")
+        for seed, prompt in enumerate(demo.SAMPLE_PROMPTS)
+    ]
     printed = capsys.readouterr().out
     for text in (
-        "[1/5]",
-        "[5/5]",
+        "[1/6]",
+        "[6/6]",
         "4,123,456",
         "1.3000",
         f"{700_001 + CODE_BYTES:,} of 16,000,000",

@@ -2063,19 +2063,19 @@ class CastedLinear(nn.Linear):
 class BatchedLoRA(nn.Module):
     """LoRA with its own matrices A, B for each batch row: y_b + alpha / R * x_b A_b^T B_b^T.
 
-    B starts at zero. Source: arXiv:2106.09685.
+    B starts at zero. The transposes are stored, because autograd computes their gradients without
+    copies. Source: arXiv:2106.09685.
     """
 
     def __init__(self, down_RI: Tensor, num_rows: int, num_outputs: int, alpha: float):
         super().__init__()
         R, self.scale = len(down_RI), alpha / len(down_RI)
-        self.down_BRI = nn.Parameter(down_RI.repeat(num_rows, 1, 1))
-        self.up_BOR = nn.Parameter(down_RI.new_zeros(num_rows, num_outputs, R))
+        self.down_BIR = nn.Parameter(down_RI.T.repeat(num_rows, 1, 1))
+        self.up_BRO = nn.Parameter(down_RI.new_zeros(num_rows, R, num_outputs))
 
     def forward(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        down_BRI, up_BOR = (w.to(x_BTI.dtype) for w in (self.down_BRI, self.up_BOR))
-        # One operation scales and adds, because separate ones would read and write y again.
-        return torch.baddbmm(y_BTO, x_BTI @ down_BRI.mT, up_BOR.mT, alpha=self.scale)
+        down_BIR, up_BRO = (w.to(x_BTI.dtype) for w in (self.down_BIR, self.up_BRO))
+        return torch.baddbmm(y_BTO, torch.bmm(x_BTI, down_BIR), up_BRO, alpha=self.scale)
 
 
 class Embedding(nn.Embedding):
@@ -6597,7 +6597,7 @@ class AdapterTrainer:
     def drop_finished_rows(self, rows: int) -> None:
         """Keep the first rows of adapters and optimizer; the other documents have ended."""
         for adapter, sum_RI in zip(self.adapters, self.sums, strict=True):
-            sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
+            sum_RI += adapter.down_BIR.detach()[rows:].sum(dim=0).T
         for param in self.params:
             param.data = param.data[:rows]
             state = self.optimizer.state[param]

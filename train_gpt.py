@@ -2109,24 +2109,25 @@ class CastedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, fake_quantize(self.weight, self.qat_bits).to(x.dtype))
-        return y if self.adapter is None else y + self.adapter(x)
+        return y if self.adapter is None else self.adapter(x, y)
 
 
 class BatchedLoRA(nn.Module):
-    """LoRA with its own matrices A, B for each batch row: y_b = alpha / R * x_b A_b^T B_b^T.
+    """LoRA with its own matrices A, B for each batch row: y_b + alpha / R * x_b A_b^T B_b^T.
 
-    B starts at zero. A batch with fewer rows uses the first pairs. Source: arXiv:2106.09685.
+    B starts at zero. The transposes are stored, because autograd computes their gradients without
+    copies. Source: arXiv:2106.09685.
     """
 
     def __init__(self, down_RI: Tensor, num_rows: int, num_outputs: int, alpha: float):
         super().__init__()
         R, self.scale = len(down_RI), alpha / len(down_RI)
-        self.down_BRI = nn.Parameter(down_RI.repeat(num_rows, 1, 1))
-        self.up_BOR = nn.Parameter(down_RI.new_zeros(num_rows, num_outputs, R))
+        self.down_BIR = nn.Parameter(down_RI.T.repeat(num_rows, 1, 1))
+        self.up_BRO = nn.Parameter(down_RI.new_zeros(num_rows, R, num_outputs))
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        down_BRI, up_BOR = (w[: len(x_BTI)].to(x_BTI.dtype) for w in (self.down_BRI, self.up_BOR))
-        return x_BTI @ down_BRI.mT @ up_BOR.mT * self.scale
+    def forward(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        down_BIR, up_BRO = (w.to(x_BTI.dtype) for w in (self.down_BIR, self.up_BRO))
+        return torch.baddbmm(y_BTO, torch.bmm(x_BTI, down_BIR), up_BRO, alpha=self.scale)
 
 
 class Embedding(nn.Embedding):
@@ -2374,7 +2375,7 @@ class CausalSelfAttention(nn.Module):
         if self.gate is not None:
             y_BTHE = self.gate(y_BTHE, n_BTD)
         y_BTD = self.proj(y_BTHE.flatten(2))
-        return y_BTD if self.adapter is None else y_BTD + self.adapter(n_BTD)
+        return y_BTD if self.adapter is None else self.adapter(n_BTD, y_BTD)
 
     def values(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
         """Values (B, T, K * E), with the value residual and the shared value embedding added.
@@ -2408,7 +2409,7 @@ class MLP(nn.Module):
         h_BTF = self.fc(x_BTD)
         h_BTF = F.leaky_relu(h_BTF, self.slope) if self.slope else F.relu(h_BTF)
         y_BTD = self.proj(h_BTF.square())
-        return y_BTD if self.adapter is None else y_BTD + self.adapter(x_BTD)
+        return y_BTD if self.adapter is None else self.adapter(x_BTD, y_BTD)
 
 
 # The stream that attention reads, and the MLP's lane once the stream is split into two.
@@ -2952,7 +2953,7 @@ class GPT(nn.Module):
         """What token_nll returns, for one chunk whose logits exist at the same time."""
         z_BTV = x_BTD @ head_VD.T
         if self.head.adapter is not None:
-            z_BTV = z_BTV + self.head.adapter(x_BTD)
+            z_BTV = self.head.adapter(x_BTD, z_BTV)
         z_NV, target_N = z_BTV.flatten(0, 1), target_BT.flatten()
         nll_N = recorded_N = self.nll(z_NV, target_N, None, self.cap)[0]
         if mixer_inputs is not None:
@@ -6707,6 +6708,7 @@ class AdapterTrainer:
             betas=(cfg.ttt_beta1, cfg.ttt_beta2),
             eps=1e-10,
             weight_decay=cfg.ttt_lora_wd,
+            fused=True,
         )
         self.past = (
             KVCache(len(model.schedule), cfg.score_seq_len)
@@ -6719,11 +6721,11 @@ class AdapterTrainer:
     def drop_finished_rows(self, rows: int) -> None:
         """Keep the first rows of adapters and optimizer; the other documents have ended."""
         for adapter, sum_RI in zip(self.adapters, self.finished_a_sums, strict=True):
-            sum_RI += adapter.down_BRI.detach()[rows:].sum(dim=0)
+            sum_RI += adapter.down_BIR.detach()[rows:].sum(dim=0).T
         for param in self.params:
-            param.data = param.data[:rows].clone()
+            param.data = param.data[:rows]
             state = self.optimizer.state[param]
-            state.update({k: x[:rows].clone() for k, x in state.items() if x.dim() == 3})
+            state.update({k: x[:rows] for k, x in state.items() if x.dim() == 3})
         self.rows = rows
 
     def take_mean_a(self) -> list[Tensor]:
@@ -6733,9 +6735,7 @@ class AdapterTrainer:
 
     def step(self, batch: Batch, num_learning_rows: int) -> Tensor:
         """Nats of the batch before any update (B, T - first), then train the first rows."""
-        if (
-            len(batch.ids_BT) <= 0.75 * self.rows
-        ):  # copying pays when a quarter of the rows have ended
+        if len(batch.ids_BT) < self.rows:
             self.drop_finished_rows(len(batch.ids_BT))
         weight_BT = batch.weight_BT[:num_learning_rows, batch.first_column :]
         weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1)

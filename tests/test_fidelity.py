@@ -94,7 +94,7 @@ def test_a_parallel_adapter_adds_its_product_to_the_whole_module(
     assert torch.equal(model(ids), base)  # B starts at zero
     with torch.no_grad():
         for adapter in trainer.adapters:
-            adapter.up_BOR.normal_()
+            adapter.up_BRO.normal_()
     block: Any = model.blocks[0]
     inputs = model.block_inputs(ids, model.embed(ids))
     n = block.norm(model.embed(ids))
@@ -108,7 +108,7 @@ def test_a_parallel_adapter_adds_its_product_to_the_whole_module(
     adapted = output()
     model.set_adapters([])
     lora = trainer.adapters[0]
-    product = n @ lora.down_BRI[0].T @ lora.up_BOR[0].T * 3.0 / 2
+    product = n @ lora.down_BIR[0] @ lora.up_BRO[0] * 3.0 / 2
     torch.testing.assert_close(adapted, output() + product)
 
 

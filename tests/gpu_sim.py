@@ -71,18 +71,19 @@ aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 WORLD_SIZE = 8
 # Views launch no kernel; most of them are marked as such in the operators' schemas.
+ALLOCATIONS = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default}
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
 OTHER_VIEWS = {aten._unsafe_view.default, aten.detach.default, torch.ops.prim.device.default}
 
 
 def script_line() -> str:
     """Line and function of the script that runs now."""
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == t.__file__:
             return f"{frame.f_code.co_name}:{frame.f_lineno}"
-        assert frame.f_back is not None or True
-        frame = frame.f_back  # type: ignore[assignment]
-    return "outside of the script"
+        frame = frame.f_back
+    return "outside"
 
 
 def is_on_gpu(x: Any) -> bool:
@@ -96,10 +97,10 @@ def is_view(function: Any) -> bool:
 class SimulatedGpu(TorchDispatchMode):
     """Counts what happens on cuda:0, and answers what only data could say."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_line: bool = False) -> None:
         super().__init__()
         self.sizes: dict[int, tuple[Any, int]] = {}  # by id of a storage: weak reference, bytes
-        self.live = 0
+        self.live, self.by_line = 0, by_line
         self.reset()
 
     @classmethod
@@ -110,7 +111,10 @@ class SimulatedGpu(TorchDispatchMode):
         """Start to count again; tensors that exist stay in memory."""
         self.launches, self.peak = 0, self.live
         self.waits: collections.Counter[str] = collections.Counter()
-        self.traffic: collections.Counter[str] = collections.Counter()  # bytes by operation
+        # By operation and line of the script, if `by_line`: bytes, FLOPs of products, launches.
+        self.traffic: collections.Counter[str] = collections.Counter()
+        self.flops: collections.Counter[str] = collections.Counter()
+        self.launches_of: collections.Counter[str] = collections.Counter()
         self.collectives: list[str] = []
 
     def wait(self, kind: str) -> None:
@@ -169,12 +173,21 @@ class SimulatedGpu(TorchDispatchMode):
             dtype = str(tensors[0].dtype).removeprefix("torch.")
             self.collectives.append(f"{function.overloadpacket.__name__} {dtype} {shapes}")
         elif not is_view(function):
-            self.launches += 1
-            if function is not aten.empty_strided.default:
-                name = f"{function.overloadpacket.__name__} {script_line()}"
-                self.traffic[name] += sum(map(bytes_of, filter(is_on_gpu, tree_iter(args))))
-                if not function._schema.is_mutable:
-                    self.traffic[name] += sum(map(bytes_of, filter(is_on_gpu, tree_iter(result))))
+            if function not in ALLOCATIONS:
+                self.launches += 1
+                if self.by_line:
+                    self.count_by_line(function, args, result)
+
+    def count_by_line(self, function: Any, args: Any, result: Any) -> None:
+        """Add the bytes and FLOPs of an operation to those of its line."""
+        name = f"{function.overloadpacket.__name__} {script_line()}"
+        written = () if function._schema.is_mutable else tree_iter(result)
+        for x in filter(is_on_gpu, [*tree_iter(args), *written]):
+            self.traffic[name] += bytes_of(x)
+        self.launches_of[name] += 1
+        if function.overloadpacket in PRODUCTS:
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.flops[name] += 2 * a.numel() * b.size(-1)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -260,9 +273,11 @@ def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def simulated_gpu(flash: str = "flash_attn_interface") -> Iterator[SimulatedGpu]:
+def simulated_gpu(
+    flash: str = "flash_attn_interface", by_line: bool = False
+) -> Iterator[SimulatedGpu]:
     """Context with FakeTensors, one Hopper GPU, and the FlashAttention module `flash` or none."""
-    mode, gpu = FakeTensorMode(allow_non_fake_inputs=True), SimulatedGpu()
+    mode, gpu = FakeTensorMode(allow_non_fake_inputs=True), SimulatedGpu(by_line)
     active_gpus.append(gpu)
     names = ["flash_attn", "flash_attn_interface"]
     modules = {name: flash_module(name) if name == flash else None for name in names}
@@ -427,8 +442,9 @@ class SimulatedRun:
         groups = t.group_matrices(self.cfg, self.model, self.hessians)
         with patched((t, "gptq", functools.partial(gptq_of_some_columns, t.gptq))):
             tensors = t.quantize_model(self.cfg, self.model, groups)
-        weights = {name: torch.from_numpy(np.zeros(q.codes.shape, np.float32))
-                   for name, q in tensors.items()}  # fmt: skip
+        shapes = {name: x.shape for name, x in self.model.state_dict().items()}
+        assert shapes.keys() == tensors.keys()
+        weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
         self.model = t.build_model(self.run, weights)
 
     def adapt(self) -> None:
@@ -491,10 +507,9 @@ def finish_without_numbers(scorer: Any, eval_s: float) -> t.Score:
     return t.Score(1.0, num_targets, 1, False, eval_s, (), scorer.nll_T)
 
 
-def simulate(
-    cfg: t.Config, parts: tuple[str, ...] = PARTS, rank: int = 0, flash: str = ""
-) -> list[PartResult]:
-    """Run parts of the script for one rank of 8 and return what each of them did."""
+@contextlib.contextmanager
+def one_rank(flash: str = "flash_attn_interface", by_line: bool = False) -> Iterator[SimulatedGpu]:
+    """Context with a simulated GPU and a process group of 8 ranks, of which only one exists."""
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
     changes = [
@@ -502,15 +517,22 @@ def simulate(
         (t.Run, "log", lambda self, event, **values: None),
         (t.Scorer, "finish", finish_without_numbers),
     ]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patched(*changes),
-        simulated_gpu(flash or "flash_attn_interface") as gpu,
-    ):
+    with patched(*changes), simulated_gpu(flash, by_line) as gpu:
+        yield gpu
+
+
+def simulate(
+    cfg: t.Config,
+    parts: tuple[str, ...] = PARTS,
+    rank: int = 0,
+    flash: str = "flash_attn_interface",
+) -> list[PartResult]:
+    """Run parts of the script for one rank of 8 and return what each of them did."""
+    with tempfile.TemporaryDirectory() as folder, one_rank(flash) as gpu:
         simulated = SimulatedRun(cfg, gpu, Path(folder), rank)
         for name in parts:
             simulated.measure(name, getattr(simulated, name))
-            if simulated.results[-1].error and name == "build":
+            if simulated.model is None:
                 break
         return simulated.results
 
@@ -522,7 +544,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the full shape")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--ranks", default="0", help="ranks of 8, with commas")
-    parser.add_argument("--flash", default="", help="flash_attn, flash_attn_interface or none")
+    parser.add_argument("--flash", default="flash_attn_interface", help="its module, or none")
     args = parser.parse_args()
     knobs = dict(pair.split("=", 1) for pair in args.knobs)
     for recipe in args.recipe.split(","):

@@ -2116,8 +2116,10 @@ class BatchedLoRA(nn.Module):
     """LoRA with its own matrices A, B for each batch row: y_b + alpha / R * x_b A_b^T B_b^T.
 
     B starts at zero. The transposes are stored, because autograd computes their gradients without
-    copies. Source: arXiv:2106.09685.
+    copies. Rows of a batch use the pairs from `first_row` on. Source: arXiv:2106.09685.
     """
+
+    first_row = 0
 
     def __init__(self, down_RI: Tensor, num_rows: int, num_outputs: int, alpha: float):
         super().__init__()
@@ -2126,7 +2128,8 @@ class BatchedLoRA(nn.Module):
         self.up_BRO = nn.Parameter(down_RI.new_zeros(num_rows, R, num_outputs))
 
     def forward(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        down_BIR, up_BRO = (w.to(x_BTI.dtype) for w in (self.down_BIR, self.up_BRO))
+        rows = slice(self.first_row, self.first_row + len(x_BTI))
+        down_BIR, up_BRO = (w[rows].to(x_BTI.dtype) for w in (self.down_BIR, self.up_BRO))
         return torch.baddbmm(y_BTO, torch.bmm(x_BTI, down_BIR), up_BRO, alpha=self.scale)
 
 
@@ -2664,6 +2667,10 @@ class MixerInputs(NamedTuple):
         """The inputs of these positions."""
         return MixerInputs(self.mixer, self.context_BTK[:, positions], self.keep_BT[:, positions])
 
+    def rows(self, rows: slice) -> MixerInputs:
+        """The inputs of these rows."""
+        return MixerInputs(self.mixer, self.context_BTK[rows], self.keep_BT[rows])
+
     def as_one_row(self) -> MixerInputs:
         """The inputs with all batch rows in one row."""
         context, keep = self.context_BTK.flatten(0, 1), self.keep_BT.flatten()
@@ -2795,8 +2802,10 @@ class GPT(nn.Module):
             for module, adapter in self.adapters[call_index]:
                 module.adapter = adapter
 
-    def forward(self, ids_BT: Tensor, past: KVCache | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, past: KVCache | None = None, mask: Any = None) -> Tensor:
         """Final residual stream after the norm (B, T, D), of tokens that continue `past`.
+
+        `mask` is what the attention backend prepared for these tokens, if it is known already.
 
         Order of skip and lane split, see Block.forward for the lanes themselves: with
         PARALLEL_RESIDUAL=merge the skip is applied first and the stream split afterwards, so that
@@ -2805,7 +2814,7 @@ class GPT(nn.Module):
         """
         context_BT = ids_BT if past is None else past.append_tokens(ids_BT)
         x_BTD, side_BTD = self.embed(context_BT)[:, -ids_BT.size(1) :], None
-        inputs = self.block_inputs(ids_BT, x_BTD, past)
+        inputs = self.block_inputs(ids_BT, x_BTD, past, mask)
         form = self.cfg.parallel_residual
         saved: list[Tensor] = []
         for index, call in enumerate(self.schedule):
@@ -2849,7 +2858,7 @@ class GPT(nn.Module):
         return self.smear(rms_norm(x_BTD), ids_BT)
 
     def block_inputs(
-        self, ids_BT: Tensor, x0_BTD: Tensor, past: KVCache | None = None
+        self, ids_BT: Tensor, x0_BTD: Tensor, past: KVCache | None = None, mask: Any = None
     ) -> BlockInputs:
         """The inputs of the blocks besides the residual stream; see BlockInputs."""
         T = ids_BT.size(1)
@@ -2857,10 +2866,12 @@ class GPT(nn.Module):
         # The capacity chooses the table of P positions: angles must not change as the cache grows.
         table_2PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
         assert capacity <= table_2PE.size(1), "longer than EVAL_SEQ_LEN"
+        if mask is None:
+            mask = self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T)
         inputs = BlockInputs(
             x0_BTD=x0_BTD,
             rotary_2TE=table_2PE[:, :length],
-            mask=self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T),
+            mask=mask,
             first_block_v_BTC=None,
             shared_v_BTC=self.shared_values(ids_BT),
         )
@@ -2903,9 +2914,16 @@ class GPT(nn.Module):
         """Softcapped logits (B, T, V) in float32, of tokens that continue `past`."""
         return softcap_logits(self(ids_BT, past) @ self.head_VD.to(self.dtype).T, self.cap)[0]
 
-    def loss(self, ids_BT: Tensor, target_BT: Tensor, weight_BT: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        ids_BT: Tensor,
+        target_BT: Tensor,
+        weight_BT: Tensor | None = None,
+        *,
+        mask: Any = None,
+    ) -> Tensor:
         """Training loss: the sum of weight * nll over all targets, or the mean nll."""
-        x_ND, target_N = self(ids_BT).flatten(0, 1), target_BT.flatten()
+        x_ND, target_N = self(ids_BT, mask=mask).flatten(0, 1), target_BT.flatten()
         if weight_BT is None:
             weight_N = torch.full_like(target_N, 1 / len(target_N), dtype=torch.float32)
         else:
@@ -3134,7 +3152,7 @@ def import_flash_attention(name: str) -> Any:
     return module
 
 
-def flash_cu_seqlens(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | None:
+def flash_cu_seqlens(ids_BT: Tensor, isolate: bool, past: int = 0) -> Any:
     """Cumulative sequence lengths (int32) of the documents in the flattened rows, or None.
 
     None means causal attention within rows; with past keys, the kernels align the last query with
@@ -3206,7 +3224,12 @@ def flex_block_mask(ids_BT: Tensor, isolate: bool, past: int = 0) -> Any:
 
 
 def flex_attend(kernel: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Any) -> Tensor:
-    """Attention (B, T, H, E) by flex attention; if not compiled, it takes T^2 memory."""
+    """Attention (B, T, H, E) by flex attention; if not compiled, it takes T^2 memory.
+
+    A mask of SDPA is for SDPA, see restore_model_after.
+    """
+    if mask is None or isinstance(mask, Tensor):
+        return sdpa_attend(q_BTHE, k_BTKE, v_BTKE, mask)
     q, k, v = [x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE)]
     y: Tensor = kernel(q, k, v, block_mask=mask, enable_gqa=True)
     return y.transpose(1, 2)
@@ -3454,14 +3477,15 @@ def grad_or_zeros(param: Tensor) -> Tensor:
     return torch.zeros_like(param) if param.grad is None else param.grad
 
 
-def all_reduce_gradients(run: Run, first: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Sum `first` (a scalar) and all gradients over the ranks, as one flat vector.
+def all_reduce_gradients(run: Run, last: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Sum all gradients and `last` (a scalar) over the ranks, as one flat vector.
 
-    Returns that vector, which begins with `first`; the gradients become views of it.
+    Returns that vector; the gradients become views of it. The scalar comes last, because the
+    optimizer's kernels are slower on views that do not start at a multiple of 16 bytes.
     """
     flat_grads = [grad_or_zeros(param).flatten() for param in params]
-    flat = run.all_reduce_sum(torch.cat([first.view(1), *flat_grads]))
-    pieces = torch.split(flat[1:], [param.numel() for param in params])
+    flat = run.all_reduce_sum(torch.cat([*flat_grads, last.view(1)]))
+    pieces = torch.split(flat[:-1], [param.numel() for param in params])
     for param, piece in zip(params, pieces, strict=True):
         param.grad = piece.view_as(param)
     return flat
@@ -3800,6 +3824,7 @@ class Trainer:
         self.adam, self.muon = make_optimizers(model, run)
         self.adam_params = [p for group in self.adam.param_groups for p in group["params"]]
         self.averager = WeightAverager(run.cfg, self.params)
+        self.uses_cu_seqlens = run.cfg.isolate_documents and model.prepare_mask is flash_cu_seqlens
         self.progress, self.current_stage = Progress(), train_stages(run.cfg)[0]
         self.run_token = os.urandom(16).hex()  # marks the checkpoints that this run has written
         self.enter_stage(self.current_stage)
@@ -3837,8 +3862,12 @@ class Trainer:
         rows, T = len(window_BT), window_BT.size(1) - 1
         num_micro = num_micro_batches(rows, T, self.run.cfg.micro_batch_tokens)
         total = torch.zeros((), device=self.run.device)
-        for rows_BT in window_BT.to(self.run.device, non_blocking=True).chunk(num_micro):
-            loss = self.model.loss(rows_BT[:, :-1], rows_BT[:, 1:]) / num_micro
+        device, mask = self.run.device, None
+        for rows_BT in window_BT.chunk(num_micro):
+            if self.uses_cu_seqlens:  # counted on the host, which need not wait for the GPU
+                mask = flash_cu_seqlens(rows_BT[:, :-1], True).to(device, non_blocking=True)
+            rows_BT = rows_BT.to(device, non_blocking=True)
+            loss = self.model.loss(rows_BT[:, :-1], rows_BT[:, 1:], mask=mask) / num_micro
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -3864,7 +3893,7 @@ class Trainer:
         self.muon.start_reduce()
         if self.run.world_size > 1:  # average the loss and the gradients that AdamW uses
             flat = all_reduce_gradients(self.run, loss, self.adam_params)
-            loss = flat.div_(self.run.world_size)[0]
+            loss = flat.div_(self.run.world_size)[-1]
         if cfg.grad_clip_norm:
             self.clip_gradients()
         for group in self.adam.param_groups:
@@ -3901,7 +3930,6 @@ class Trainer:
         """Compile everything: run WARMUP_STEPS of each stage on random tokens, then undo them."""
         cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        uses_cu_seqlens = cfg.isolate_documents and self.model.prepare_mask is flash_cu_seqlens
         for stage in train_stages(cfg) if cfg.warmup_steps else []:
             self.enter_stage(stage)
             rows = stage.batch_tokens // stage.seq_len // self.run.world_size
@@ -3909,7 +3937,7 @@ class Trainer:
             for _ in range(cfg.warmup_steps):
                 self.run.check_signal()
                 self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
-            if uses_cu_seqlens:
+            if self.uses_cu_seqlens:
                 self.warm_up_capacities(torch.randint(cfg.vocab_size, shape, generator=generator))
         self.load(before, Progress())
         self.run.synchronize()
@@ -6285,9 +6313,11 @@ class EvalRunner:
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     """Context in which a pass may change the model; afterwards it is restored to the bit."""
     before = [(param, param.detach().clone()) for param in model.parameters()]
-    hashes, compiled = model.hashes, (model.run_block, model.nll)
+    hashes, compiled = model.hashes, (model.run_block, model.nll, model.prepare_mask)
     if cfg.ttt_method == "lora":  # chunks have too many different lengths for compilation
         model.run_block, model.nll = run_block, softcapped_cross_entropy
+        if model.prepare_mask is flex_block_mask:
+            model.prepare_mask = sdpa_mask
     if cfg.eval_hash_rows:
         model.hashes = nn.ModuleList(
             [*hashes, EvalHashEmbedding(cfg).to(model.skip_weights.device)]
@@ -6296,7 +6326,7 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
         yield
     finally:
         model.set_adapters([])
-        model.hashes, (model.run_block, model.nll) = hashes, compiled
+        model.hashes, (model.run_block, model.nll, model.prepare_mask) = hashes, compiled
         model.requires_grad_(True).zero_grad()
         for param, value in before:
             param.data.copy_(value)
@@ -6618,7 +6648,7 @@ class WeightTrainer:
             loss.backward()  # type: ignore[no-untyped-call]
             total += batch.weight_BT.sum()
         flat = all_reduce_gradients(self.run, total, params)
-        flat[1:] /= flat[0].clamp_min(1)
+        flat[:-1] /= flat[-1].clamp_min(1)
         if cfg.ttt_train == "blocks":
             for param in self.masked:
                 assert param.grad is not None, "all_reduce_gradients sets every gradient"
@@ -6734,25 +6764,40 @@ class AdapterTrainer:
         return [sum_RI / self.num_documents for sum_RI in self.finished_a_sums]
 
     def step(self, batch: Batch, num_learning_rows: int) -> Tensor:
-        """Nats of the batch before any update (B, T - first), then train the first rows."""
+        """Nats of the batch before any update (B, T - first), then train the first rows.
+
+        Rows are independent: windows pass in micro-batches of at most MICRO_BATCH_TOKENS.
+        """
         if len(batch.ids_BT) < self.rows:
             self.drop_finished_rows(len(batch.ids_BT))
         weight_BT = batch.weight_BT[:num_learning_rows, batch.first_column :]
         weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1)
-        scored = list[Tensor]()
+        scored, (num_rows, T) = list[Tensor](), batch.ids_BT.shape
+        micro_rows = num_rows if self.past else max(1, self.cfg.micro_batch_tokens // T)
         for step in range(self.cfg.ttt_grad_steps if num_learning_rows else 1):
             if step and self.past is not None:
-                self.past.keep_positions(0, self.past.length - batch.ids_BT.size(1))  # once more
-            with torch.set_grad_enabled(num_learning_rows > 0):
-                nll_BT, scored_BT = self.model.token_nll(
-                    *batch[:3], past=self.past, mixer_inputs=None if step else batch.mixer_inputs
-                )
-            scored.append(scored_BT.detach())
+                self.past.keep_positions(0, self.past.length - T)  # once more
+            for start in range(0, num_rows, micro_rows):
+                rows = slice(start, start + micro_rows)
+                for adapter in self.adapters:
+                    adapter.first_row = start
+                mixer_inputs = batch.mixer_inputs and batch.mixer_inputs.rows(rows)
+                with torch.set_grad_enabled(start < num_learning_rows):
+                    nll_BT, scored_BT = self.model.token_nll(
+                        batch.ids_BT[rows],
+                        batch.target_BT[rows],
+                        batch.first_column,
+                        past=self.past,
+                        mixer_inputs=None if step else mixer_inputs,
+                    )
+                scored.append(scored_BT.detach())
+                weights_BT = weight_BT[rows]
+                if len(weights_BT):
+                    (nll_BT[: len(weights_BT)] * weights_BT).sum().backward()  # type: ignore[no-untyped-call]
             if num_learning_rows:
-                (nll_BT[:num_learning_rows] * weight_BT).sum().backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return scored[0]
+        return torch.cat(scored[: -(-num_rows // micro_rows)])
 
 
 # --- 12. N-gram mixers ---------------------------------------------------------------------------

@@ -1,0 +1,560 @@
+"""A simulated GPU: runs the script's CUDA paths with FakeTensors on cuda:0, without a GPU.
+
+Shapes, dtypes and devices are those of a real run; numbers do not exist. An operation on tensors of
+different devices raises an error, as on a GPU. Counted are kernel launches, device memory, and what
+the host must wait for (`.item()`, nonzero, boolean masks, copies to the host), by line of the
+script. Collectives go to PyTorch's fake process group of 8 ranks.
+
+    python -m tests.gpu_sim [RECIPE] [--full] [--parts step,score] [--rank R] [KNOB=value ...]
+
+It changes PyTorch as a whole, so that tests run it as a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "records/track_10min_16mb"
+
+
+def load_cuda_guard() -> None:
+    """Compile cuda_guard.cpp once per version of PyTorch, and load it; before torch is imported."""
+    source = Path(__file__).with_name("cuda_guard.cpp")
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None, "torch is not installed"
+    root = Path(spec.origin).parent
+    key = hashlib.sha256(source.read_bytes() + (root / "version.py").read_bytes()).hexdigest()
+    library = Path(tempfile.gettempdir()) / f"cuda_guard_{key[:12]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", f"-I{root}/include"]
+            command += [str(source), "-o", str(built), f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
+            subprocess.run([*command, f"-Wl,-rpath,{root}/lib"], check=True)
+            built.rename(library)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+load_cuda_guard()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.distributed._tools.fake_collectives  # noqa: E402, F401
+from torch import Tensor, nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_iter  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+from tests.flash_stubs import flash_module  # noqa: E402
+
+aten = torch.ops.aten
+DEVICE = torch.device("cuda", 0)
+WORLD_SIZE = 8
+# Views launch no kernel; most of them are marked as such in the operators' schemas.
+ALLOCATIONS = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default}
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
+OTHER_VIEWS = {aten._unsafe_view.default, aten.detach.default, torch.ops.prim.device.default}
+
+
+def script_line() -> str:
+    """Line and function of the script that runs now."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == t.__file__:
+            return f"{frame.f_code.co_name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "outside"
+
+
+def is_on_gpu(x: Any) -> bool:
+    return isinstance(x, FakeTensor) and x.device.type == "cuda"
+
+
+def is_view(function: Any) -> bool:
+    return bool(getattr(function, "is_view", False)) or function in OTHER_VIEWS
+
+
+class SimulatedGpu(TorchDispatchMode):
+    """Counts what happens on cuda:0, and answers what only data could say."""
+
+    def __init__(self, by_line: bool = False) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[Any, int]] = {}  # by id of a storage: weak reference, bytes
+        self.live, self.by_line = 0, by_line
+        self.reset()
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # otherwise Dynamo would compile nothing
+
+    def reset(self) -> None:
+        """Start to count again; tensors that exist stay in memory."""
+        self.launches, self.peak = 0, self.live
+        self.waits: collections.Counter[str] = collections.Counter()
+        # By operation and line of the script, if `by_line`: bytes, FLOPs of products, launches.
+        self.traffic: collections.Counter[str] = collections.Counter()
+        self.flops: collections.Counter[str] = collections.Counter()
+        self.launches_of: collections.Counter[str] = collections.Counter()
+        self.collectives: list[str] = []
+
+    def wait(self, kind: str) -> None:
+        self.waits[f"{kind} {script_line()}"] += 1
+
+    def release(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)[1]
+
+    def track(self, result: Any) -> None:
+        """Add the storages of new tensors to the memory in use."""
+        for x in filter(is_on_gpu, tree_iter(result)):
+            storage = x.untyped_storage()
+            known = self.sizes.get(id(storage))
+            if known is None or known[0]() is not storage:
+                size = -(-storage.nbytes() // 512) * 512  # PyTorch's allocator rounds up
+                self.sizes[id(storage)] = weakref.ref(storage), size
+                weakref.finalize(storage, self.release, id(storage))
+                self.live += size
+                self.peak = max(self.peak, self.live)
+
+    def data_dependent(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """A stand-in for the result of an operation whose result depends on data, or None."""
+        x = args[0] if args else None
+        if function is aten._local_scalar_dense.default:
+            if is_on_gpu(x):
+                self.wait("item")
+            return True if x.dtype == torch.bool else 1.0 if x.is_floating_point() else 1
+        if function is aten.nonzero.default:
+            if is_on_gpu(x):
+                self.wait("nonzero")
+            return x.new_empty(max(1, x.numel() // 700), x.dim(), dtype=torch.int64)
+        if function is aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        ):
+            (mask,) = [i for i in args[1] if i is not None]
+            assert mask.device == x.device, f"mask on {mask.device}, tensor on {x.device}"
+            if is_on_gpu(x):
+                self.wait("boolean index")
+            return x.new_empty(len(x) // 2 if len(x) > 64 else 0, *x.shape[mask.dim() :])
+        if function is aten.bincount.default:
+            if is_on_gpu(x):
+                self.wait("bincount")
+            length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            return x.new_empty(length, dtype=torch.int64)
+        return None
+
+    def count(self, function: Any, args: Any, result: Any) -> None:
+        """Count an operation that involves the GPU."""
+        if function is aten._to_copy.default and is_on_gpu(args[0]) and not is_on_gpu(result):
+            self.wait("copy to host")
+        if function is aten.copy_.default and is_on_gpu(args[1]) and not is_on_gpu(args[0]):
+            self.wait("copy to host")
+        if function.namespace == "c10d":
+            tensors = [x for x in tree_iter(args) if isinstance(x, Tensor)]
+            shapes = [(*x.shape,) for x in tensors if x.dim() or len(tensors) == 1]
+            dtype = str(tensors[0].dtype).removeprefix("torch.")
+            self.collectives.append(f"{function.overloadpacket.__name__} {dtype} {shapes}")
+        elif not is_view(function):
+            if function not in ALLOCATIONS:
+                self.launches += 1
+                if self.by_line:
+                    self.count_by_line(function, args, result)
+
+    def count_by_line(self, function: Any, args: Any, result: Any) -> None:
+        """Add the bytes and FLOPs of an operation to those of its line."""
+        name = f"{function.overloadpacket.__name__} {script_line()}"
+        written = () if function._schema.is_mutable else tree_iter(result)
+        for x in filter(is_on_gpu, [*tree_iter(args), *written]):
+            self.traffic[name] += bytes_of(x)
+        self.launches_of[name] += 1
+        if function.overloadpacket in PRODUCTS:
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.flops[name] += 2 * a.numel() * b.size(-1)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = self.data_dependent(function, args, kwargs or {})
+        if result is None:
+            result = function(*args, **(kwargs or {}))
+        if any(map(is_on_gpu, tree_iter((args, kwargs, result)))):
+            self.count(function, args, result)
+            self.track(result)
+        return result
+
+
+def bytes_of(x: Tensor) -> int:
+    """Bytes of a tensor's distinct elements; expanded dimensions count once."""
+    size = x.element_size()
+    for length, stride in zip(x.shape, x.stride(), strict=True):
+        size *= length if stride or not length else 1
+    return size
+
+
+# --- What FakeTensors lack -----------------------------------------------------------------------
+
+real_numpy, real_tolist = torch.Tensor.numpy, torch.Tensor.tolist
+NUMPY_DTYPES = {
+    torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16,
+    torch.int64: np.int64, torch.int32: np.int32, torch.int16: np.int16, torch.int8: np.int8,
+    torch.bool: np.bool_,
+}  # fmt: skip
+
+
+def fake_numpy(x: Tensor, **options: Any) -> np.ndarray:
+    """Zeros; the same errors as a real tensor's `numpy`."""
+    if not isinstance(x, FakeTensor):
+        return real_numpy(x, **options)
+    if x.device.type == "cuda":
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+    if x.requires_grad:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+    return np.zeros(tuple(x.shape), dtype=NUMPY_DTYPES[x.dtype])
+
+
+def fake_tolist(x: Tensor) -> Any:
+    """Zeros as nested lists; a wait if the tensor is on the GPU."""
+    if not isinstance(x, FakeTensor):
+        return real_tolist(x)
+    gpu = next(m for m in reversed(active_gpus) if m)
+    if x.device.type == "cuda":
+        gpu.wait("tolist")
+    return np.zeros(tuple(x.shape), dtype=float if x.is_floating_point() else int).tolist()
+
+
+def replace_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """nn.Module._apply that makes new parameters: those of FakeTensors cannot be swapped."""
+    done: dict[Any, nn.Parameter] = {}
+    for part in module.modules():
+        for name, param in part._parameters.items():
+            if param is not None:
+                if param not in done:
+                    done[param] = nn.Parameter(function(param.detach()), param.requires_grad)
+                part._parameters[name] = done[param]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                persistent = name not in part._non_persistent_buffers_set
+                part._buffers[name] = nn.Buffer(function(buffer), persistent=persistent)
+    return module
+
+
+active_gpus: list[SimulatedGpu] = []
+
+
+@contextlib.contextmanager
+def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Context in which attributes of objects have other values: (object, name, value)."""
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def simulated_gpu(
+    flash: str = "flash_attn_interface", by_line: bool = False
+) -> Iterator[SimulatedGpu]:
+    """Context with FakeTensors, one Hopper GPU, and the FlashAttention module `flash` or none."""
+    mode, gpu = FakeTensorMode(allow_non_fake_inputs=True), SimulatedGpu(by_line)
+    active_gpus.append(gpu)
+    names = ["flash_attn", "flash_attn_interface"]
+    modules = {name: flash_module(name) if name == flash else None for name in names}
+    changes = [
+        (torch.Tensor, "numpy", fake_numpy),
+        (torch.Tensor, "tolist", fake_tolist),
+        (FakeTensor, "tolist", fake_tolist),
+        (nn.Module, "_apply", replace_tensors),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "max_memory_allocated", lambda *_: gpu.peak),
+        (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
+    ]
+    saved = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(modules)  # type: ignore[arg-type]
+    try:
+        with patched(*changes), mode, gpu:
+            yield gpu
+    finally:
+        active_gpus.remove(gpu)
+        for name, module in saved.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+# --- The paths of the script ---------------------------------------------------------------------
+
+SMALL = {
+    "NUM_LAYERS": "4", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
+    "VOCAB_SIZE": "512", "TRAIN_SEQ_LEN": "128", "TRAIN_BATCH_TOKENS": "2048",
+    "MICRO_BATCH_TOKENS": "256", "VAL_BATCH_SIZE": "4096", "EVAL_SEQ_LEN": "160",
+    "NGRAM_TABLE_BITS": "16", "TTT_BATCH_SIZE": "4", "TTT_LORA_RANK": "4",
+    "TTT_CHUNK_TOKENS": "1024", "HEDGE_MIN_TOKENS": "0", "GPTQ_CALIBRATION_BATCHES": "1",
+}  # fmt: skip
+# What the smaller depth needs where the knob is not 0.
+SMALL_DEPTHS = {
+    "loop_start": "1", "loop_end": "2", "num_loops": "1", "parallel_start_layer": "3",
+    "xsa_last_n": "2", "ttt_freeze_blocks": "2", "ve_layers": "2,3", "bigram_vocab_size": "64",
+    "trigram_vocab_size": "64", "rope_dims": "8", "eval_hash_rows": "64",
+}  # fmt: skip
+
+
+def recipe_path(name: str) -> Path:
+    """The run.env of the recipe whose folder's name contains `name`."""
+    (path,) = RECIPES.glob(f"*{name}*/run.env")
+    return path
+
+
+def simulated_config(recipe: str, small: bool, **knobs: str) -> t.Config:
+    """The default configuration or a recipe, at full shape or small."""
+    env = {"RECIPE": str(recipe_path(recipe))} if recipe != "default" else {}
+    fixed = {"COMPILE": "0", "WARMUP_STEPS": "1", "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0"}
+    full = t.config_from_env({**env, "MODE": "describe"})
+    if small:
+        fixed |= SMALL
+        used = {name: value for name, value in SMALL_DEPTHS.items() if getattr(full, name)}
+        fixed |= {name.upper(): value for name, value in used.items()}
+        fixed["ENABLE_LOOPING_AT"] = full.enable_looping_at.partition(",")[0]
+        if full.ttt_phases:
+            fixed["TTT_PHASES"] = "2"
+    return t.config_from_env({**env, **fixed, **knobs})
+
+
+@dataclasses.dataclass
+class PartResult:
+    """What one part of a run asked of the GPU."""
+
+    name: str
+    launches: int
+    peak_mib: float
+    waits: dict[str, int]
+    collectives: list[str]
+    error: str
+    seconds: float
+
+
+class SimulatedRun:
+    """One rank's run, part by part; each part is a method whose name is in PARTS."""
+
+    def __init__(self, cfg: t.Config, gpu: SimulatedGpu, directory: Path, rank: int = 0):
+        self.gpu, self.cfg, self.results = gpu, cfg, list[PartResult]()
+        self.run = t.Run(
+            cfg=cfg, directory=directory, rank=rank, world_size=WORLD_SIZE, device=DEVICE,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        self.model: Any = None
+        self.trainer: Any = None
+        self.hessians: dict[str, t.KroneckerHessian] = {}
+
+    def measure(self, name: str, part: Callable[[], Any]) -> None:
+        """Run a part and note what it did, or how it failed."""
+        self.gpu.reset()
+        start_s, error = time.perf_counter(), ""
+        try:
+            part()
+        except Exception as exception:
+            error = f"{type(exception).__name__}: {exception} ({where_raised(exception)})"
+        self.results.append(
+            PartResult(
+                name, self.gpu.launches, self.gpu.peak / 2**20, dict(self.gpu.waits),
+                list(self.gpu.collectives), error, round(time.perf_counter() - start_s, 1),
+            )
+        )  # fmt: skip
+
+    def windows(self, stage: t.TrainStage) -> Tensor:
+        """Random windows of this rank, on the host, as the loader gives them."""
+        rows = stage.batch_tokens // stage.seq_len // WORLD_SIZE
+        return torch.randint(self.cfg.vocab_size, (rows, stage.seq_len + 1))
+
+    def read(self, position: int, seq_len: int, batch_tokens: int) -> Tensor:
+        """In place of BatchLoader.read."""
+        return self.windows(t.TrainStage(seq_len, batch_tokens, 0, False))
+
+    def validation(self, num_targets: int, document_len: int) -> t.Validation:
+        ids = (2 + np.arange(num_targets + 1) % 200).astype(np.uint16)
+        ids[::document_len] = t.BOS_ID
+        return t.Validation(ids, np.ones(num_targets, np.int64), False)
+
+    def build(self) -> None:
+        self.model = t.build_model(self.run)
+        self.trainer = t.Trainer(self.run, self.model)
+
+    def step(self) -> None:
+        """The last stage's optimizer step, and the loss on the host as in train_loop."""
+        stage = t.train_stages(self.cfg)[-1]
+        self.trainer.enter_stage(stage)
+        self.trainer.step(self.windows(stage)).item()
+
+    def stages(self) -> None:
+        for stage in t.train_stages(self.cfg):
+            self.trainer.enter_stage(stage)
+            self.trainer.step(self.windows(stage)).item()
+
+    def warm_up(self) -> None:
+        self.trainer.warm_up()
+
+    def checkpoint(self) -> None:
+        self.trainer.muon.gather_buffers()
+        saved = {name: x.cpu().clone() for name, x in self.trainer.tensors().items()}
+        self.trainer.load(saved, t.Progress())
+
+    def export(self) -> None:
+        self.trainer.averager.count += self.cfg.averaging != "none"
+        self.trainer.averager.export_()
+        self.trainer.enter_stage(self.trainer.current_stage._replace(qat=False))
+
+    def score(self) -> None:
+        """Sliding windows over a short text."""
+        length = 4 * self.cfg.score_seq_len * WORLD_SIZE
+        stride = self.cfg.eval_stride or self.cfg.score_seq_len
+        t.evaluate(self.run, self.model, self.validation(length, 100), stride)
+
+    def calibrate(self) -> None:
+        if self.cfg.quantizer == "gptq":
+            loader: Any = self
+            self.hessians = t.calibrate(self.run, self.model, loader, t.Progress())
+
+    def quantize(self) -> None:
+        """Quantization, with GPTQ on the first columns only; then reading back."""
+        groups = t.group_matrices(self.cfg, self.model, self.hessians)
+        with patched((t, "gptq", functools.partial(gptq_of_some_columns, t.gptq))):
+            tensors = t.quantize_model(self.cfg, self.model, groups)
+        shapes = {name: x.shape for name, x in self.model.state_dict().items()}
+        assert shapes.keys() == tensors.keys()
+        weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self.model = t.build_model(self.run, weights)
+
+    def adapt(self) -> None:
+        """The adaptive pass: chunks with weights that train, or documents with adapters."""
+        if not self.cfg.adapts:
+            return
+        length, document_len = 24 * WORLD_SIZE, 24
+        if self.cfg.ttt_method != "lora":
+            length, document_len = 4 * self.cfg.score_seq_len * WORLD_SIZE, 100
+        text = self.validation(length, document_len)
+        stride = self.cfg.eval_stride or self.cfg.score_seq_len
+        t.evaluate(self.run, self.model, text, stride, adaptive=True)
+
+    def step_cost(self) -> None:
+        """The measurement of a step's cost before the passes."""
+        if not self.cfg.adapts:
+            return
+        text = self.validation(24 * WORLD_SIZE, 24)
+        plan = t.plan_adaptive(t.EvalPlanner(self.cfg, self.run.rank, WORLD_SIZE), text.ids)
+        with t.restore_model_after(self.cfg, self.model):
+            t.measure_step_cost(self.run, self.model, plan, adaptive=True)
+
+
+PARTS = (
+    "build", "step", "stages", "warm_up", "checkpoint", "export", "score", "calibrate", "quantize",
+    "adapt", "step_cost",
+)  # fmt: skip
+
+
+def where_raised(error: BaseException) -> str:
+    """The script's line from which an error came."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == t.__file__:
+            place = f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+def gptq_of_some_columns(
+    gptq: Any, weight: Tensor, factor: Any, row: Tensor, column: Tensor, rounding: Any
+) -> Tensor:
+    """GPTQ on the first two columns: every operation, and few of the same columns."""
+    n, L = 2, len(weight)
+    order_LI = torch.arange(n, device=weight.device).expand(L, n)
+    some = t.HessianFactor(
+        order_LI, factor.upper_LII[:, :n, :n], factor.alive_LI[:, :n], factor.std_LI[:, :n]
+    )
+    codes = gptq(weight[:, :, :n], some, row, column[:, :n], rounding)
+    return nn.functional.pad(codes, (0, weight.size(2) - n))
+
+
+def finish_without_numbers(scorer: Any, eval_s: float) -> t.Score:
+    """Scorer.finish with its transfers, but without sums, which FakeTensors do not have."""
+    run, num_targets = scorer.run, scorer.validation.num_targets
+    sums = torch.tensor([0.0, 0.0], dtype=torch.float64, device=run.device)
+    run.all_reduce_sum(sums).tolist()
+    both = torch.from_numpy(np.stack([scorer.scored_at, scorer.scored_at > 0])).to(run.device)
+    run.all_reduce_sum(both).cpu().numpy()
+    return t.Score(1.0, num_targets, 1, False, eval_s, (), scorer.nll_T)
+
+
+@contextlib.contextmanager
+def one_rank(flash: str = "flash_attn_interface", by_line: bool = False) -> Iterator[SimulatedGpu]:
+    """Context with a simulated GPU and a process group of 8 ranks, of which only one exists."""
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
+    changes = [
+        (t.Run, "broadcast_object", lambda self, value: value),
+        (t.Run, "log", lambda self, event, **values: None),
+        (t.Scorer, "finish", finish_without_numbers),
+    ]
+    with patched(*changes), simulated_gpu(flash, by_line) as gpu:
+        yield gpu
+
+
+def simulate(
+    cfg: t.Config,
+    parts: tuple[str, ...] = PARTS,
+    rank: int = 0,
+    flash: str = "flash_attn_interface",
+) -> list[PartResult]:
+    """Run parts of the script for one rank of 8 and return what each of them did."""
+    with tempfile.TemporaryDirectory() as folder, one_rank(flash) as gpu:
+        simulated = SimulatedRun(cfg, gpu, Path(folder), rank)
+        for name in parts:
+            simulated.measure(name, getattr(simulated, name))
+            if simulated.model is None:
+                break
+        return simulated.results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the GPU paths of train_gpt.py without a GPU.")
+    parser.add_argument("recipe", nargs="?", default="default", help="default, or part of a name")
+    parser.add_argument("knobs", nargs="*", metavar="KNOB=value")
+    parser.add_argument("--full", action="store_true", help="the full shape")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--ranks", default="0", help="ranks of 8, with commas")
+    parser.add_argument("--flash", default="flash_attn_interface", help="its module, or none")
+    args = parser.parse_args()
+    knobs = dict(pair.split("=", 1) for pair in args.knobs)
+    for recipe in args.recipe.split(","):
+        cfg = simulated_config(recipe, not args.full, **knobs)
+        for rank in map(int, args.ranks.split(",")):
+            for result in simulate(cfg, tuple(args.parts.split(",")), rank, args.flash):
+                line = {"recipe": recipe, "rank": rank, **dataclasses.asdict(result)}
+                print(json.dumps(line), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

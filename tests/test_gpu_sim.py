@@ -1,0 +1,252 @@
+"""The script's CUDA paths on a simulated GPU: devices, waits, collectives, kernels' conventions."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_gpt
+from tests.conftest import TRACK, MakeRun, environment, random_model, tiny_config
+from tests.flash_stubs import flash_module
+from train_gpt import GPT, AttentionBackend, Run, softcapped_cross_entropy
+
+ROOT = Path(train_gpt.__file__).parent
+RECIPES = ["default", *sorted(path.parent.name for path in TRACK.glob("*/run.env"))]
+TINY = ("NUM_LAYERS=2", "XSA_LAST_N=1", "LOOP_START=0", "LOOP_END=1", "PARALLEL_START_LAYER=1")
+
+
+def simulate(*arguments: str) -> list[dict[str, Any]]:
+    """What `python -m tests.gpu_sim` says of each part of a run; no part may fail."""
+    # A deprecated collective is an error.
+    warnings = ["-W", "error::FutureWarning"]
+    process = subprocess.run(
+        [sys.executable, *warnings, "-m", "tests.gpu_sim", *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**environment(tiny_config()), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    results = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [r["error"] for r in results] == [""] * len(results)
+    return results
+
+
+def test_a_training_step_waits_once_and_ranks_agree_on_collectives():
+    results = simulate("default", *TINY, "--parts", "build,step", "--ranks", "0,7")
+    steps = [r for r in results if r["name"] == "step"]
+    assert [list(step["waits"].values()) for step in steps] == [[1], [1]]
+    assert all("item" in wait for step in steps for wait in step["waits"])  # the loss
+    first, last = (step["collectives"] for step in steps)
+    assert first == last
+    kinds = {line.split()[0] for line in first}
+    assert kinds == {"_reduce_scatter_base_", "allreduce_", "_allgather_base_"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_path_of_a_recipe_runs_on_the_gpu(recipe: str):
+    names = [r["name"] for r in simulate(recipe)]
+    assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flash", ["flash_attn", "none"])
+def test_every_path_runs_with_other_kernels(flash: str):
+    assert simulate("default", "--flash", flash)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_at_full_shape_in_the_memory_of_its_gpu(recipe: str):
+    results = simulate(recipe, "--full", "--parts", "build,step,calibrate,score")
+    assert max(r["peak_mib"] for r in results) < 78 * 1024
+    (step,) = [r for r in results if r["name"] == "step"]
+    assert sum(step["waits"].values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_the_report_of_a_small_step(tmp_path: Path):
+    command = [sys.executable, "-m", "tests.gpu_report", "default", "--small", "--out"]
+    subprocess.run([*command, str(tmp_path / "report.md")], cwd=ROOT, check=True)
+    text = (tmp_path / "report.md").read_text()
+    for kind in ("pointwise", "product", "flash forward", "flash backward", "optimizer"):
+        assert f"\n| {kind} |" in text
+    assert "computed" in text.lower() and (tmp_path / "report.png").stat().st_size > 1000
+
+
+# --- FlashAttention's calling conventions --------------------------------------------------------
+
+
+def stub_backend(module: str) -> AttentionBackend:
+    attend = functools.partial(train_gpt.flash_attend, flash_module(module))
+    return AttentionBackend("stub", train_gpt.flash_cu_seqlens, attend)
+
+
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("module", ["flash_attn", "flash_attn_interface", "flash_attn.cute"])
+def test_each_flash_attention_is_called_as_its_signature_says(
+    module: str, *, isolate: bool, past: int
+):
+    backend, ids_BT = stub_backend(module), torch.full((2, 8), train_gpt.BOS_ID)
+    q = torch.randn(2, 8, 4, 8, dtype=torch.bfloat16)
+    k = torch.randn(2, 8 + past, 2, 8, dtype=torch.bfloat16)
+    mask = backend.prepare(ids_BT, isolate, past)
+    assert backend.attend(q, k, k.clone(), mask).shape == q.shape
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface", "flex", "sdpa"])
+def test_every_block_is_one_graph(module: str):
+    flash = module.startswith("flash")
+    backend = stub_backend(module) if flash else train_gpt.ATTENTION_BACKENDS[module]()
+    cfg = tiny_config(
+        num_layers=2, isolate_documents=True, xsa_last_n=1, model_dim=64, attn_gate="head"
+    )
+    model = GPT(cfg, backend, torch.bfloat16 if flash else torch.float32)
+    torch._dynamo.reset()
+    model.run_block = torch.compile(
+        train_gpt.run_block, backend="eager", dynamic=False, fullgraph=True
+    )
+    ids_BT = torch.randint(cfg.vocab_size, (2, 16))
+    with contextlib.nullcontext() if module != "flex" else torch.no_grad():
+        loss = model.loss(ids_BT, ids_BT)
+    if module != "flex":  # which has no gradients on a CPU
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_adapters_do_not_compile_flex_attention_for_each_length(make_run: MakeRun):
+    run = make_run(ttt_method="lora", ttt_chunk_size=8, num_layers=1)
+    flex = train_gpt.ATTENTION_BACKENDS["flex"]()
+    model = GPT(run.cfg, flex, torch.float32)
+    with train_gpt.restore_model_after(run.cfg, model):
+        assert model.prepare_mask is train_gpt.sdpa_mask
+    assert model.prepare_mask is train_gpt.flex_block_mask
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 9, 2, 8)
+    for past, keys in ((6, k), (0, k[:, :3])):
+        mask = train_gpt.sdpa_mask(torch.ones(2, 3), False, past)
+        # Without its kernel: None would raise an error.
+        found = train_gpt.flex_attend(None, q, keys, keys, mask)
+        assert torch.equal(found, train_gpt.sdpa_attend(q, keys, keys, mask))
+
+
+# --- Memory, traffic, errors ---------------------------------------------------------------------
+
+
+class WholeSums(TorchDispatchMode):
+    """Counts sums of a tensor of at least `size` numbers over more than one dimension."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.found = size, 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten.sum and args[0].numel() >= self.size:
+            self.found += result.dim() < args[0].dim() - 1
+        return result
+
+
+def test_the_loss_sums_rows_of_logits_first():
+    # A sum over both dimensions at once would write out a float32 tensor as large as the logits.
+    z_NV, target_N = torch.randn(6, 50), torch.arange(6)
+    with WholeSums(300) as mode:
+        softcapped_cross_entropy(z_NV, target_N, torch.ones(6), torch.tensor([20.0, 30.0]))
+    assert mode.found == 0
+    with WholeSums(300) as mode:
+        z_NV.sum()
+    assert mode.found == 1
+
+
+def test_reduced_gradients_are_aligned_and_the_scalar_comes_last(make_run: MakeRun):
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(4, 8), (8,), (3,)]]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    expected = [param.grad.clone() for param in params if param.grad is not None]
+    flat = train_gpt.all_reduce_gradients(make_run(), torch.tensor(7.0), params)
+    assert flat[-1] == 7 and len(flat) == 32 + 8 + 3 + 1
+    for param, grad in zip(params, expected, strict=True):
+        assert param.grad is not None and torch.equal(param.grad, grad)
+        assert param.grad.data_ptr() % 16 == 0
+
+
+def test_after_an_error_the_process_group_is_not_destroyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # destroy_process_group could wait for ranks that are in a collective.
+    destroyed: list[int] = []
+    monkeypatch.setattr(train_gpt, "join_process_group", lambda backend: None)
+    monkeypatch.setattr(train_gpt.dist, "destroy_process_group", lambda: destroyed.append(1))
+    monkeypatch.setattr(Run, "broadcast_object", lambda self, value: value)
+    cfg = tiny_config(run_dir=str(tmp_path / "run"))
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with pytest.raises(torch.OutOfMemoryError), train_gpt.start_run(cfg, env):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert destroyed == []
+    with train_gpt.start_run(cfg, env):
+        pass
+    assert destroyed == [1]
+
+
+def test_lengths_counted_on_the_host_are_those_of_the_device(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run, masks = make_run(isolate_documents=True, num_layers=1, model_dim=64), list[Tensor]()
+    model = GPT(run.cfg, stub_backend("flash_attn"), torch.bfloat16)
+    trainer = train_gpt.Trainer(run, model)
+    block_inputs = GPT.block_inputs
+
+    def noted(self: GPT, ids_BT: Tensor, *args: Any) -> Any:
+        given = block_inputs(self, ids_BT, *args)
+        masks.append(given.mask)
+        assert torch.equal(given.mask, train_gpt.flash_cu_seqlens(ids_BT, True))
+        return given
+
+    monkeypatch.setattr(GPT, "block_inputs", noted)
+    window_BT = torch.randint(run.cfg.vocab_size, (16, 33))
+    window_BT[3, 7] = train_gpt.BOS_ID
+    model.prepare_mask = None  # type: ignore[assignment]  # is not called
+    trainer.accumulate_gradients(window_BT)
+    assert len(masks) == 2  # micro-batches
+
+
+@pytest.mark.parametrize("learns", [0, 2, 5])
+def test_adapters_in_micro_batches_equal_those_in_one(make_run: MakeRun, learns: int):
+    outcomes = []
+    for micro_rows in (5, 2):
+        run = make_run(
+            num_layers=2, ttt_method="lora", ttt_chunk_size=8, ttt_lora_rank=2,
+            ttt_lora_targets="q,mlp,head", ttt_grad_steps=2, micro_batch_tokens=12 * micro_rows,
+        )  # fmt: skip
+        model = random_model(run.cfg)
+        trainer = train_gpt.AdapterTrainer(run, model, 5)
+        generator, shapes = torch.Generator().manual_seed(1), []
+        ids_BT = torch.randint(run.cfg.vocab_size, (5, 12), generator=generator)
+        batch = train_gpt.Batch(ids_BT, ids_BT.roll(-1, 1), 3, None, torch.ones(5, 12))
+        forward = model.token_nll
+
+        def noted(ids_BT: Tensor, *args: Any, forward: Any = forward, **more: Any) -> Any:
+            shapes.append(len(ids_BT))  # noqa: B023
+            return forward(ids_BT, *args, **more)
+
+        model.token_nll = noted  # type: ignore[method-assign]
+        scores = [trainer.step(batch, learns) for _ in range(2)]
+        outcomes.append([*scores, *[param.detach() for param in trainer.params]])
+        assert max(shapes) == micro_rows
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -779,7 +779,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.x_BTD = x_BTD
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.x_BTD
 
 

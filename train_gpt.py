@@ -104,6 +104,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
 LOADER_CHOICES = ("stream", "shuffled", "coprime")
 DATA_CHECKS = ("quick", "full")
+METRICS_CHOICES = ("none", "tensorboard", "wandb")
 EMBED_INITS = ("normal", "overtone")
 MIX_INITS = ("last", "phase")
 MATRIX_INITS = ("default", "orthogonal", "orthogonal_scaled")
@@ -153,6 +154,9 @@ class Config:
     compile: bool = knob(True, "compile blocks and loss with torch.compile")
     attention: str = knob(
         "auto", "attention kernel; auto = the best one installed", choices=KERNEL_CHOICES
+    )
+    metrics: str = knob(
+        "none", "also send metrics.jsonl's numbers to this package", choices=METRICS_CHOICES
     )
     target_val_bpb: float = knob(
         0.0, "exit with status 1 if the final score is above this; 0 = no bound", unit="bpb", low=0
@@ -333,6 +337,9 @@ class Config:
     )
     train_log_every: int = knob(200, "steps between training log lines", unit="steps", low=1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = none", unit="steps", low=0)
+    val_sample_tokens: int = knob(
+        0, "these validations score only the first tokens; 0 = all", unit="tokens", low=0
+    )
     # Quantization and artifact
     attn_bits: int = knob(8, "attention matrices: code width; 16 = fp16", unit="bits", choices=BITS)
     mlp_bits: int = knob(8, "MLP matrices: code width; 16 = fp16", unit="bits", choices=BITS)
@@ -1012,18 +1019,34 @@ class Run:
     )
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # by log event
     signal_received: bool = False
+    # METRICS: gets numbers by name, and the step; what is to be closed at the end of the run.
+    send_metrics: Callable[[dict[str, float], int], None] | None = None
+    step: int = 0  # the last one that was logged
+    at_exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0
 
+    def show(self, text: str) -> None:
+        """Rank 0: replace the last line of a terminal; elsewhere nothing is shown."""
+        if self.is_rank0 and sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1  # a longer line could not be replaced
+            print(f"\r\x1b[K{text:.{width}}", end="", flush=True)
+
     def log(self, event: str, **values: Any) -> None:
         """Rank 0: write one line to stdout, to train.log and to metrics.jsonl."""
         if self.is_rank0:
             line = format_event(event, **values)
+            self.show("")
             print(line, flush=True)
             self.append("train.log", line)
             self.append("metrics.jsonl", json.dumps({"event": event, **values}))
+            self.step = values.get("step", self.step)
+            if self.send_metrics:
+                kinds = (int, float)  # without bool
+                numbers = {f"{event}/{k}": v for k, v in values.items() if type(v) in kinds}
+                self.send_metrics(numbers, self.step)
 
     def append(self, name: str, line: str) -> None:
         """Rank 0: add a line to a file in RUN_DIR."""
@@ -1033,8 +1056,12 @@ class Run:
                 file.write(line + "\n")
 
     @contextlib.contextmanager
-    def stage(self, name: str, budget: str = "other") -> Generator[None]:
-        """Time a stage of the run and add its seconds to `budget` in the ledger."""
+    def stage(self, name: str, budget: str = "other", **expected: float) -> Generator[None]:
+        """Time a stage of the run and add its seconds to `budget` in the ledger.
+
+        `expected` is logged at its start: limit_s or estimated_s, where one is known.
+        """
+        self.log("begin", name=name, **expected)
         start_s = time.perf_counter()
         try:
             yield
@@ -1106,7 +1133,7 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
     )
     if world_size > 1:
         join_process_group("nccl" if device.type == "cuda" else "gloo")
-    with contextlib.ExitStack() as undo:
+    with run.at_exit as undo:
         now = f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}"
         run_id = cfg.run_id or run.broadcast_object(now)
         run.directory = Path(cfg.run_dir or Path("logs") / run_id)
@@ -1376,6 +1403,30 @@ def log_setup(run: Run) -> None:
         write_atomic(run.directory / "train_gpt_source.py", source.encode())
 
 
+def open_metrics(run: Run) -> None:
+    """Rank 0: let `log` send its numbers to the package that METRICS names."""
+    cfg = run.cfg
+    try:
+        if cfg.metrics == "wandb":
+            wandb = importlib.import_module("wandb")
+            name, config = cfg.run_id or run.directory.name, dataclasses.asdict(cfg)
+            wandb.init(project="parameter-golf", name=name, dir=str(run.directory), config=config)
+            run.at_exit.callback(wandb.finish)
+            run.send_metrics = lambda numbers, step: wandb.log(numbers, step=step)
+        elif cfg.metrics == "tensorboard":
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+            writer = tensorboard.SummaryWriter(str(run.directory))
+            run.at_exit.callback(writer.close)
+
+            def send(numbers: dict[str, float], step: int) -> None:
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
+
+            run.send_metrics = send
+    except Exception as error:  # of the package: no account, no network, another version
+        raise InputError(f"METRICS={cfg.metrics} cannot be used: {error!s:.300}") from error
+
+
 # --- 3. Data -------------------------------------------------------------------------------------
 # Token shards in the format of the published FineWeb sets, the training batches made from them,
 # and the validation text with its byte counts. Which tokens a batch holds is a pure function of
@@ -1619,6 +1670,13 @@ class Validation(NamedTuple):
     def num_targets(self) -> int:
         return len(self.ids) - 1
 
+    def head(self, num_targets: int) -> Validation:
+        """The beginning of the text, of `num_targets`; all of it for 0."""
+        if not 0 < num_targets < self.num_targets:
+            return self
+        ids = self.ids[: num_targets + 1].copy()
+        return Validation(ids, self.target_bytes[:num_targets].copy(), True)
+
 
 def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor) -> Validation:
     """Read and check the validation shards; with CHECK_DATA=full, hash the training shards too.
@@ -1646,12 +1704,7 @@ def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor
     if sidecars:
         counts = read_sidecar(cfg, sidecars, ids, table)
     check_totals(cfg, ids, counts)
-    limit = min(total, (cfg.val_tokens_limit or total) + 1)
-    return Validation(
-        ids=ids[:limit].copy(),
-        target_bytes=counts[1:limit].astype(np.int64),
-        partial=limit < total,
-    )
+    return Validation(ids, counts[1:].astype(np.int64), partial=False).head(cfg.val_tokens_limit)
 
 
 class ByteTable:
@@ -1812,9 +1865,8 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
     existing = [path for path in candidates if path.exists()]
     require(
         existing,
-        f"no tokenizer at {' or '.join(map(str, candidates))}; set TOKENIZER_PATH, or make the "
-        f"data set: python data/prepare.py --source stdlib --vocab-size {cfg.vocab_size} --out "
-        f"{cfg.data_path}",
+        f"no tokenizer at {' or '.join(map(str, candidates))}; set TOKENIZER_PATH, or "
+        + ways_to_data(cfg),
     )
     path = existing[0]
     regular_file_size(path)
@@ -1827,6 +1879,19 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
     if manifest is not None:
         require_listed(cfg, f"SHA-256 of {path}", sha256, manifest.tokenizer_sha256)
     return processor, sha256
+
+
+def ways_to_data(cfg: Config) -> str:
+    """How to get the data set that DATA_PATH names, and how to go on without it."""
+    name = Path(os.path.abspath(cfg.data_path)).name
+    source, demo = "--input FILE_OR_FOLDER", "; for a first look without a download: make run"
+    if published := re.fullmatch(r"fineweb10B_(sp\d+)(.*)", name):
+        variant = published[1] + "-caseops" * bool(published[2])
+        return f"fetch the published shards: python data/download.py --variant {variant}{demo}"
+    if name == "demo":
+        source, demo = "--source stdlib", ", or let `make run` do all"
+    command = f"python data/prepare.py {source} --vocab-size {cfg.vocab_size} --out {cfg.data_path}"
+    return f"make it: {command}{demo}"
 
 
 def tokenizer_candidates(cfg: Config) -> list[Path]:
@@ -1872,9 +1937,7 @@ def find_shards(cfg: Config, part: str) -> list[Path]:
     check_listed(cfg, part, names)
     require(
         names or part == "val_bytes",
-        f"DATA_PATH={folder} holds no *_{part}_*.bin shard; fetch the published ones with "
-        "data/download.py, or make some: python data/prepare.py --source stdlib --vocab-size "
-        f"{cfg.vocab_size} --out {folder}",
+        f"DATA_PATH={folder} holds no *_{part}_*.bin shard; " + ways_to_data(cfg),
     )
     return [folder / name for name in names]
 
@@ -3588,6 +3651,8 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
         torch.cuda.reset_peak_memory_stats(run.device)
     # Reads the first batch, and with it the order of the epoch, before the clock starts.
     loader.batch(trainer.progress.tokens, trainer.next_stage())
+    limit_s = run.cfg.train_seconds
+    run.log("begin", name="train", **({"limit_s": limit_s} if limit_s else {}))
     train_loop(trainer, loader, validate)
     progress = trainer.progress
     run.ledger["training"] = progress.train_s
@@ -3626,8 +3691,9 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
         check_finite(trainer, loss, previous_loss, bad_loss=flags.bad_loss, check_weights=saves)
         previous_loss = loss
-        if step % cfg.train_log_every == 0 or step <= resumed_step + FIRST_LOGGED_STEPS or is_over:
-            log_step(trainer, loss, scale)
+        is_first = step <= resumed_step + FIRST_LOGGED_STEPS
+        is_logged = step % cfg.train_log_every == 0 or is_first or is_over
+        log_step(trainer, loss, scale, is_logged)
         if saves:
             before_s = trainer.progress.train_s
             trainer.muon.gather_buffers()
@@ -3683,16 +3749,22 @@ def check_finite(
         )
 
 
-def log_step(trainer: Trainer, loss: float, scale: float) -> None:
-    """Log a training step with its loss and learning rate multiplier."""
-    trainer.run.log(
-        "step",
-        step=trainer.progress.step,
-        steps=trainer.run.cfg.iterations,
-        train_loss=round(loss, 5),
-        lr_scale=round(scale, 5),
-        **trainer.progress.throughput(),
-    )
+def log_step(trainer: Trainer, loss: float, scale: float, is_logged: bool) -> None:
+    """Log a training step, or only show it in the last line of a terminal."""
+    run, progress = trainer.run, trainer.progress
+    done = progress.fraction(run.cfg)
+    values = {
+        "step": progress.step,
+        "progress": round(done, 4),
+        "eta_s": round(progress.train_s / done - progress.train_s, 1),
+        "train_loss": round(loss, 5),
+        "lr_scale": round(scale, 5),
+        **progress.throughput(),
+    }
+    if is_logged:
+        run.log("step", **values)
+    else:
+        run.show(format_event("step", **values))
 
 
 def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
@@ -3706,7 +3778,7 @@ def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
     except Interrupted:
         save_checkpoint(trainer)
         raise
-    run.log("val", step=step, steps=run.cfg.iterations, **score.summary())
+    run.log("val", step=step, **score.summary())
 
 
 MAX_INITIAL_EMA_WEIGHT = 0.01  # of the initial weights in the exported EMA, without a warning
@@ -3973,6 +4045,7 @@ RESUME_IGNORED_KNOBS = {
     "target_val_bpb",
     "train_log_every",
     "val_loss_every",
+    "val_sample_tokens",
     "artifact",
     "submission_name",
     "run_id",
@@ -3982,6 +4055,7 @@ RESUME_IGNORED_KNOBS = {
     "data_path",
     "tokenizer_path",
     "check_data",
+    "metrics",
     "prompt",
     "temperature",
     "top_k",
@@ -6208,6 +6282,8 @@ class EvalRunner:
         for step_index, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
             self.scorer.step_index = step_index
+            shown = {"step": step_index, "elapsed_s": round(time.perf_counter() - started_s)}
+            self.run.show(format_event("evaluate", steps=len(self.plan), **shown))
             step = budget.fit_step(planned, step_index) if budget else planned
             if step is None:
                 continue
@@ -6528,8 +6604,12 @@ def evaluate_and_log(
 
     Returns its seconds without compilation. Raises PassAbandoned if it does not fit.
     """
-    limit = limit or TimeLimit()
-    with run.stage(f"evaluate_{kind}", "other" if kind == "prequant" else "evaluation"):
+    limit, expected = limit or TimeLimit(), dict[str, float]()
+    if kind in ("prequant", "quantized") and "train_end" in run.scores:
+        tokens_per_s = run.scores["train_end"]["tokens_per_s"]
+        expected["estimated_s"] = round(validation.num_targets / TRAIN_COST / tokens_per_s, 1)
+    budget_name = "other" if kind == "prequant" else "evaluation"
+    with run.stage(f"evaluate_{kind}", budget_name, **expected):
         score, budget, marks = run_pass(run, model, validation, kind, limit)
     if not math.isfinite(score.nats):
         raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
@@ -7103,8 +7183,16 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may be unable to encode a name
             stream.reconfigure(errors="backslashreplace")
-    env = os.environ
+    env, arguments = os.environ, sys.argv[1:]
+    if {"-h", "--help"} & {*arguments}:
+        print(usage(), flush=True)
+        return 0
     try:
+        require(
+            not arguments,
+            f"the argument {' '.join(arguments[:1])!r} is not read: settings are environment "
+            "variables, such as ITERATIONS=100; see --help",
+        )
         run_mode(env)
         ignore_signals()
         return 0
@@ -7114,6 +7202,31 @@ def main() -> int:
             raise
         ignore_signals()
         return report_error(expected, env)
+
+
+MAIN_KNOBS = (
+    "recipe data_path vocab_size num_layers model_dim train_seq_len train_batch_tokens "
+    "micro_batch_tokens matrix_lr iterations max_wallclock_seconds artifact_budget_bytes "
+    "eval_stride ttt_method seed run_dir"
+).split()
+
+
+def usage() -> str:
+    """The text of --help: how to run, and the knobs that are changed most."""
+    knobs = [
+        f"  {f.name.upper()}={f.default}  {f.metadata['doc']}"
+        for f in fields(Config)
+        if f.name in MAIN_KNOBS
+    ]
+    return "\n".join(
+        [
+            (__doc__ or "").partition("\n\nSections")[0],
+            "",
+            "The knobs that are changed most, with their defaults:",
+            *knobs,
+            "All knobs: KNOBS.md, and with their values MODE=describe. First steps: README.md.",
+        ]
+    )
 
 
 def run_mode(env: Mapping[str, str]) -> None:
@@ -7142,7 +7255,13 @@ def execute(run: Run) -> None:
         return
     validation = load_validation(cfg, processor) if trains else None
     find_compressor(cfg.compressor)  # a missing package must not be found after the training
+    require(
+        cfg.metrics == "none" or importlib.util.find_spec(cfg.metrics),
+        f"METRICS={cfg.metrics} needs a package that is not installed: pip install {cfg.metrics}, "
+        "or leave it out; metrics.jsonl has the same numbers",
+    )
     prepare_directory(run, artifact)
+    run.run_on_rank0(lambda: open_metrics(run))
     if validation is not None and not has_artifact:
         train_and_write(run, artifact, validation, tokenizer_sha256)
     sizes = check_sizes(run, artifact)
@@ -7317,11 +7436,14 @@ def train_and_write(
     num_params = sum(parameter.numel() for parameter in model.parameters())
     run.log("model", params=num_params, plan=format_schedule(model.schedule))
     run.log("data", train_tokens=stream.num_tokens, val_targets=validation.num_targets)
-    trainer = train(run, model, loader, lambda: evaluate(run, model, validation, cfg.score_seq_len))
+    sample = validation.head(cfg.val_sample_tokens)
+    trainer = train(run, model, loader, lambda: evaluate(run, model, sample, cfg.score_seq_len))
     evaluate_and_log(run, model, validation, "prequant")
     hessians = dict[str, KroneckerHessian]()
     if cfg.quantizer == "gptq":
-        with run.stage("calibrate", "training"):
+        with run.stage(
+            "calibrate", "training", limit_s=cfg.max_wallclock_seconds - cfg.train_seconds
+        ):
             hessians = calibrate(run, model, loader, trainer.progress)
     with run.stage("write_artifact"):
         run.run_on_rank0(lambda: write_artifact(run, artifact, model, hessians, tokenizer_sha256))

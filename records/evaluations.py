@@ -47,7 +47,16 @@ from matplotlib.axes import Axes  # noqa: E402
 import train_gpt  # noqa: E402
 from records.logs import METRICS, Json, RunLog  # noqa: E402
 from records.markdown import table_lines  # noqa: E402
-from records.plots import FAINT, INK, PALETTE, STYLE, display_name, save_figure  # noqa: E402
+from records.plots import (  # noqa: E402
+    FAINT,
+    INK,
+    LABEL_BOX,
+    PALETTE,
+    STYLE,
+    display_name,
+    make_room_for_labels,
+    save_figure,
+)
 from records.results import append_result, parse_settings, read_results  # noqa: E402
 from records.significance import mean_and_std, paired_p  # noqa: E402
 from train_gpt import InputError  # noqa: E402
@@ -315,7 +324,7 @@ def draw_panel(axes: Axes, panel: Panel, color: str) -> None:
         axes.plot(mean, place, "o", color=color, ms=6, mec="white", zorder=4)
         axes.annotate(
             f"{mean:.4f}", (max(bpb), place), xytext=(7, 0), textcoords="offset points",
-            va="center", color=INK, fontsize=8,
+            va="center", color=INK, fontsize=8, bbox=LABEL_BOX,
         )  # fmt: skip
     if BASE in panel.scores:
         axes.axvline(mean_bpb(panel.scores[BASE]), color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1)
@@ -324,7 +333,7 @@ def draw_panel(axes: Axes, panel: Panel, color: str) -> None:
     axes.set_yticks(range(len(methods)), labels)
     axes.set_ylim(max(len(methods), 1) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.margins(x=0.2)
+    make_room_for_labels(axes, [bpb for scores in panel.scores.values() for bpb, _ in scores])
     axes.set_title(display_name(panel.model))
     axes.set_xlabel("bits per byte (dashed: sliding window)")
 

@@ -34,8 +34,8 @@ FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
 SCORING_EVENTS = {*FINAL_SCORES, "pass", "final", "size", "bytes", "ledger"}
 # Knobs of one run or one person. They are not part of the settings that a record publishes.
 RUN_KNOBS = {
-    "ARTIFACT", "MODE", "RECIPE", "RESUME", "RUN_DIR", "RUN_ID", "SEED", "SUBMISSION_AUTHOR",
-    "SUBMISSION_NAME",
+    "ARTIFACT", "MAX_NEW_TOKENS", "METRICS", "MODE", "PROMPT", "RECIPE", "RESUME", "RUN_DIR",
+    "RUN_ID", "SEED", "SUBMISSION_AUTHOR", "SUBMISSION_NAME", "TEMPERATURE", "TOP_K",
 }  # fmt: skip
 # Knobs that a record states once, so that training and scoring must agree on them.
 SHARED_KNOBS = ("DATA_PATH", "TOKENIZER_PATH", "PRECISION", "COMPILE", "ATTENTION", "TRACK")
@@ -56,7 +56,14 @@ EVENT_KINDS: dict[str, dict[str, str]] = {
     "model": {"params": COUNT},
     "data": {"train_tokens": COUNT, "val_targets": COUNT},
     "stage": {"name": TEXT, "elapsed_s": NUMBER, "budget": TEXT},
-    "step": {"step": COUNT, "steps": COUNT, "train_loss": LOSS, **PACE_KINDS},
+    "step": {
+        "step": COUNT,
+        "steps": COUNT,
+        "progress": NUMBER,
+        "eta_s": NUMBER,
+        "train_loss": LOSS,
+        **PACE_KINDS,
+    },  # fmt: skip
     "val": {"step": COUNT, **SCORE_KINDS},
     "train_end": {"steps": COUNT, **PACE_KINDS},
     "size": dict.fromkeys(("artifact_bytes", "code_bytes", "total_bytes", "budget_bytes"), COUNT),

@@ -240,6 +240,17 @@ def find_yardsticks(logs: Sequence[RunLog]) -> list[tuple[str, float]]:
     return list_yardsticks(marks)[::-1]
 
 
+# Behind the value beside a dot, so that no line of the grid runs through it.
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+
+
+def make_room_for_labels(axes: Axes, scores: Sequence[float]) -> None:
+    """Set the x axis so that all dots are in it, and the values to the right of them as well."""
+    if scores:
+        width = max(max(scores) - min(scores), 1e-3)
+        axes.set_xlim(min(scores) - 0.06 * width, max(scores) + 0.22 * width)
+
+
 def draw_row(axes: Axes, place: float, scores: Sequence[float], color: str, label: bool) -> None:
     """Draw a mean as a dot with its value, and the single scores as small dots."""
     mean = statistics.fmean(scores)
@@ -249,7 +260,7 @@ def draw_row(axes: Axes, place: float, scores: Sequence[float], color: str, labe
     if label:
         axes.annotate(
             f"{mean:.4f}", (max(scores), place), xytext=(7, 0), textcoords="offset points",
-            va="center", color=color if color != PALETTE[0] else INK, fontsize=8.5,
+            va="center", color=color if color != PALETTE[0] else INK, fontsize=8.5, bbox=LABEL_BOX,
         )  # fmt: skip
 
 
@@ -270,7 +281,8 @@ def draw_scores(axes: Axes, groups: Sequence[Sequence[RunLog]], colors: Sequence
         axes.axhline(len(stages) - 0.5, color="#b8c2cb", lw=0.8)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
-    axes.margins(x=0.25)
+    means = [bpb for name in stages for log in logs for bpb in stage_scores(log, name)]
+    make_room_for_labels(axes, [*means, *(bpb for _, bpb in marks)])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("bits per byte")
     axes.set_title("Validation (lower is better)")

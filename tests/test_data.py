@@ -139,10 +139,31 @@ def test_shards_of_a_split_come_in_the_order_of_their_numbers(tmp_path: Path):
 def test_a_missing_part_is_refused_with_a_way_to_make_it(tmp_path: Path, part: str):
     folder = tmp_path / "none"
     assert refusal_of(lambda: find_shards(Config(data_path=str(folder)), part)) == (
-        f"DATA_PATH={folder} holds no *_{part}_*.bin shard; fetch the published ones with "
-        "data/download.py, or make some: python data/prepare.py --source stdlib --vocab-size 8192 "
-        f"--out {folder}"
+        f"DATA_PATH={folder} holds no *_{part}_*.bin shard; make it: python data/prepare.py "
+        f"--input FILE_OR_FOLDER --vocab-size 8192 --out {folder}; for a first look without a "
+        "download: make run"
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("fineweb10B_sp8192", "data/download.py --variant sp8192; "),
+        ("fineweb10B_sp1024", "data/download.py --variant sp1024; "),
+        (
+            "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+            "data/download.py --variant sp8192-caseops; ",
+        ),
+        ("demo", "data/prepare.py --source stdlib --vocab-size 8192 --out "),
+        ("mine", "data/prepare.py --input FILE_OR_FOLDER --vocab-size 8192 --out "),
+    ],
+)
+def test_missing_data_name_the_command_for_that_folder_and_the_demo(
+    tmp_path: Path, folder: str, command: str
+):
+    refusal = refusal_of(lambda: load_tokenizer(Config(data_path=str(tmp_path / folder))))
+    assert command in refusal and "make run" in refusal
+    assert ("--source stdlib" in refusal) == (folder == "demo")
 
 
 def test_a_missing_sidecar_is_no_error(tmp_path: Path):
@@ -605,7 +626,8 @@ def test_a_missing_tokenizer_is_refused_with_the_places_and_the_remedy(tmp_path:
     assert refusal_of(lambda: load_tokenizer(tiny_config(data_path=str(folder)))) == (
         f"no tokenizer at {folder}/tokenizer.model or "
         f"{tmp_path}/tokenizers/fineweb_320_bpe.model; set TOKENIZER_PATH, or make "
-        f"the data set: python data/prepare.py --source stdlib --vocab-size 320 --out {folder}"
+        f"it: python data/prepare.py --input FILE_OR_FOLDER --vocab-size 320 --out {folder}; "
+        "for a first look without a download: make run"
     )
     cfg = tiny_config(data_path=str(folder), tokenizer_path=str(tmp_path / "no.model"))
     assert refusal_of(lambda: load_tokenizer(cfg)).startswith(

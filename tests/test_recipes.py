@@ -243,11 +243,12 @@ def test_a_small_stack_sets_no_knob_to_its_default(path: Path) -> None:
 
 
 def test_the_best_small_stack_is_the_record_s_setting() -> None:
-    """But for knobs that concern nothing in it."""
+    """But for knobs that concern nothing in it, and for the validations during training."""
     (record,) = FOLDER.parent.glob("track_cpu_10min_1mb/*_ShortFirst")
     log = RunLog.read(record / "metrics_seed1337.jsonl")
     stack = train_gpt.config_from_env({"RECIPE": str(record.parent / "short_first.env")})
     values = {name: getattr(stack, name.lower()) for name in run_settings(log)}
+    assert values.pop("VAL_LOSS_EVERY") > 0
     ran = {name: log.config["values"][name] for name in values}
     assert values == ran and {"TRAIN_SEQ_SCHEDULE", "SMEAR_GATE"} < ran.keys()
 

@@ -1435,6 +1435,7 @@ def open_metrics(run: Run) -> None:
 # one, otherwise against the rules that every data set follows.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS_ID = 20240520, 1, 1024, 1
+CASE_MARKERS = "\ue001\ue002\ue003\ue004"  # data/case_markers.py
 REMEDY = "rebuild it with data/prepare.py or data/download.py"
 FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
@@ -1701,6 +1702,12 @@ def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor
         f"tokenizer; {REMEDY}",
     )
     counts = table.count_text(ids)
+    has_markers = processor.unk_id() not in processor.piece_to_id(list(CASE_MARKERS))
+    require(
+        sidecars or not has_markers,
+        f"DATA_PATH={cfg.data_path}: the tokenizer has case markers, which stand for no text, but "
+        f"no *_val_bytes_*.bin gives the bytes of the original text; {REMEDY}",
+    )
     if sidecars:
         counts = read_sidecar(cfg, sidecars, ids, table)
     check_totals(cfg, ids, counts)

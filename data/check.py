@@ -33,7 +33,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.files import (  # noqa: E402  (the path above makes the import possible)
+from data import case_markers  # noqa: E402  (the path above makes the import possible)
+from data.files import (  # noqa: E402
     MANIFEST,
     hash_file,
     make_output_safe,
@@ -43,6 +44,7 @@ from data.files import (  # noqa: E402  (the path above makes the import possibl
 from data.prepare import (  # noqa: E402
     TOKENIZER_FILE,
     Processor,
+    decode_ids,
     is_lossless,
     load_processor,
     read_manifest,
@@ -282,6 +284,8 @@ def check_sidecar(
     if len(sidecar) != len(ids):
         report.problem(f"sidecar: {len(sidecar):,} counts for {len(ids):,} validation tokens")
         return False
+    if data.manifest.get("transform") == case_markers.NAME:
+        return check_marked(data, ids, sidecar, report)
     if is_lossless(data.processor):
         if num_wrong := int((sidecar != by_pieces).sum()):
             report.problem(f"sidecar: {num_wrong:,} counts differ from the bytes of their pieces")
@@ -296,6 +300,22 @@ def check_sidecar(
             f"sidecar: {num_bytes:,} bytes, but the pieces stand for {num_decoded:,}; a sidecar of "
             "this text would be nearer to that"
         )
+    return True
+
+
+def check_marked(data: DataSet, ids: np.ndarray, sidecar: np.ndarray, report: Report) -> bool:
+    """Check each document's counts against the text that its tokens and case markers stand for."""
+    starts = np.flatnonzero(ids == BOS_ID)
+    num_wrong = num_unlike = 0
+    for start, end in zip(starts, np.append(starts[1:], len(ids)), strict=True):
+        marked = decode_ids(data.processor, ids[start:end].tolist()).decode("utf-8", "replace")
+        text = case_markers.decode(marked)
+        num_unlike += case_markers.encode(text) != marked
+        num_wrong += int(sidecar[start:end].sum(dtype=np.int64)) != len(text.encode("utf-8"))
+    if num_wrong:
+        report.problem(f"sidecar: the counts of {num_wrong:,} documents do not sum to their bytes")
+    if num_unlike and is_lossless(data.processor):
+        report.problem(f"case markers of {num_unlike:,} documents are not those of their text")
     return True
 
 

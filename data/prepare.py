@@ -51,7 +51,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.files import (  # noqa: E402  (the path above makes the import possible)
+from data import case_markers  # noqa: E402  (the path above makes the import possible)
+from data.files import (  # noqa: E402
     MANIFEST,
     MANIFEST_FORMAT,
     hash_file,
@@ -98,8 +99,9 @@ MAX_TOKENIZER_BYTES = 1 << 26
 # Text that common normalizations change: case, forms, widths, controls, whitespace.
 PROBE = "  A  b \t\r\n\n \u00c5 A\u030a \ufb01 \uff21 \u3000 \u00ad \u200b \ufeff \x00\x7f 12 \n "
 # Long texts are encoded in segments, which halves the time and bounds the memory. A cut lies before
-# a run of spaces that follows another character, where no piece of a lossless tokenizer can cross.
+# a run of spaces that follows another character, where most tokenizers have no piece that crosses.
 SEGMENT = re.compile(f"{SPACE}|[^{SPACE}]{{1,4096}} *[^ {SPACE}]*")
+STRETCH = re.compile(f"{SPACE}|[^{SPACE}]+")  # where pieces cross spaces
 
 
 @functools.lru_cache(maxsize=8)
@@ -164,14 +166,17 @@ def has_no_normalization(processor: Processor) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def is_lossless(processor: Processor) -> bool:
-    """Whether encode_document can keep every text exactly.
-
-    The tokenizer must not normalize, nor have pieces with a space after another character.
-    """
-    pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
-    if any(SPACE in piece.lstrip(SPACE) for piece in pieces) or not has_no_normalization(processor):
+    """Whether encode_document can keep every text exactly: the tokenizer must not normalize."""
+    if not has_no_normalization(processor):
         return False
     return decode_ids(processor, processor.encode(PROBE)) == PROBE.encode("utf-8")
+
+
+@functools.lru_cache(maxsize=8)
+def crosses_spaces(processor: Processor) -> bool:
+    """Whether a piece has a space after another character."""
+    pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
+    return any(SPACE in piece.lstrip(SPACE) for piece in pieces)
 
 
 def decode_ids(processor: Processor, ids: Iterable[int]) -> bytes:
@@ -197,7 +202,8 @@ def encode_segments(processor: Processor, text: str) -> Iterator[list[int]]:
         return
     if text.startswith(" "):
         yield byte_ids(processor, " ")
-    for match in SEGMENT.finditer(text, text.startswith(" ")):
+    pattern = STRETCH if crosses_spaces(processor) else SEGMENT
+    for match in pattern.finditer(text, text.startswith(" ")):
         segment = match[0]
         yield byte_ids(processor, SPACE) if segment == SPACE else processor.encode(segment)
 
@@ -205,6 +211,14 @@ def encode_segments(processor: Processor, text: str) -> Iterator[list[int]]:
 def decode_document(processor: Processor, ids: Iterable[int]) -> str:
     """The text of token ids; control tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
     return decode_ids(processor, ids).decode("utf-8", errors="replace")
+
+
+def count_original_bytes(processor: Processor, marked: str) -> list[int]:
+    """What count_bytes gives for a text with case markers, which stand for no bytes."""
+    ends = np.cumsum(count_bytes(processor, marked))
+    before = case_markers.original_bytes(marked.encode("utf-8"))[ends]
+    counts: list[int] = np.diff(before, prepend=0).tolist()
+    return counts
 
 
 def count_bytes(processor: Processor, text: str) -> list[int]:
@@ -408,7 +422,22 @@ MIN_VOCAB_SIZE = 4 + 256 + 3  # special pieces, byte pieces, required characters
 SENTENCE = re.compile("[^\0\u2581\u2585]{1,4096}(?= )|[^\0\u2581\u2585]{1,4096}")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
+def tokenizer_settings(options: Options) -> dict[str, Any]:
+    """SentencePiece's settings for these options."""
+    settings = {
+        **TOKENIZER_SETTINGS,
+        "model_type": options.model,
+        "split_digits": options.digits != "group",
+        "split_by_whitespace": not options.superwords,
+    }
+    if options.case_markers == "merge":
+        settings["required_chars"] += case_markers.MARKERS
+    elif options.case_markers == "separate":
+        settings["user_defined_symbols"] = list(case_markers.MARKERS)
+    return settings
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, settings: dict[str, Any]) -> bytes:
     """A SentencePiece model of `vocab_size` pieces; the same bytes for the same texts."""
     model = io.BytesIO()
     sentences = (sentence for text in texts for sentence in SENTENCE.findall(text))
@@ -418,7 +447,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
                 sentence_iterator=sentences,
                 model_writer=model,
                 vocab_size=vocab_size,
-                **TOKENIZER_SETTINGS,
+                **settings,
             )
     except RuntimeError as error:
         num_bytes = sum(len(text.encode("utf-8")) for text in texts)
@@ -483,6 +512,7 @@ class Batch(NamedTuple):
     path: Path
     bytes_path: Path | None  # the byte counts' small shard, for validation batches with a sidecar
     model_path: Path
+    has_markers: bool  # of case_markers
 
 
 def encode_batch(batch: Batch) -> int:
@@ -492,23 +522,35 @@ def encode_batch(batch: Batch) -> int:
     num_bytes = 0
     for document in batch.documents:
         document_ids = array("H", [BOS_ID])
-        for segment in encode_segments(processor, document.text):
+        text = case_markers.encode(document.text) if batch.has_markers else document.text
+        for segment in encode_segments(processor, text):
             document_ids.extend(segment)
-        raw = document.text.encode("utf-8")
-        if is_lossless(processor) and decode_ids(processor, document_ids) != raw:
+        if is_lossless(processor) and not is_kept(processor, document_ids, document, batch):
             raise InputError(
                 f"{document.place}: the tokenizer does not give back this document, which begins "
                 f"{document.text[:40]!r}; leave out --tokenizer to train one that does"
             )
         ids += document_ids
+        num_document_bytes = len(document.text.encode("utf-8"))
         if batch.bytes_path is not None:
-            counts.extend(check_counts(count_bytes(processor, document.text), document))
-        num_bytes += len(raw)
+            count = count_original_bytes if batch.has_markers else count_bytes
+            document_counts = check_counts(count(processor, text), document)
+            assert sum(document_counts) == num_document_bytes, f"{document.place}: bytes"
+            counts.extend(document_counts)
+        num_bytes += num_document_bytes
     if batch.bytes_path is not None:
         assert len(counts) == len(ids), f"{len(counts)} byte counts for {len(ids)} tokens"
         write_shard(batch.bytes_path, np.array(counts))
     write_shard(batch.path, np.array(ids))  # last: a batch with this file is finished
     return num_bytes
+
+
+def is_kept(processor: Processor, ids: Iterable[int], document: Document, batch: Batch) -> bool:
+    """Whether the tokens give back the document's text."""
+    raw = decode_ids(processor, ids)
+    if batch.has_markers:
+        return case_markers.decode(raw.decode("utf-8")) == document.text
+    return raw == document.text.encode("utf-8")
 
 
 def check_counts(counts: list[int], document: Document) -> list[int]:
@@ -596,6 +638,10 @@ class Options(argparse.Namespace):
     out: Path
     dedup: bool
     byte_sidecar: bool
+    case_markers: str | None
+    model: str
+    digits: str
+    superwords: bool
     write_val_text: bool
     workers: int | None
     batch_bytes: int
@@ -639,7 +685,7 @@ class Plan(NamedTuple):
     @property
     def has_sidecar(self) -> bool:
         """Whether the byte sidecar is written: if asked for, or if the bytes need it."""
-        return self.options.byte_sidecar or self.is_normalizing
+        return self.options.byte_sidecar or self.is_normalizing or bool(self.options.case_markers)
 
     @property
     def split_rule(self) -> str:
@@ -690,6 +736,11 @@ class Plan(NamedTuple):
             "dedup": options.dedup,
             "byte_sidecar": self.has_sidecar,
             "write_val_text": options.write_val_text,
+            # None where a data set of an earlier version has no such entry
+            "case_markers": options.case_markers,
+            "model": None if options.model == "bpe" else options.model,
+            "digits": None if options.digits == "split" else options.digits,
+            "superwords": options.superwords or None,
         }
 
 
@@ -780,8 +831,11 @@ def provide_tokenizer(plan: Plan, sample: Sample) -> Path:
         write_atomic(path, read_small(options.tokenizer, MAX_TOKENIZER_BYTES))
         return path
     texts = sample.texts()
-    settings = repr((TOKENIZER_SETTINGS, options.vocab_size, sentencepiece.__version__))
-    digest = hashlib.sha256(settings.encode() + b"".join(map(hash_text, texts))).hexdigest()[:16]
+    if options.case_markers:
+        texts = list(map(case_markers.encode, texts))
+    settings = tokenizer_settings(options)
+    key = repr((settings, options.vocab_size, sentencepiece.__version__)).encode()
+    digest = hashlib.sha256(key + b"".join(map(hash_text, texts))).hexdigest()[:16]
     path = plan.partial / f"tokenizer_{digest}.model"
     if not path.exists():
         num_bytes = min(sample.num_bytes, sample.max_bytes)
@@ -790,7 +844,7 @@ def provide_tokenizer(plan: Plan, sample: Sample) -> Path:
             f"about {num_bytes / 3e6 + 1:.0f} s",
             flush=True,
         )
-        write_atomic(path, train_tokenizer(texts, options.vocab_size))
+        write_atomic(path, train_tokenizer(texts, options.vocab_size, settings))
     return path
 
 
@@ -831,13 +885,16 @@ class BatchMaker:
         """The documents held for one split, as a batch."""
         documents, self._documents[role], self._num_bytes[role] = self._documents[role], [], 0
         has_counts = role == Role.VAL and self.plan.has_sidecar
-        parts = [self.model_path.name.encode(), bytes([has_counts]), self._keys[role]]
+        has_markers = self.plan.options.case_markers is not None
+        flags = has_counts + 2 * has_markers
+        parts = [self.model_path.name.encode(), bytes([flags]), self._keys[role]]
         self._keys[role] = b""
         digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         stem = f"{role.name.lower()}_{len(self.paths[role]):06d}_{digest}"
         path = self.plan.partial / f"{stem}.bin"
         self.paths[role].append(path)
-        return Batch(documents, path, sidecar_of(path) if has_counts else None, self.model_path)
+        bytes_path = sidecar_of(path) if has_counts else None
+        return Batch(documents, path, bytes_path, self.model_path, has_markers)
 
 
 def sidecar_of(part: Path) -> Path:
@@ -1007,6 +1064,7 @@ def make_data_set(plan: Plan, owned: set[str]) -> None:
         "name": plan.options.name,
         "arguments": plan.arguments(),
         "split_rule": plan.split_rule,
+        "transform": case_markers.NAME if plan.options.case_markers else None,
         **entries,
         "left_out": {
             "empty": split.total(Role.EMPTY)[0],
@@ -1144,6 +1202,9 @@ def parse_name(text: str) -> str:
     return text
 
 
+TRAINING = ("bpe", "split", False)  # --model, --digits, --superwords if not given
+
+
 def parse_options(argv: list[str] | None) -> Options:
     """Parse the command line; exits with code 2 and a message if it is not usable."""
     parser = argparse.ArgumentParser(
@@ -1154,8 +1215,8 @@ def parse_options(argv: list[str] | None) -> Options:
     add = parser.add_argument
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--source", choices=["stdlib"], help="a built-in corpus, offline")
-    kinds = f"files ({' '.join(READERS)}), folders of such files, or quoted globs"
-    sources.add_argument("--input", nargs="+", default=[], metavar="PATH", help=kinds)
+    inputs = f"files ({' '.join(READERS)}), folders of such files, or quoted globs"
+    sources.add_argument("--input", nargs="+", default=[], metavar="PATH", help=inputs)
     add("--val-input", nargs="+", default=[], metavar="PATH", help="validation files")
     add("--val-frac", type=bounded(0, 1, float), default=0.06, help="share drawn as validation")
     add("--out", type=Path, required=True, help="folder for the result")
@@ -1168,12 +1229,20 @@ def parse_options(argv: list[str] | None) -> Options:
     add("--shard-tokens", type=bounded(1, 2**31 - 1), default=100_000_000, help="tokens a shard")
     add("--dedup", action="store_true", help="drop copies inside the training documents too")
     add("--byte-sidecar", action="store_true", help="write each validation token's byte count")
+    forms = "lower-case letters with markers before them; markers may be parts of pieces, or not"
+    kinds = ("merge", "separate")
+    add("--case-markers", nargs="?", const="merge", choices=kinds, metavar="FORM", help=forms)
+    add("--model", choices=("bpe", "unigram"), default="bpe", help="kind of tokenizer to train")
+    add("--digits", choices=("split", "group"), default="split", help="may pieces have several?")
+    add("--superwords", action="store_true", help="train pieces of several words")
     add("--write-val-text", action="store_true", help=f"write {VAL_TEXT_FILE}")
     add("--workers", type=bounded(1, 4096), help="processes (default: all cores, 1 if little text)")
     add("--batch-bytes", type=bounded(1, 10**9), default=4_000_000, help="text encoded at a time")
     add("--force", action="store_true", help="replace what another call made in --out")
     options = parser.parse_args(argv, namespace=Options())
     options.name = options.name or ("demo" if options.source else "corpus")
+    if options.tokenizer and (options.model, options.digits, options.superwords) != TRAINING:
+        parser.error("--model, --digits and --superwords train a tokenizer, but --tokenizer is set")
     return options
 
 

@@ -100,7 +100,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another tokenizer": (
         lambda d: (d / "tokenizer.model").write_bytes(
-            prepare.train_tokenizer([" ".join(TEXTS)], 300)
+            prepare.train_tokenizer([" ".join(TEXTS)], 300, prepare.TOKENIZER_SETTINGS)
         ),
         "the shards belong to another tokenizer",
     ),

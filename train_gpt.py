@@ -48,6 +48,7 @@ import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
 import time
 import tokenize
@@ -3128,8 +3129,13 @@ def compile_unavailable_reason(device: torch.device) -> str:
     """Why torch.compile cannot work on this machine, or an empty string."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "Triton is not installed"
-    compiler = os.access("/usr/bin/g++", os.X_OK) or shutil.which("g++") or shutil.which("clang++")
-    return "" if compiler else "no C++ compiler (g++) is installed"
+    compiler = os.environ.get("CXX") or "g++"  # as Inductor chooses it
+    command, assembly = [compiler, "-x", "c++", "-S", "-o", "-", "-"], b""
+    with contextlib.suppress(OSError, ValueError):
+        assembly = subprocess.run(
+            command, input=b"int f() { return 1; }", capture_output=True
+        ).stdout
+    return "" if assembly else f"no working C++ compiler ({compiler}); install g++ or set CXX"
 
 
 class AttentionBackend(NamedTuple):

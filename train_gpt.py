@@ -2127,17 +2127,22 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotary_table(cfg: Config, num_positions: int) -> Tensor:
-    """Cosines and sines of RoPE, (2, num_positions, ROPE_DIMS / 2), float32 (arXiv:2104.09864)."""
+def rotary_table(cfg: Config, num_positions: int, span: Span | None = None) -> Tensor:
+    """Cosines and sines of RoPE, (2, num_positions, ROPE_DIMS / 2), float32 (arXiv:2104.09864).
+
+    With `span`, those of the positions from span[0] to span[1], which may lie beyond the table.
+    """
     dims, base = cfg.rotary_dims, cfg.rope_base
     if cfg.rope_scaling == "ntk" and num_positions > cfg.train_seq_len and dims > 2:
         # NTK scaling: over the longer context, the lowest frequency turns by the same angle.
         base *= (num_positions / cfg.train_seq_len) ** (dims / (dims - 2))
     # On the CPU also for a model whose weights are on the meta device; see build_model.
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims)
-    position_T = torch.arange(num_positions, dtype=torch.float32, device="cpu")
-    angle_TE = torch.outer(position_T, frequency)
-    return torch.stack([angle_TE.cos(), angle_TE.sin()])
+    # In float32 the angles of late positions would be inaccurate.
+    dtype = torch.float64 if span else torch.float32
+    position_T = torch.arange(*span or (0, num_positions), dtype=dtype, device="cpu")
+    angle_TE = torch.outer(position_T, frequency.to(dtype))
+    return torch.stack([angle_TE.cos(), angle_TE.sin()]).float()
 
 
 def apply_rotary_emb(x_BTHE: Tensor, rotary_2TE: Tensor) -> Tensor:
@@ -2356,7 +2361,7 @@ EMBEDDING_CONTEXT = 3
 
 
 class LayerKVCache:
-    """KV cache of one layer call; keys are stored after RMSNorm and before RoPE."""
+    """KV cache of one layer call; keys are stored after RoPE by their positions in the document."""
 
     def __init__(self) -> None:
         self.pair: tuple[Tensor, Tensor] | None = None
@@ -2378,6 +2383,7 @@ class KVCache:
     def __init__(self, num_layer_calls: int, capacity: int):
         self.layers, self.capacity = [LayerKVCache() for _ in range(num_layer_calls)], capacity
         self.length, self.ids_BT = 0, torch.zeros(0, 0, dtype=torch.int64)
+        self.num_dropped = 0  # positions before the oldest one that is cached
 
     def keep_positions(self, start: int, stop: int) -> None:
         """Keep only the cached positions from `start` to `stop`."""
@@ -2385,6 +2391,7 @@ class KVCache:
             if layer.pair is not None:
                 layer.pair = layer.pair[0][:, start:stop], layer.pair[1][:, start:stop]
         self.ids_BT, self.length = self.ids_BT[:, start:stop], stop - start
+        self.num_dropped += start
 
     def append_tokens(self, ids_BT: Tensor) -> Tensor:
         """Append token ids; drop the oldest positions beyond the capacity.
@@ -2438,11 +2445,11 @@ class CausalSelfAttention(nn.Module):
         heads = (self.c_q(n_BTD), self.c_k(n_BTD), self.values(n_BTD, inputs, scalars))
         q_BTHE, k_BTKE, v_BTKE = [x.unflatten(-1, (-1, self.head_dim)) for x in heads]
         q_BTHE, k_BTKE, all_v_BTKE = rms_norm(q_BTHE), rms_norm(k_BTKE), v_BTKE
-        if inputs.kv_cache is not None:
-            k_BTKE, all_v_BTKE = inputs.kv_cache.append(k_BTKE, v_BTKE)
-        q_BTHE = apply_rotary_emb(q_BTHE, inputs.rotary_2TE[:, -q_BTHE.size(1) :])
+        q_BTHE = apply_rotary_emb(q_BTHE, inputs.rotary_2TE)
         q_BTHE = q_BTHE * self.q_gain.to(n_BTD.dtype)[:, None]
         k_BTKE = apply_rotary_emb(k_BTKE, inputs.rotary_2TE)
+        if inputs.kv_cache is not None:
+            k_BTKE, all_v_BTKE = inputs.kv_cache.append(k_BTKE, v_BTKE)
         y_BTHE = self.attend(q_BTHE, k_BTKE, all_v_BTKE, inputs.mask)
         if self.use_xsa:
             y_BTHE = exclusive_self_attention(y_BTHE, v_BTKE)
@@ -2939,9 +2946,14 @@ class GPT(nn.Module):
         assert capacity <= table_2PE.size(1), "longer than EVAL_SEQ_LEN"
         if mask is None:
             mask = self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T)
+        rotary_2TE = table_2PE[:, :T]
+        if past is not None and past.num_dropped + length > T:
+            stop = past.num_dropped + length
+            table = rotary_table(self.cfg, table_2PE.size(1), (stop - T, stop))
+            rotary_2TE = table.to(x0_BTD.device)
         inputs = BlockInputs(
             x0_BTD=x0_BTD,
-            rotary_2TE=table_2PE[:, :length],
+            rotary_2TE=rotary_2TE,
             mask=mask,
             first_block_v_BTC=None,
             shared_v_BTC=self.shared_values(ids_BT),

@@ -317,6 +317,21 @@ def test_rotated_products_depend_on_the_distance_only(rope_dims: int):
     assert abs(product(5, 0) - product(4, 0)) > 1e-2
 
 
+def test_products_depend_on_the_distance_only_far_beyond_the_table():
+    cfg = tiny_config(train_seq_len=64, train_batch_tokens=64)
+    table = rotary_table(cfg, 64)
+    torch.testing.assert_close(rotary_table(cfg, 64, (3, 20)), table[:, 3:20])
+    q, k = torch.randn(2, 1, 20, 1, 8)
+
+    def products(span: tuple[int, int]) -> Tensor:
+        turned = [apply_rotary_emb(x, rotary_table(cfg, 64, span))[0, :, 0] for x in (q, k)]
+        return turned[0] @ turned[1].T
+
+    torch.testing.assert_close(
+        products((1_000_000, 1_000_020)), products((7, 27)), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_rotation_keeps_lengths_and_leaves_the_channels_beyond_rope_dims():
     cfg = tiny_config(model_dim=64, rope_dims=6)
     table = rotary_table(cfg, 32)

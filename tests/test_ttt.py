@@ -217,7 +217,7 @@ def test_probabilities_of_all_tokens_sum_to_one_when_they_are_scored(
 def copy_of(past: train_gpt.KVCache) -> train_gpt.KVCache:
     """Another memory of the same tokens."""
     copy = train_gpt.KVCache(len(past.layers), past.capacity)
-    copy.length, copy.ids_BT = past.length, past.ids_BT
+    copy.length, copy.ids_BT, copy.num_dropped = past.length, past.ids_BT, past.num_dropped
     for mine, theirs in zip(copy.layers, past.layers, strict=True):
         mine.pair = theirs.pair
     return copy

@@ -1,0 +1,195 @@
+"""data/case_markers.py and the data sets made with it: nothing is lost and bytes add up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import case_markers, compare_tokenizers, prepare
+from tests.test_data_check import edit_manifest, rewrite, verdict
+from tests.test_prepare import HARD_TEXTS, TEXTS, any_text, run, write_jsonl
+from train_gpt import BOS_ID, Config, InputError, load_validation, read_shard
+
+TITLE, ALL_CAPS, CAPITAL, ESCAPE = case_markers.MARKERS
+HARD = "aAbBzZ\u0130\u0131\u00df\u1e9e\u03c3\u03c2\u03a3\u01c4\u01c5\u01c6\u212a\u212b\u00e5\u00c5"
+hard_text = st.text(alphabet=HARD + case_markers.MARKERS + " '\n\u0301\u2581\ue000\ue005\U0010fffd")
+decomposed = st.text().map(lambda text: unicodedata.normalize("NFD", text))
+
+
+def check_round_trip(text: str) -> str:
+    """The encoded text, after the checks that hold for any text."""
+    marked = case_markers.encode(text)
+    assert case_markers.decode(marked) == text
+    before = case_markers.original_bytes(marked.encode())
+    assert before[-1] == len(text.encode())
+    steps = np.diff(before, prepend=0)
+    assert 0 <= steps.min() <= steps.max() <= 1
+    return marked
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_text | hard_text | decomposed)
+@example("".join(HARD_TEXTS))
+def test_decoding_gives_back_any_text(text: str):
+    check_round_trip(text)
+
+
+def test_decoding_gives_back_every_character_in_every_place():
+    """After a space, a lower-case letter, a capital, and itself; no letter is in most planes."""
+    numbers = [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]
+    check_round_trip("".join(map(chr, numbers)))
+    letters = [
+        chr(n) for n in numbers if n < 0x3000 or 0xA000 <= n < 0xB000 or 0x10000 <= n < 0x11000
+    ]
+    check_round_trip("".join(f" {letter}a{letter}B{letter}{letter}-" for letter in letters))
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        ("The USA's McKay", f"{TITLE}the {ALL_CAPS}usa's {TITLE}mc{CAPITAL}kay"),
+        ("I iPhone HTMLx", f"{TITLE}i i{CAPITAL}phone {TITLE}h{CAPITAL}t{CAPITAL}m{CAPITAL}lx"),
+        ("\u00c9TAT \u03a3\u0391\u03a3", f"{ALL_CAPS}\u00e9tat {ALL_CAPS}\u03c3\u03b1\u03c3"),
+        ("\u0130 \u1e9e \u01c5 \u212a \u2167", "\u0130 \u1e9e \u01c5 \u212a \u2167"),
+        (f"A{TITLE}b", f"{TITLE}a{ESCAPE}{TITLE}b"),
+        (ESCAPE, ESCAPE + ESCAPE),
+    ],
+)
+def test_markers_stand_before_what_they_describe(text: str, marked: str):
+    assert case_markers.encode(text) == marked
+
+
+def test_the_letters_are_the_same_with_every_python():
+    listed = "".join(capital + lower for capital, lower in sorted(case_markers.PAIRS.items()))
+    assert len(case_markers.PAIRS) == 671
+    digest = hashlib.sha256(listed.encode()).hexdigest()
+    assert digest == "2bf0afae0f6a54d7435c7500e1bbc1a628ad93f87e2d5825270be1886ed12856"
+
+
+def mixed_texts() -> list[str]:
+    """Texts with title case, capitals, and characters that look like markers."""
+    return [
+        f"{text.title()}{text.upper()[:90]} McKay {TITLE}x{ESCAPE} \u0130\u00df {text}"
+        for text in TEXTS
+    ]
+
+
+@pytest.fixture(scope="module", params=["merge", "separate"])
+def marked_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("marked")
+    corpus = write_jsonl(folder / "corpus.jsonl", mixed_texts())
+    options = ["--vocab-size", 330, f"--case-markers={request.param}", "--write-val-text"]
+    run(folder / "set", "--input", corpus, *options)
+    return folder / "set"
+
+
+def load_model(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_the_sidecar_counts_the_original_bytes_of_each_document(marked_set: Path):
+    ids = read_shard(marked_set / "corpus_val_000000.bin")
+    counts = np.asarray(read_shard(marked_set / "corpus_val_bytes_000000.bin"), dtype=int)
+    processor = load_model(marked_set)
+    starts = np.flatnonzero(ids == BOS_ID)
+    texts = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        marked = prepare.decode_document(processor, ids[start:end].tolist())
+        texts.append(case_markers.decode(marked))
+        assert counts[start:end].sum() == len(texts[-1].encode())
+    assert set(texts) <= set(mixed_texts())
+    assert "".join(texts).encode() == (marked_set / "val_text.bin").read_bytes()
+    manifest = json.loads((marked_set / "manifest.json").read_bytes())
+    assert manifest["transform"] == "case-markers-1"
+    assert manifest["val"]["text_bytes"] == counts.sum()
+
+
+def test_markers_merge_with_spaces_or_stand_alone(marked_set: Path):
+    processor = load_model(marked_set)
+    pieces = map(processor.id_to_piece, range(processor.get_piece_size()))
+    longer = [piece for piece in pieces if TITLE in piece and len(piece) > 1]
+    manifest = json.loads((marked_set / "manifest.json").read_bytes())
+    assert bool(longer) == (manifest["arguments"]["case_markers"] == "merge")
+
+
+def make_config(folder: Path) -> Config:
+    return Config(data_path=str(folder), vocab_size=330)
+
+
+def test_training_needs_the_sidecar_of_a_set_with_markers(marked_set: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(marked_set, tmp_path / "set"))
+    validation = load_validation(make_config(folder), load_model(folder))
+    assert validation.target_bytes.sum() == len((folder / "val_text.bin").read_bytes())
+    (folder / "corpus_val_bytes_000000.bin").unlink()
+    with pytest.raises(InputError, match=r"corpus_val_bytes_000000.bin is missing"):
+        load_validation(make_config(folder), load_model(folder))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match="the tokenizer has case markers, which stand for no text"):
+        load_validation(make_config(folder), load_model(folder))
+
+
+def move_a_byte(counts: np.ndarray) -> np.ndarray:
+    """A byte of the first document counts for the last one; the sum stays."""
+    counts[np.flatnonzero(counts)[0]] -= 1
+    counts[-1] += 1
+    return counts
+
+
+def test_the_check_decodes_every_document(
+    marked_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(marked_set, tmp_path / "set"))
+    assert "PROBLEM" not in verdict(folder, capsys, "--max-near", 1)[1]
+    rewrite(folder / "corpus_val_bytes_000000.bin", move_a_byte)
+    edit_manifest(folder, lambda manifest: manifest.update(files={}))
+    assert "the counts of 2 documents do not sum to their bytes" in verdict(folder, capsys)[1]
+
+
+def test_a_set_with_markers_is_another_one_than_without(
+    marked_set: Path, capsys: pytest.CaptureFixture[str]
+):
+    corpus = marked_set.parent / "corpus.jsonl"
+    words = ["--input", corpus, "--out", marked_set, "--vocab-size", 330, "--write-val-text"]
+    assert prepare.main([*map(str, words)]) == 2
+    assert "now None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["group digits", "unigram", "superwords", "merge, superwords"])
+def test_every_kind_of_tokenizer_is_lossless(kind: str):
+    processor = compare_tokenizers.train(TEXTS, kind, 310 if kind == "unigram" else 400)
+    assert prepare.is_lossless(processor)
+    assert prepare.crosses_spaces(processor) == ("superwords" in kind)
+    for text in [*HARD_TEXTS, *TEXTS[:3]]:
+        ids = prepare.encode_document(processor, text)
+        assert prepare.decode_document(processor, ids) == text
+
+
+def test_options_of_training_need_a_tokenizer_to_train(
+    marked_set: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--source", "stdlib", "--out", "x", "--superwords", "--tokenizer"]
+    with pytest.raises(SystemExit, match="2"):
+        prepare.parse_options([*words, str(marked_set / "tokenizer.model")])
+    assert "--superwords" in capsys.readouterr().err
+
+
+def test_the_comparison_prints_tokens_per_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", mixed_texts())
+    words = ["--input", str(corpus), "--val-input", str(corpus), "--vocab-sizes", "330"]
+    assert compare_tokenizers.main([*words, "--kinds", "plain", "merge"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    num_bytes = sum(len(text.encode()) for text in mixed_texts())
+    assert lines[0] == f"{num_bytes:,} bytes in 60 documents"
+    assert [line.split()[0] for line in lines[1:]] == ["plain", "merge"]
+    assert all(0.1 < float(line.split("tokens")[1].split()[0]) < 1 for line in lines[1:])
+    assert compare_tokenizers.main([*words[:3], str(tmp_path / "none.jsonl")]) == 2

@@ -91,6 +91,8 @@ def print_summary(folder: Path, elapsed_s: float) -> None:
         "artifact bytes": f"{size['artifact_bytes']:,}",
         "counted bytes (with code)": f"{size['total_bytes']:,} of {size['budget_bytes']:,}",
     }  # fmt: skip
+    adapted = {"adjusted": log.score, "untrained": log.score, "notes": log.last("final")}
+    rows |= {f"adapted ({key})": e[key] for key, e in adapted.items() if e.get(key)}
     files = {"log": LOG, "submission": "submission.json", "plot": "plot.png", "record": "record/"}
     rows |= {name: f"{folder}/{file}" for name, file in files.items()}
     rows["seconds in total"] = f"{elapsed_s:.0f}"

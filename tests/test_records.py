@@ -777,3 +777,14 @@ def test_recipes_of_the_demo_are_valid_and_use_its_corpus() -> None:
     for name in ("cpu", "gpu"):
         cfg = train_gpt.config_from_env({"RECIPE": f"{ROOT}/records/demo/{name}.env"})
         assert cfg.data_path == demo.DEMO_DATA, name
+
+
+def test_validation_losses_of_a_sample_are_not_joined_by_the_one_of_the_whole_text(
+    tmp_path: Path,
+) -> None:
+    events = run_events(1, 1.3)
+    for name, vals in (("whole", False), ("sample", True)):
+        own = [{**e, "partial": vals} if e["event"] == "val" else e for e in events]
+        log = RunLog.read(write_run(tmp_path / name, own) / "metrics.jsonl")
+        points = plots.validation_points(log, [*log.by_step("step")], "tokens")
+        assert len(points) == 3 + (name == "whole")

@@ -6617,7 +6617,8 @@ def run_pass(
     if budget.estimated_s:
         marks["estimated_s"] = round(budget.estimated_s, 3)
     spent_s = run.ledger["evaluation"] + time.perf_counter() - started_s
-    if kind != "quantized" and 0 < cfg.eval_max_seconds < max_over_ranks(run, spent_s):
+    is_optional = kind in PASS_NAMES  # prequant is on no budget, quantized has to be complete
+    if is_optional and 0 < cfg.eval_max_seconds < max_over_ranks(run, spent_s):
         raise PassAbandoned(f"complete too late: after {spent_s:.1f} s of evaluation")
     return score, budget, marks
 

@@ -192,15 +192,19 @@ def draw_losses(axes: Axes, curves: Sequence[Curve], key: str, scale: float = 1.
 
 
 def validation_points(log: RunLog, events: Sequence[Json], key: str) -> list[tuple[float, float]]:
-    """Return validation losses at the place `key` of the step after which they were measured."""
+    """Return validation losses at the place `key` of the step after which they were measured.
+
+    The one after the training is left out if those before it are of a sample of the text.
+    """
     places = {event["step"]: event[key] for event in events}
     steps = sorted(places)
     points = []
     for event in finite([*log.by_step("val")], "val_loss"):
         at = min(steps, key=lambda step: abs(step - event["step"]))
         points.append((places[at], event["val_loss"]))
-    for event in finite([log.last("final_prequant")], "val_loss"):
-        points.append((places[steps[-1]], event["val_loss"]))
+    last = log.last("final_prequant")
+    if all(event.get("partial") == last.get("partial") for event in log.all("val")):
+        points += [(places[steps[-1]], event["val_loss"]) for event in finite([last], "val_loss")]
     return points
 
 

@@ -234,7 +234,7 @@ def test_the_config_cannot_be_changed():
             {"COMPRESSOR": "gzip"},
             "COMPRESSOR='gzip' must be one of ans, zlib, zstd, lzma, brotli, brotli_shuffled",
         ),
-        ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, describe"),
+        ({"MODE": "Train"}, "MODE='Train' must be one of all, train, eval, describe, generate"),
         (
             {"NUM_LAYERS": "257"},
             "NUM_LAYERS=257 must be in [1, 256] (number of distinct blocks)",

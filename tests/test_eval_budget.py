@@ -361,3 +361,10 @@ def test_a_time_limit_counts_what_a_pass_needs_at_least(make_run: MakeRun, monke
         TimeLimit(15.0).check(run, 6.0)
     assert TimeLimit().check(run, 1e9) == math.inf
     assert tiny_config().eval_max_seconds * USABLE_BUDGET_FRAC < 600
+
+
+def test_the_score_before_quantization_is_on_no_budget(make_run: MakeRun, data: TinyData):
+    run = make_run(eval_max_seconds=1e-9)
+    model = random_model(run.cfg)
+    train_gpt.evaluate_and_log(run, model, validation_of(text_of(data)), "prequant")
+    assert run.scores["final_prequant"]["tokens"] == 230

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -750,6 +751,7 @@ def test_the_demo_goes_through_its_stages_and_prints_what_came_out(
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(demo, "run_command", run_command)
     monkeypatch.setattr(train_gpt, "run_mode", run_mode)
+    monkeypatch.setattr(demo, "scoring_speed", lambda cfg: math.inf)
     monkeypatch.setenv("RECIPE", str(tmp_path / "demo.env"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -773,7 +775,31 @@ def test_the_demo_goes_through_its_stages_and_prints_what_came_out(
     assert (folder / "plot.png").exists() and (folder / "record/submission.json").exists()
 
 
+def test_a_slow_machine_scores_a_part_of_the_text_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text('{"val": {"tokens": 200000}}')
+    cfg = plain_config(data_path=str(tmp_path), val_batch_size=1000)
+    for speed, limit in ((400.0, "16000"), (3.0, "1000"), (5000.0, None), (math.inf, None)):
+        monkeypatch.setattr(demo, "scoring_speed", lambda _, speed=speed: speed)
+        assert demo.limit_validation(cfg).get("VAL_TOKENS_LIMIT") == limit
+        assert ("validation tokens" in capsys.readouterr().out) == (limit is not None)
+    own = dataclasses.replace(cfg, val_tokens_limit=7)
+    assert demo.limit_validation(own) == {}
+
+
 def test_recipes_of_the_demo_are_valid_and_use_its_corpus() -> None:
     for name in ("cpu", "gpu"):
         cfg = train_gpt.config_from_env({"RECIPE": f"{ROOT}/records/demo/{name}.env"})
         assert cfg.data_path == demo.DEMO_DATA, name
+
+
+def test_validation_losses_of_a_sample_are_not_joined_by_the_one_of_the_whole_text(
+    tmp_path: Path,
+) -> None:
+    events = run_events(1, 1.3)
+    for name, vals in (("whole", False), ("sample", True)):
+        own = [{**e, "partial": vals} if e["event"] == "val" else e for e in events]
+        log = RunLog.read(write_run(tmp_path / name, own) / "metrics.jsonl")
+        points = plots.validation_points(log, [*log.by_step("step")], "tokens")
+        assert len(points) == 3 + (name == "whole")

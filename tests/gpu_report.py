@@ -7,7 +7,7 @@ from Inductor's count for each kernel, FLOPs from the shapes of the products, an
 roofline with the constants below. Nothing is measured. Triton must be installed.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001
 
 import argparse
 import collections
@@ -19,13 +19,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-from tests import gpu_sim  # first: it must be imported before torch
+from tests import gpu_sim  # before torch, because of its guard
 
-import torch  # noqa: E402, I001
-from torch._inductor import ir  # noqa: E402
-from torch._inductor.graph import GraphLowering  # noqa: E402
+import torch
+from torch._inductor import ir
+from torch._inductor.graph import GraphLowering
 
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 # Rates that kernels reach on an H100 SXM, and its peak in bf16.
 MATMUL_FLOPS, PEAK_FLOPS = 650e12, 989e12  # per second
@@ -208,7 +208,7 @@ class StageReport:
 
 OPTIMIZER = (
     "orthogonalize", "start_reduce", "all_reduce_gradients", "clip_gradients", "update", "step",
-    "gather", "reduced_gradients", "grad_or_zeros", "wait_for", "<genexpr>", "outside",
+    "gather", "reduced_gradients", "grad_or_zeros", "wait_for", "<genexpr>",
 )  # fmt: skip
 
 
@@ -241,6 +241,8 @@ def report_stage(simulated: gpu_sim.SimulatedRun, stage: t.TrainStage) -> StageR
         flops = float(gpu.flops[name])
         is_optimizer = name.split(" ")[1].split(":")[0] in OPTIMIZER
         kind = "optimizer" if is_optimizer else "eager product" if flops else "eager"
+        if name.endswith(" outside"):  # autograd's thread has no line of the script
+            kind = "eager backward"
         seconds = max(flops / MATMUL_FLOPS, num_bytes / BYTES_PER_S)
         seconds += gpu.launches_of[name] * KERNEL_S
         add(kind, gpu.launches_of[name], flops, num_bytes, seconds)

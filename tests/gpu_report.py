@@ -24,6 +24,7 @@ from tests import gpu_sim  # before torch, because of its guard
 import torch
 from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as t
 
@@ -95,7 +96,7 @@ def simulate_triton() -> None:
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     state = torch.zeros(16, dtype=torch.uint8)
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_: state
-    torch.cuda.random.set_rng_state = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.random.set_rng_state = lambda *_: None
     torch.version.cuda = "12.8"
     interface = {
         "get_compute_capability": 90, "is_available": True, "get_device_properties": H100,
@@ -113,7 +114,7 @@ def simulate_triton() -> None:
         get_device_capability=lambda _=0: (9, 0),
     )  # fmt: skip
     triton.runtime.driver.set_active(driver)
-    gpu_sim.FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
+    setattr(FakeTensorMode, "avoid_device_init", property(lambda self: True))  # noqa: B010
     joint_graph.lazy_init = lambda *_, **__: None  # its patterns are traced on real tensors
     inductor_config.shape_padding = False
     inductor_config.joint_graph_constant_folding = False
@@ -151,7 +152,7 @@ def compile_without_gpu(lowering: Any) -> Any:
 
 def kernel_of(node: Any, num_bytes: float) -> Kernel | None:
     """The kernel of a scheduler node, or None if it launches none."""
-    inner = getattr(node, "node", None)
+    inner: Any = getattr(node, "node", None)
     name = str(getattr(inner, "python_kernel_name", None) or "")
     if isinstance(inner, ir.MultiOutput):
         return None

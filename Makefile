@@ -5,6 +5,7 @@
 #   make test-slow  the tests that take longer, and those that need a GPU where there is one
 #   make lint       ruff and mypy
 #   make bench      tokens/s and utilization of this machine
+#   make gpu-report  a training step on an H100, computed without one; RECIPE=... names a recipe
 #   make bench-quant  methods of quantization compared, on models that it trains first
 #   make clean      remove .venv and caches; data, logs and records stay
 #
@@ -24,7 +25,7 @@ OWN_TORCH := import os, torch; \
 	version >= (2, 9) and print(os.path.dirname(os.path.dirname(torch.__file__)))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint bench bench-quant clean
+.PHONY: help run test test-slow lint bench bench-quant gpu-report clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -49,6 +50,15 @@ bench: $(READY)
 
 bench-quant: $(READY)
 	@$(RUN) tests/bench_quant.py
+
+# Where torch is a CPU build, Triton is not there: it generates the code of the kernels.
+TRITON := triton==3.7.1
+RECIPE ?= default
+REPORT ?= logs/gpu_report.md
+
+gpu-report: $(READY)
+	@$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
+	@$(RUN) -m tests.gpu_report $(RECIPE) --out $(REPORT)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2582,6 +2582,14 @@ def run_block(block: nn.Module, *args: Any) -> Lanes:
     return block(*args)
 
 
+def blend_skip(x_BTD: Tensor, saved_BTD: Tensor, weight_D: Tensor, gate_D: Tensor | None) -> Tensor:
+    """U-Net skip: add a saved output to the stream, or blend both by a gate per channel."""
+    skip_BTD = weight_D.to(x_BTD.dtype) * saved_BTD
+    if gate_D is None:
+        return x_BTD + skip_BTD
+    return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(gate_D).to(x_BTD.dtype))
+
+
 class LayerCall(NamedTuple):
     """One call of a block in the forward pass; looped blocks are called several times."""
 
@@ -2780,7 +2788,7 @@ class GPT(nn.Module):
         self.rotary = nn.Buffer(rotary_table(cfg, T), persistent=False)
         self.long_rotary = nn.Buffer(rotary_table(cfg, longest), persistent=False)
         self.run_block: Callable[..., Lanes] = run_block
-        self.nll = softcapped_cross_entropy
+        self.blend_skip, self.nll = blend_skip, softcapped_cross_entropy
         # Called with the logits and scores of each chunk, for an audit.
         self.normalization_check: Callable[..., None] | None = None
         # Adapters of each layer call, each with the module that it is attached to.
@@ -2853,20 +2861,14 @@ class GPT(nn.Module):
         return self.cfg.logit_softcap if self.caps is None else self.caps
 
     def compile_(self) -> None:
-        """Compile the blocks and the loss; weights and formulas do not change."""
+        """Compile the blocks, the skips and the loss; weights and formulas do not change."""
         # Graphs: structures of blocks x shapes x with and without gradients.
         torch._dynamo.config.recompile_limit = 128
         # Late QAT needs scales rounded to fp16 as stored; Inductor would keep them in float32.
         torch._inductor.config.emulate_precision_casts = self.cfg.late_qat_threshold > 0
         self.run_block = torch.compile(run_block, dynamic=False)
+        self.blend_skip = torch.compile(blend_skip, dynamic=False)
         self.nll = torch.compile(softcapped_cross_entropy, dynamic=False)
-
-    def blend_skip(self, x_BTD: Tensor, saved_BTD: Tensor, row: int) -> Tensor:
-        """U-Net skip: add a saved output to the stream, or blend both by a gate per channel."""
-        skip_BTD = self.skip_weights[row].to(x_BTD.dtype) * saved_BTD
-        if self.skip_gates is None:
-            return x_BTD + skip_BTD
-        return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(self.skip_gates[row]).to(x_BTD.dtype))
 
     def set_adapters(self, adapters: list[list[tuple[AdaptedModule, BatchedLoRA]]]) -> None:
         """Replace the adapters of all layer calls; an empty list removes them."""
@@ -2899,10 +2901,11 @@ class GPT(nn.Module):
             if call.split_lanes and form != "merge":
                 side_BTD = x_BTD
             if call.skip is not None:
-                skip_BTD = saved.pop()
-                x_BTD = self.blend_skip(x_BTD, skip_BTD, call.skip)
+                gate_D = None if self.skip_gates is None else self.skip_gates[call.skip]
+                skip = saved.pop(), self.skip_weights[call.skip], gate_D
+                x_BTD = self.blend_skip(x_BTD, *skip)
                 if side_BTD is not None and form == "routed":
-                    side_BTD = self.blend_skip(side_BTD, skip_BTD, call.skip)
+                    side_BTD = self.blend_skip(side_BTD, *skip)
             if call.split_lanes and form == "merge":
                 side_BTD = x_BTD
             self.attach_adapters(index)
@@ -6414,9 +6417,11 @@ class EvalRunner:
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     """Context in which a pass may change the model; afterwards it is restored to the bit."""
     before = [(param, param.detach().clone()) for param in model.parameters()]
-    hashes, compiled = model.hashes, (model.run_block, model.nll, model.prepare_mask)
+    hashes = model.hashes
+    compiled = (model.run_block, model.blend_skip, model.nll, model.prepare_mask)
     if cfg.ttt_method == "lora":  # chunks have too many different lengths for compilation
-        model.run_block, model.nll = run_block, softcapped_cross_entropy
+        model.run_block, model.blend_skip = run_block, blend_skip
+        model.nll = softcapped_cross_entropy
         if model.prepare_mask is flex_block_mask:
             model.prepare_mask = sdpa_mask
     if cfg.eval_hash_rows:
@@ -6427,7 +6432,8 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
         yield
     finally:
         model.set_adapters([])
-        model.hashes, (model.run_block, model.nll, model.prepare_mask) = hashes, compiled
+        model.hashes = hashes
+        model.run_block, model.blend_skip, model.nll, model.prepare_mask = compiled
         model.requires_grad_(True).zero_grad()
         for param, value in before:
             param.data.copy_(value)

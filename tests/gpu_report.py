@@ -7,7 +7,7 @@ from Inductor's count for each kernel, FLOPs from the shapes of the products, an
 roofline with the constants below. Nothing is measured. Triton must be installed.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001
 
 import argparse
 import collections
@@ -19,12 +19,14 @@ import types
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: E402, I001
-from torch._inductor import ir  # noqa: E402
-from torch._inductor.graph import GraphLowering  # noqa: E402
+from tests import gpu_sim  # before torch, because of its guard
 
-import train_gpt as t  # noqa: E402
-from tests import gpu_sim  # first: it must be imported before torch
+import torch
+from torch._inductor import ir
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train_gpt as t
 
 # Rates that kernels reach on an H100 SXM, and its peak in bf16.
 MATMUL_FLOPS, PEAK_FLOPS = 650e12, 989e12  # per second
@@ -94,7 +96,7 @@ def simulate_triton() -> None:
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     state = torch.zeros(16, dtype=torch.uint8)
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_: state
-    torch.cuda.random.set_rng_state = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.random.set_rng_state = lambda *_: None
     torch.version.cuda = "12.8"
     interface = {
         "get_compute_capability": 90, "is_available": True, "get_device_properties": H100,
@@ -112,7 +114,7 @@ def simulate_triton() -> None:
         get_device_capability=lambda _=0: (9, 0),
     )  # fmt: skip
     triton.runtime.driver.set_active(driver)
-    gpu_sim.FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
+    setattr(FakeTensorMode, "avoid_device_init", property(lambda self: True))  # noqa: B010
     joint_graph.lazy_init = lambda *_, **__: None  # its patterns are traced on real tensors
     inductor_config.shape_padding = False
     inductor_config.joint_graph_constant_folding = False
@@ -150,7 +152,7 @@ def compile_without_gpu(lowering: Any) -> Any:
 
 def kernel_of(node: Any, num_bytes: float) -> Kernel | None:
     """The kernel of a scheduler node, or None if it launches none."""
-    inner = getattr(node, "node", None)
+    inner: Any = getattr(node, "node", None)
     name = str(getattr(inner, "python_kernel_name", None) or "")
     if isinstance(inner, ir.MultiOutput):
         return None
@@ -207,7 +209,7 @@ class StageReport:
 
 OPTIMIZER = (
     "orthogonalize", "start_reduce", "all_reduce_gradients", "clip_gradients", "update", "step",
-    "gather", "reduced_gradients", "grad_or_zeros", "wait_for", "<genexpr>", "outside",
+    "gather", "reduced_gradients", "grad_or_zeros", "wait_for", "<genexpr>",
 )  # fmt: skip
 
 
@@ -240,6 +242,8 @@ def report_stage(simulated: gpu_sim.SimulatedRun, stage: t.TrainStage) -> StageR
         flops = float(gpu.flops[name])
         is_optimizer = name.split(" ")[1].split(":")[0] in OPTIMIZER
         kind = "optimizer" if is_optimizer else "eager product" if flops else "eager"
+        if name.endswith(" outside"):  # autograd's thread has no line of the script
+            kind = "eager backward"
         seconds = max(flops / MATMUL_FLOPS, num_bytes / BYTES_PER_S)
         seconds += gpu.launches_of[name] * KERNEL_S
         add(kind, gpu.launches_of[name], flops, num_bytes, seconds)

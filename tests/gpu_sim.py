@@ -137,7 +137,7 @@ class SimulatedGpu(TorchDispatchMode):
 
     def data_dependent(self, function: Any, args: Any, kwargs: Any) -> Any:
         """A stand-in for the result of an operation whose result depends on data, or None."""
-        x = args[0] if args else None
+        x: Any = args[0] if args else None
         if function is aten._local_scalar_dense.default:
             if is_on_gpu(x):
                 self.wait("item")

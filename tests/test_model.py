@@ -419,7 +419,9 @@ def test_skip_gates_blend_half_and_half_at_initialization():
         torch.float32,
     )
     x, saved = torch.randn(2, 1, 3, 16)
-    torch.testing.assert_close(model.blend_skip(x, saved, 0), (x + saved) / 2)
+    assert model.skip_gates is not None
+    blended = model.blend_skip(x, saved, model.skip_weights[0], model.skip_gates[0])
+    torch.testing.assert_close(blended, (x + saved) / 2)
 
 
 def test_ln_scale_divides_the_normed_inputs_by_the_root_of_the_depth():

@@ -3144,7 +3144,8 @@ def compile_unavailable_reason(device: torch.device) -> str:
     """Why torch.compile cannot work on this machine, or an empty string."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "Triton is not installed"
-    compiler = os.environ.get("CXX") or "g++"  # as Inductor chooses it
+    inductor = importlib.import_module("torch._inductor.config")
+    compiler = inductor.cpp.cxx[-1] or "g++"  # CXX if it is set
     command, assembly = [compiler, "-x", "c++", "-S", "-o", "-", "-"], b""
     with contextlib.suppress(OSError, ValueError):
         assembly = subprocess.run(

@@ -77,22 +77,23 @@ def to_lower(run: str) -> str:
 
 def encode(text: str) -> str:
     """The text with lower-case letters and markers."""
+    return _ENCODE.sub(encode_run, text)
 
-    def replace(match: re.Match[str]) -> str:
-        run, start = match[0], match.start()
-        if run in MARKERS:
-            return ESCAPE + run
-        is_inside = start > 0 and text[start - 1] in LOWER
-        first = CAPITAL if is_inside else TITLE
-        lower, rest = to_lower(run), run[1:]
-        if lower[1:] == rest:  # also a single capital
-            return first + lower
-        if not is_inside and LOWER.isdisjoint(run):
-            return ALL_CAPS + lower
-        capitals = _EACH_CAPITAL.sub(lambda each: CAPITAL + PAIRS[each[0]], rest)
-        return first + lower[0] + capitals
 
-    return _ENCODE.sub(replace, text)
+def encode_run(match: re.Match[str]) -> str:
+    """A run of letters in lower case with markers, or an escaped marker."""
+    run, start = match[0], match.start()
+    if run in MARKERS:
+        return ESCAPE + run
+    is_inside = start > 0 and match.string[start - 1] in LOWER
+    first = CAPITAL if is_inside else TITLE
+    lower, rest = to_lower(run), run[1:]
+    if lower[1:] == rest:  # also a single capital
+        return first + lower
+    if not is_inside and LOWER.isdisjoint(run):
+        return ALL_CAPS + lower
+    capitals = _EACH_CAPITAL.sub(lambda each: CAPITAL + PAIRS[each[0]], rest)
+    return first + lower[0] + capitals
 
 
 def decode(marked: str) -> str:

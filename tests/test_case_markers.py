@@ -16,11 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import case_markers, compare_tokenizers, prepare
+from data.case_markers import ALL_CAPS, CAPITAL, ESCAPE, TITLE
 from tests.test_data_check import edit_manifest, rewrite, verdict
 from tests.test_prepare import HARD_TEXTS, TEXTS, any_text, run, write_jsonl
 from train_gpt import BOS_ID, Config, InputError, load_validation, read_shard
 
-TITLE, ALL_CAPS, CAPITAL, ESCAPE = case_markers.MARKERS
 HARD = "aAbBzZ\u0130\u0131\u00df\u1e9e\u03c3\u03c2\u03a3\u01c4\u01c5\u01c6\u212a\u212b\u00e5\u00c5"
 hard_text = st.text(alphabet=HARD + case_markers.MARKERS + " '\n\u0301\u2581\ue000\ue005\U0010fffd")
 decomposed = st.text().map(lambda text: unicodedata.normalize("NFD", text))

@@ -983,9 +983,10 @@ def test_scores_agree_compiled_or_not_and_with_or_without_gradients(
 
 
 @pytest.mark.parametrize("compiler", ["/opt/none/g++", "/bin/false", "/bin/true", "/tmp", "a\nb"])
-def test_a_compiler_that_does_not_work_is_none(monkeypatch: pytest.MonkeyPatch, compiler: str):
-    monkeypatch.setenv("CXX", compiler)
-    assert f"no working C++ compiler ({compiler})" in train_gpt.compile_unavailable_reason(CPU)
+def test_a_compiler_that_does_not_work_is_none(compiler: str):
+    with torch._inductor.config.patch({"cpp.cxx": (None, compiler)}):
+        reason = train_gpt.compile_unavailable_reason(CPU)
+    assert f"no working C++ compiler ({compiler})" in reason
 
 
 def test_without_a_compiler_the_run_says_so_and_goes_on(

@@ -185,8 +185,8 @@ def test_own_text_trains_and_generates_with_the_commands_of_the_readme(tmp_path:
         "ITERATIONS": "3", "COMPILE": "0", "TTT_METHOD": "none", "EVAL_STRIDE": "0",
         "PRECISION": "fp32", "MAX_NEW_TOKENS": "20", "VAL_SAMPLE_TOKENS": "600",
     }  # fmt: skip
-    commands[0] += " --vocab-size 400"  # few words
-    env = {**environment(Config()), **few, "VOCAB_SIZE": "400"}
+    commands[0] += " --vocab-size 320"  # few words
+    env = {**environment(Config()), **few, "VOCAB_SIZE": "320"}
     for command in commands:
         done = subprocess.run(
             command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True

@@ -244,15 +244,15 @@ def replace_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> 
     """nn.Module._apply that makes new parameters: those of FakeTensors cannot be swapped."""
     done: dict[Any, nn.Parameter] = {}
     for part in module.modules():
-        for name, param in part._parameters.items():
-            if param is not None:
-                if param not in done:
-                    done[param] = nn.Parameter(function(param.detach()), param.requires_grad)
-                part._parameters[name] = done[param]
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                persistent = name not in part._non_persistent_buffers_set
-                part._buffers[name] = nn.Buffer(function(buffer), persistent=persistent)
+        params = {name: param for name, param in part._parameters.items() if param is not None}
+        for name, param in params.items():
+            if param not in done:
+                done[param] = nn.Parameter(function(param.detach()), param.requires_grad)
+            part._parameters[name] = done[param]
+        buffers = {name: buffer for name, buffer in part._buffers.items() if buffer is not None}
+        for name, buffer in buffers.items():
+            persistent = name not in part._non_persistent_buffers_set
+            part._buffers[name] = nn.Buffer(function(buffer), persistent=persistent)
     return module
 
 

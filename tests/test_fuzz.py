@@ -129,7 +129,34 @@ class Outcomes:
         return grown
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(2000, marks=pytest.mark.slow)])
+def change_meta(folder: Path, rng: np.random.Generator) -> None:
+    """Change one value of meta.json."""
+    path = folder / "meta.json"
+    path.write_text(json.dumps(change_json(json.loads(path.read_text()), rng)))
+
+
+def change_tensor(folder: Path, rng: np.random.Generator) -> None:
+    """Give a tensor another shape, dtype or name, under a right checksum."""
+
+    def change(meta: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+        name = str(rng.choice(sorted(state)))
+        shape = [int(n) for n in rng.integers(0, 5, rng.integers(0, 4))]
+        dtype = [torch.float32, torch.float16, torch.int64, torch.bool][rng.integers(4)]
+        state[name + "x" * (rng.random() < 0.3)] = torch.zeros(shape, dtype=dtype)
+
+    change_checkpoint(folder, change)
+
+
+def change_state(folder: Path, rng: np.random.Generator) -> None:
+    """Change bytes of state.safetensors, under a right checksum."""
+    path = folder / "state.safetensors"
+    path.write_bytes(change_bytes(path.read_bytes(), rng))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["state_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("count", [24, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_checkpoints_are_refused_or_sound(stopped: Resume, count: int):  # noqa: F811
     """A checkpoint that is accepted may differ only in numbers that a run can have."""
     rng, outcomes = np.random.default_rng(SEED), Outcomes()
@@ -137,44 +164,14 @@ def test_damaged_checkpoints_are_refused_or_sound(stopped: Resume, count: int): 
     shutil.copytree(stopped.checkpoint, whole)
     trainer, _ = open_trainer(run)
     before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
-
-    def change_meta(meta: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-        changed = change_json(meta, rng)
-        meta.clear()
-        meta.update(changed if isinstance(changed, dict) else {"value": changed})
-
-    def change_tensor(meta: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-        name = str(rng.choice(sorted(state)))
-        shape = [int(n) for n in rng.integers(0, 5, rng.integers(0, 4))]
-        dtype = [torch.float32, torch.float16, torch.int64, torch.bool][rng.integers(4)]
-        state[name] = torch.zeros(shape, dtype=dtype)
-        if rng.random() < 0.3:
-            state[name + "x"] = state.pop(name)
-
     for number in range(count):
         shutil.rmtree(stopped.checkpoint)
         shutil.copytree(whole, stopped.checkpoint)
-        change = [change_meta, change_tensor, None][number % 3]
-        if change is not None:
-            with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate: stays unchanged
-                change_checkpoint(stopped.checkpoint, change)
-        else:
-            name = str(rng.choice(["state.safetensors", "meta.json"]))
-            path = stopped.checkpoint / name
-            path.write_bytes(change_bytes(path.read_bytes(), rng))
-            digest = hashlib.sha256((stopped.checkpoint / "state.safetensors").read_bytes())
-            with contextlib.suppress(ValueError):
-                meta = json.loads((stopped.checkpoint / "meta.json").read_bytes())
-                if isinstance(meta, dict):
-                    meta["state_sha256"] = digest.hexdigest()
-                    (stopped.checkpoint / "meta.json").write_text(json.dumps(meta))
-        with outcomes.record(change.__name__ if change else "change_bytes") as say:
-            try:
-                train_gpt.read_checkpoint(stopped.checkpoint, trainer)
-            except InputError:
-                assert same_bits(before, trainer.tensors()) and trainer.progress == Progress()
-                raise
-            say("accepted")
+        change = (change_meta, change_tensor, change_state)[number % 3]
+        change(stopped.checkpoint, rng)
+        with outcomes.record(change.__name__):
+            train_gpt.read_checkpoint(stopped.checkpoint, trainer)
+        assert same_bits(before, trainer.tensors()) and trainer.progress == Progress()
     assert outcomes.report() < LIMIT_MIB
     assert outcomes.counts["change_tensor: accepted"] <= count / 20  # those that were right
     assert outcomes.counts["change_meta: refused"] > count / 6

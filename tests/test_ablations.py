@@ -507,6 +507,7 @@ def test_a_step_is_timed_directly_after_that_of_its_stack_on_the_same_core(tmp_p
     assert list(tmp_runs(grid).iterdir()) == [] == lines_of(grid)
 
 
+@pytest.mark.slow
 def test_a_measured_step_time_is_not_measured_again(tmp_path: Path) -> None:
     grid = timing_grid(tmp_path)
     assert main(time_command(grid)) == 0

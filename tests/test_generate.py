@@ -125,6 +125,7 @@ def generate(data: TinyData, artifact: Path, **knobs: str) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_the_script_writes_on_and_leaves_no_files(data: TinyData, artifact: Path) -> None:
     text, bad_byte = "Größe 日本\n\t'x' $HOME ", os.fsdecode(b"caf\xe9 1")
     prompts = {"": "", text: text, bad_byte: "caf\ufffd 1"}

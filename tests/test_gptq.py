@@ -641,6 +641,7 @@ def in_turn(knobs: dict[str, Any]) -> Any:
     plain = knobs["row_steps"] == ("max" if rounds else "solved") and not knobs["clip_sigmas"]
     stands = knobs["compressor"] in ("ans", "zlib") or plain
     stands &= knobs["compressor"] != "lzma" or rounds
+    stands &= knobs["compressor"] in ("ans", "brotli_shuffled")
     return pytest.param(knobs, id=name, marks=[] if stands else [pytest.mark.slow])
 
 

@@ -274,6 +274,7 @@ def test_validation_text_and_sidecar_agree_with_the_shards(made: Path, processor
     assert counts.sum() == len(text)
 
 
+@pytest.mark.slow
 def test_two_runs_and_two_workers_give_the_same_bytes(made: Path, corpus: Path, tmp_path: Path):
     options = ["--byte-sidecar", "--write-val-text", "--shard-tokens", 2000]
     run(tmp_path / "again", "--input", corpus, *options, "--batch-bytes", 10**6)

@@ -312,6 +312,7 @@ def test_output_that_cannot_spell_a_name_is_escaped(
     assert prepare.main(list(map(str, words))) == 2
 
 
+@pytest.mark.slow
 def test_output_in_ascii_works_for_a_process(tmp_path: Path, corpus: Path):
     words = ["--out", tmp_path / "größe", "--input", corpus, *QUICK]
     status, out, err = call(*words, env={**os.environ, "PYTHONIOENCODING": "ascii"})
@@ -415,7 +416,6 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"normalization_rule_name": "identity", "add_dummy_prefix": True},
         {"normalization_rule_name": "identity", "remove_extra_whitespaces": True},
         {"normalization_rule_name": "nmt_nfkc"},
-        {"normalization_rule_name": "identity", "treat_whitespace_as_suffix": True},
     ],
     ids=str,
 )
@@ -564,7 +564,7 @@ def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        ("reading", signal.SIGTERM),
+        pytest.param("reading", signal.SIGTERM, marks=pytest.mark.slow),
         ("training", signal.SIGINT),
         pytest.param("reading", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("training", signal.SIGTERM, marks=pytest.mark.slow),

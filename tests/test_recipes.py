@@ -365,7 +365,9 @@ def small_run(data: TinyData, tmp_path: Path, name: str) -> tuple[Config, Path]:
     return recipe(name, **{k: v for k, v in changes.items() if k != "MODE"}), tmp_path / "run"
 
 
-@each_recipe
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != TRIGRAM)) for n in RECIPES]
+)
 def test_the_recipe_trains_writes_and_scores_in_small(
     data: TinyData, tmp_path: Path, name: str
 ) -> None:

@@ -329,11 +329,11 @@ def test_runs_of_one_name_are_told_apart_and_records_can_be_drawn(
     ("name", "shown"),
     [
         ("$a^$b_{", "$a^$b_{"),
-        ("$\\frac{$", "$\\frac{$"),
-        ("new\nline\x00", "new\\nline\\x00"),
+        pytest.param("$\\frac{$", "$\\frac{$", marks=pytest.mark.slow),
+        pytest.param("new\nline\x00", "new\\nline\\x00", marks=pytest.mark.slow),
         ("caf\udce9", "caf\\udce9"),
-        ("x" * 300, "x" * 45 + "..."),
-        ("", "run"),
+        pytest.param("x" * 300, "x" * 45 + "...", marks=pytest.mark.slow),
+        pytest.param("", "run", marks=pytest.mark.slow),
     ],
 )
 def test_any_name_can_be_drawn(

@@ -523,6 +523,7 @@ def test_a_run_s_folder_may_have_any_name(
         assert status == 2 and "printable" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_not_utf_8_gets_its_lines(tmp_path: Path) -> None:
     run = write_run(tmp_path / "größe caf\udce9", run_events(1, 1.3))
     done = subprocess.run(
@@ -614,6 +615,7 @@ def claim(trained: Path, tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_scoring_again_refuses_a_consistent_claim(
     claim: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,17 @@ METHODS: dict[str, dict[str, Any]] = {
                     "tie_embeddings": False},
 }  # fmt: skip
 LEARNING = [name for name in METHODS if name != "sliding"]
-each_method = pytest.mark.parametrize("name", METHODS)
-each_learner = pytest.mark.parametrize("name", LEARNING)
+# The others differ from one of these in a detail.
+QUICK = ("sliding", "chunk_adamw", "lora_incremental", "chunk_hedge", "lora_mixer")
+
+
+def slow_unless_quick(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, one for each method; `make test` runs those of QUICK."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+
+
+each_method = pytest.mark.parametrize("name", slow_unless_quick(METHODS))
+each_learner = pytest.mark.parametrize("name", slow_unless_quick(LEARNING))
 
 
 def text_of(data: TinyData, num_targets: int = 230) -> np.ndarray:
@@ -550,7 +559,14 @@ def test_documents_end_at_the_next_bos():
 
 
 @pytest.mark.parametrize("context", ["window", "text", "incremental"])
-@pytest.mark.parametrize("knobs", [{}, {"ttt_chunk_size": 3}, {"ttt_batch_size": 2}])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        pytest.param({"ttt_chunk_size": 3}, marks=pytest.mark.slow),
+        pytest.param({"ttt_batch_size": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_where_the_next_document_begins_does_not_show_before(make_run: MakeRun, context, knobs):
     run = make_run(**{**LORA, **knobs, "ttt_context": context})
     model, ids = random_model(run.cfg), np.full(131, 5, np.uint16)

@@ -263,6 +263,7 @@ def test_every_run_becomes_a_line_and_is_not_repeated(tmp_path: Path) -> None:
     assert lines_of(grid) == lines
 
 
+@pytest.mark.slow
 def test_only_changed_runs_of_a_grid_are_run_again(tmp_path: Path) -> None:
     grid = write_grid(tmp_path)
     assert main(command(grid)) == 0
@@ -611,6 +612,7 @@ def test_a_measurement_that_gets_sigterm_ends_its_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["variant", "base"])
+@pytest.mark.slow
 def test_a_failed_measurement_is_recorded_and_repeated_with_retry(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

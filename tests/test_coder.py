@@ -164,6 +164,7 @@ def damaged(payload, rng):
     ][rng.integers(5)]
 
 
+@pytest.mark.slow
 def test_damaged_bytes_raise_value_error_or_give_the_shapes():
     shapes, rng = [(150, 20), (3, 7), (40, 33)], np.random.default_rng(0)
     grids = [CodeGrid(*shape, trellis=shape != (3, 7)) for shape in shapes]

@@ -184,6 +184,7 @@ def pair(data: TinyData, worker: Path, tmp_path_factory: pytest.TempPathFactory)
     return Pair(one, two, result)
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_logs_each_event_once(pair: Pair):
     events = log_events(pair.result.out)
     assert dict(events)["run"]["ranks"] == "2"
@@ -195,6 +196,7 @@ def all_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_losses_of_two_processes_are_those_of_one_within_rounding(pair: Pair):
     one, two = losses(pair.one / "run"), losses(pair.two / "run")
     assert two[1] == pytest.approx(one[1], abs=2e-5)  # before any step: the sum's order alone
@@ -205,6 +207,7 @@ def state_of(folder: Path, rank: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / f"rank_{rank}.safetensors")
 
 
+@pytest.mark.slow
 def test_weights_of_two_processes_are_those_of_one_within_a_few_steps_of_few_weights(pair: Pair):
     assert_weights_are_near(state_of(pair.two, 0), state_of(pair.one, 0))
 
@@ -218,12 +221,14 @@ def assert_weights_are_near(two: dict[str, torch.Tensor], one: dict[str, torch.T
         assert float((off > 1e-3).float().mean()) < 0.02, name
 
 
+@pytest.mark.slow
 def test_replicas_are_equal_to_the_bit(pair: Pair):
     first, second = state_of(pair.two, 0), state_of(pair.two, 1)
     assert first.keys() == second.keys() and len(first) > 50
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_score_of_the_same_artifact_by_two_processes_is_that_of_one(pair: Pair, data: TinyData):
     artifact = str((pair.one / "run" / "artifact.bin").resolve())
     env = run_environment(data, mode="eval", artifact=artifact, run_dir="again")
@@ -236,6 +241,7 @@ def test_score_of_the_same_artifact_by_two_processes_is_that_of_one(pair: Pair, 
         assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_final_scores_of_two_processes_are_those_of_one_within_rounding(pair: Pair):
     one, two = submission(pair.one / "run"), submission(pair.two / "run")
     assert two["val_bpb"] == pytest.approx(one["val_bpb"], rel=2e-3)

@@ -322,7 +322,7 @@ def test_packed_script_trains_to_the_same_artifact_and_score(done: Done, work: P
     assert submission(work / "run")["val_bpb"] == submission(done.folder)["val_bpb"]
 
 
-@pytest.mark.parametrize("length", [16, 64])
+@pytest.mark.parametrize("length", [pytest.param(16, marks=pytest.mark.slow), 64])
 def test_artifact_can_be_scored_with_another_context_than_it_was_trained_with(
     done: Done, shipped: Path, length
 ):
@@ -357,7 +357,13 @@ def test_damaged_artifact_is_refused(shipped: Path):
     )
 
 
-@pytest.mark.parametrize("head", [zlib.compress(b"7"), zlib.compress(b"[]"), zlib.compress(b"{}")])
+@pytest.mark.parametrize(
+    "head",
+    [
+        zlib.compress(b"7"),
+        *(pytest.param(zlib.compress(x), marks=pytest.mark.slow) for x in (b"[]", b"{}")),
+    ],
+)
 def test_artifact_with_a_strange_header_is_refused_without_a_traceback(shipped: Path, head: bytes):
     start = struct.pack("<8sHI", b"PGOLFART", 2, len(head)) + head
     (shipped / "artifact.bin").write_bytes(start + hashlib.sha256(start).digest())

@@ -138,6 +138,7 @@ def test_the_script_writes_on_and_leaves_no_files(data: TinyData, artifact: Path
     assert len(outputs) == 1
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_cut_to_the_context_and_said(data: TinyData, artifact: Path) -> None:
     words = "one two three four five six seven eight nine ten " * 20
     count = len(data.tokenizer.encode(words)) + 1

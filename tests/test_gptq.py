@@ -502,9 +502,9 @@ CODE_BYTES = 777
 @pytest.mark.parametrize(
     ("grid", "compressor", "budget"),
     [
-        ("uniform", "ans", 9_000),
+        pytest.param("uniform", "ans", 9_000, marks=pytest.mark.slow),
         ("uniform", "ans", 16_000),
-        ("uniform", "ans", 22_000),
+        pytest.param("uniform", "ans", 22_000, marks=pytest.mark.slow),
         ("uniform", "brotli", 16_000),
         pytest.param("trellis", "ans", 12_000, marks=pytest.mark.slow),
         ("trellis", "ans", 18_000),

@@ -946,7 +946,9 @@ def test_logits_never_exist_for_more_than_a_chunk(
 
 @pytest.mark.parametrize(
     "backend",
-    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # traced; made machine code
+    [  # traced; made machine code
+        pytest.param(backend, marks=pytest.mark.slow) for backend in ("aot_eager", "inductor")
+    ],
 )
 def test_scores_agree_compiled_or_not_and_with_or_without_gradients(
     backend: str, monkeypatch: pytest.MonkeyPatch

@@ -274,7 +274,9 @@ def test_the_artifact_that_is_mutated_is_sound_and_uses_every_part(
     assert kinds == {"codes", "half", "steps"}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
+)
 def test_mutated_artifacts_are_refused_or_models(
     seed: int, whole: Whole, make_run: MakeRun, tmp_path: Path
 ):

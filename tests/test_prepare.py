@@ -282,6 +282,7 @@ def test_two_runs_and_two_workers_give_the_same_bytes(made: Path, corpus: Path, 
     assert file_hashes(tmp_path / "again") == file_hashes(made) == file_hashes(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_running_goes_on_and_ends_with_the_same_bytes(tmp_path: Path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [make_text(seed, 30) for seed in range(500)])
     options = ["--input", corpus, "--batch-bytes", 300, "--shard-tokens", 2000]

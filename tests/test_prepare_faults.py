@@ -206,7 +206,7 @@ def test_inputs_in_the_folder_for_unfinished_work_are_refused(
     assert inside.is_file()
 
 
-@pytest.mark.parametrize("moves", [0, 1, 3])
+@pytest.mark.parametrize("moves", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 3))])
 def test_a_kill_while_files_are_moved_into_place_is_repaired(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ):

@@ -581,6 +581,7 @@ def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_scoring_again_finds_the_scores_of_a_real_run(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

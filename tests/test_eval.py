@@ -87,7 +87,9 @@ def test_targets_after_the_first_window_have_at_least_length_less_stride_context
 @pytest.mark.parametrize(
     "num_targets, windows",
     [
-        (40_540_160, 633_409),  # SP8192: one start every 64 targets, less the last 31
+        pytest.param(
+            40_540_160, 633_409, marks=pytest.mark.slow
+        ),  # SP8192: one start every 64 targets, less the last 31
         # SP1024; with the 31 tail windows that rescore it was 969,088
         pytest.param(62_021_632, 969_057, marks=pytest.mark.slow),
     ],

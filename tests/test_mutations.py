@@ -310,7 +310,9 @@ def huge_header(whole: Whole, width: int, layers: int) -> bytes:
     return with_header(header, whole.body)
 
 
-@pytest.mark.parametrize(("width", "layers"), [(512, 128), (4096, 2)])
+@pytest.mark.parametrize(
+    ("width", "layers"), [pytest.param(512, 128, marks=pytest.mark.slow), (4096, 2)]
+)
 def test_a_huge_model_over_few_bytes_is_refused_in_little_time_and_memory(
     width: int, layers: int, whole: Whole, make_run: MakeRun, tmp_path: Path
 ):

@@ -565,7 +565,7 @@ def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("moment", "number"),
     [
         pytest.param("reading", signal.SIGTERM, marks=pytest.mark.slow),
-        ("training", signal.SIGINT),
+        pytest.param("training", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("reading", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("training", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("encoding", signal.SIGINT, marks=pytest.mark.slow),

@@ -4476,7 +4476,27 @@ class CalibrationStats:
         return hessians
 
 
-CALIBRATION_TIME_MARGIN = 1.5  # of the measured time of a batch, when the next one is planned
+CALIBRATION_TIME_MARGIN = 1.5  # of the measured time of a piece, when the next one is planned
+# A token of calibration may take this many times as long as one of training: it is not compiled.
+CALIBRATION_COST = 4.0
+
+
+def calibration_rows(run: Run, loader: BatchLoader, trained: Progress) -> Iterator[Tensor]:
+    """This rank's windows of calibration text (rows, T + 1), in pieces for one pass.
+
+    A piece is a batch of training or a micro-batch, but on a slow machine no more rows than are
+    expected to take half of the time left, by the pace of training.
+    """
+    cfg, T = run.cfg, run.cfg.train_seq_len
+    token_s = CALIBRATION_COST * run.world_size * trained.train_s / max(1, trained.tokens)
+    num_rows = max(1, cfg.micro_batch_tokens // T)
+    if cfg.max_wallclock_seconds and token_s:
+        left_s = max(0.0, cfg.max_wallclock_seconds - trained.train_s)
+        num_rows = int(min(num_rows, max(1, left_s / (2 * token_s * T))))
+    for batch in range(cfg.gptq_calibration_batches):
+        position = trained.tokens + batch * cfg.train_batch_tokens
+        window_BT = loader.read(position - position % T, T, cfg.train_batch_tokens)
+        yield from torch.split(window_BT.to(run.device), num_rows)
 
 
 def calibrate(
@@ -4484,22 +4504,18 @@ def calibrate(
 ) -> dict[str, KroneckerHessian]:
     """The Hessian of every matrix, from the training text that follows the tokens trained on.
 
-    Stops early where another batch might end after MAX_WALLCLOCK_SECONDS.
+    Stops early where another piece might end after MAX_WALLCLOCK_SECONDS.
     """
-    cfg, stats, started_s = run.cfg, CalibrationStats(model), time.perf_counter()
-    limit_s = cfg.max_wallclock_seconds or math.inf
+    stats, started_s = CalibrationStats(model), time.perf_counter()
+    limit_s = run.cfg.max_wallclock_seconds or math.inf
     model.schedule = model.schedules[-1]
-    T, batch_tokens = cfg.train_seq_len, cfg.train_batch_tokens
-    for batch in range(cfg.gptq_calibration_batches):
-        position = trained.tokens + batch * batch_tokens
-        window_BT = loader.read(position - position % T, T, batch_tokens).to(run.device)
-        for rows_BT in torch.split(window_BT, max(1, cfg.micro_batch_tokens // T)):
-            run.check_signal()
-            stats.accumulate(rows_BT)
+    for number, rows_BT in enumerate(calibration_rows(run, loader, trained), start=1):
+        run.check_signal()
+        stats.accumulate(rows_BT)
         run.synchronize()
-        elapsed = torch.tensor(time.perf_counter() - started_s, device=run.device)
-        elapsed_s = float(run.all_reduce_max(elapsed))  # the same decision on all ranks
-        next_end_s = CALIBRATION_TIME_MARGIN * elapsed_s * (batch + 2) / (batch + 1)
+        # The same decision on all ranks.
+        elapsed_s = max_over_ranks(run, time.perf_counter() - started_s)
+        next_end_s = CALIBRATION_TIME_MARGIN * elapsed_s * (number + 1) / number
         if trained.train_s + next_end_s > limit_s:
             break
     run.log("calibrated", tokens=stats.num_tokens * run.world_size)

@@ -280,6 +280,30 @@ def test_calibration_ends_where_the_training_budget_would(
     assert len(text.reads) == batches
 
 
+@pytest.mark.parametrize("slowdown", [0.1, 1.0, 4.0, 10.0])
+def test_calibration_stays_within_the_budget_on_a_machine_of_any_speed(
+    slowdown: float, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    """A pass costs CALIBRATION_COST times a step of training, which took `slowdown` seconds."""
+    run = make_run(**GPTQ, gptq_calibration_batches=5, max_wallclock_seconds=100.0)
+    now_s, rows = [0.0], list[int]()
+
+    def accumulate(self: CalibrationStats, rows_BT: torch.Tensor) -> None:
+        rows.append(len(rows_BT))
+        now_s[0] += train_gpt.CALIBRATION_COST * slowdown * len(rows_BT) / 8
+        real(self, rows_BT)
+
+    real = CalibrationStats.accumulate
+    monkeypatch.setattr(CalibrationStats, "accumulate", accumulate)
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    steps = int(90 / slowdown)
+    trained = Progress(steps, steps * slowdown, steps * 256)
+    text: Any = Text(run.cfg)
+    assert calibrate(run, random_model(run.cfg), text, trained)
+    assert trained.train_s + now_s[0] <= 100.0
+    assert rows == [8] * 5 if slowdown <= 0.1 else 0 < sum(rows) < 40
+
+
 # --- GPTQ and steps ------------------------------------------------------------------------------
 
 

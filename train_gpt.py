@@ -5680,7 +5680,10 @@ def minify(source: str) -> str:
     A statement takes one line, and each level of indentation one space. The text of a token is
     never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
     """
-    spans = sorted(annotation_spans(source) + documentation_spans(source))
+    tree, offset = ast.parse(source), character_offsets(source)
+    spans = sorted(
+        annotation_spans(source, tree, offset) + documentation_spans(source, tree, offset)
+    )
     edges = [0, *itertools.chain(*spans), len(source)]
     source = "".join(source[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2))
     docstrings, output = docstring_positions(source), list[str]()
@@ -5743,7 +5746,10 @@ def docstring_positions(source: str) -> dict[Position, str]:
     return positions
 
 
-def character_offsets(source: str) -> Callable[[int, int], int]:
+Offset = Callable[[int, int], int]
+
+
+def character_offsets(source: str) -> Offset:
     """A function that returns the index of the character at a row and a byte of it, as in ast."""
     lines = list(io.StringIO(source))
     line_starts = [0, *itertools.accumulate(map(len, lines))]
@@ -5752,10 +5758,10 @@ def character_offsets(source: str) -> Callable[[int, int], int]:
     )
 
 
-def documentation_spans(source: str) -> list[tuple[int, int]]:
+def documentation_spans(source: str, tree: ast.Module, offset: Offset) -> list[Span]:
     """Spans of the documentation and the unit of each knob."""
-    offset, spans = character_offsets(source), list[tuple[int, int]]()
-    for node in ast.walk(ast.parse(source)):
+    spans = list[Span]()
+    for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "knob"):
             continue
         if node.args:
@@ -5767,13 +5773,13 @@ def documentation_spans(source: str) -> list[tuple[int, int]]:
     return spans
 
 
-def annotation_spans(source: str) -> list[tuple[int, int]]:
+def annotation_spans(source: str, tree: ast.Module, offset: Offset) -> list[Span]:
     """Spans of characters that hold annotations without effect.
 
     They are those of arguments, results and variables of functions. A decorator may read those of
     its function, and a class needs its own.
     """
-    offset, spans = character_offsets(source), list[tuple[int, int]]()
+    spans = list[Span]()
 
     def add(x: Any) -> None:
         if x is not None:
@@ -5795,7 +5801,7 @@ def annotation_spans(source: str) -> list[tuple[int, int]]:
         for child in ast.iter_child_nodes(node):
             visit(child, in_function)
 
-    visit(ast.parse(source), False)
+    visit(tree, False)
     return spans
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import signal
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # peers that leave are warned of at length
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes inherit
@@ -26,6 +27,9 @@ from hypothesis import settings
 
 import train_gpt
 from train_gpt import GPT, Config, Run
+
+# A shell starts background jobs with SIGINT ignored; processes of the tests must not inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Packing the script takes a second, and every run does it.
 train_gpt.pack_source = functools.cache(train_gpt.pack_source)

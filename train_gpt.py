@@ -4416,12 +4416,13 @@ class CalibrationStats:
         hooks.append(
             model.register_forward_hook(lambda _, args, x_BTD: self.add(head, "inputs", x_BTD))
         )
-        compiled = model.run_block, model.nll
-        model.run_block, model.nll = run_block, functools.partial(self.record_head, head)
+        compiled = model.run_block, model.blend_skip, model.nll
+        model.run_block, model.blend_skip = run_block, blend_skip
+        model.nll = functools.partial(self.record_head, head)
         try:
             model.loss(ids_BT, target_BT, torch.ones_like(target_BT)).backward()  # type: ignore[no-untyped-call]
         finally:
-            model.run_block, model.nll = compiled
+            model.run_block, model.blend_skip, model.nll = compiled
             for hook in hooks:
                 hook.remove()
         model.zero_grad(set_to_none=True)

@@ -280,6 +280,24 @@ def test_calibration_ends_where_the_training_budget_would(
     assert len(text.reads) == batches
 
 
+def test_calibration_runs_nothing_that_is_compiled(make_run: MakeRun):
+    """Its batches have shapes of their own, which would be compiled on the training clock."""
+    run = make_run(**GPTQ, num_layers=3, gptq_calibration_batches=1)
+    model, text = random_model(run.cfg), Text(run.cfg)
+    expected: Any = calibrate(run, model, text, Progress())  # type: ignore[arg-type]
+    names = [name for name in ("run_block", "blend_skip", "nll") if hasattr(model, name)]
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    for name in names:
+        setattr(model, name, refuse)
+    found: Any = calibrate(run, model, text, Progress())  # type: ignore[arg-type]
+    assert len(names) == 3 and all(getattr(model, name) is refuse for name in names)
+    for name in expected:
+        assert torch.equal(found[name].inputs_II, expected[name].inputs_II)
+
+
 @pytest.mark.parametrize("slowdown", [0.1, 1.0, 4.0, 10.0])
 def test_calibration_stays_within_the_budget_on_a_machine_of_any_speed(
     slowdown: float, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch

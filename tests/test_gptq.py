@@ -282,7 +282,7 @@ def test_calibration_ends_where_the_training_budget_would(
 
 def test_calibration_runs_nothing_that_is_compiled(make_run: MakeRun):
     """Its batches have shapes of their own, which would be compiled on the training clock."""
-    run = make_run(**GPTQ, num_layers=3, gptq_calibration_batches=1)
+    run = make_run(**GPTQ | {"num_layers": 3}, gptq_calibration_batches=1)
     model, text = random_model(run.cfg), Text(run.cfg)
     expected: Any = calibrate(run, model, text, Progress())  # type: ignore[arg-type]
     names = [name for name in ("run_block", "blend_skip", "nll") if hasattr(model, name)]

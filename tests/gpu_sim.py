@@ -35,12 +35,14 @@ RECIPES = ROOT / "records/track_10min_16mb"
 
 
 def load_cuda_guard() -> None:
-    """Compile cuda_guard.cpp once per version of PyTorch, and load it; before torch is imported."""
+    """Compile cuda_guard.cpp once per torch installation, and load it; before torch is imported."""
     source = Path(__file__).with_name("cuda_guard.cpp")
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None, "torch is not installed"
     root = Path(spec.origin).parent
-    key = hashlib.sha256(source.read_bytes() + (root / "version.py").read_bytes()).hexdigest()
+    # The library holds the path of torch's own libraries.
+    contents = source.read_bytes() + (root / "version.py").read_bytes() + bytes(root)
+    key = hashlib.sha256(contents).hexdigest()
     library = Path(tempfile.gettempdir()) / f"cuda_guard_{key[:12]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:

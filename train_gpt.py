@@ -2204,8 +2204,11 @@ class BatchedLoRA(nn.Module):
         self.up_BRO = nn.Parameter(down_RI.new_zeros(num_rows, R, num_outputs))
 
     def forward(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        rows = slice(self.first_row, self.first_row + len(x_BTI))
-        down_BIR, up_BRO = (w[rows].to(x_BTI.dtype) for w in (self.down_BIR, self.up_BRO))
+        down_BIR, up_BRO = self.down_BIR, self.up_BRO
+        if len(x_BTI) < len(down_BIR):  # the gradient of a slice is a copy of the whole
+            rows = slice(self.first_row, self.first_row + len(x_BTI))
+            down_BIR, up_BRO = down_BIR[rows], up_BRO[rows]
+        down_BIR, up_BRO = down_BIR.to(x_BTI.dtype), up_BRO.to(x_BTI.dtype)
         return torch.baddbmm(y_BTO, torch.bmm(x_BTI, down_BIR), up_BRO, alpha=self.scale)
 
 

@@ -342,6 +342,7 @@ def is_alive(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_a_killed_runner_loses_only_the_runs_in_progress(tmp_path: Path) -> None:
     grid = waiting_grid(tmp_path)
     process = start_runner(grid)

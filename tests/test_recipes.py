@@ -366,7 +366,7 @@ def small_run(data: TinyData, tmp_path: Path, name: str) -> tuple[Config, Path]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != TRIGRAM)) for n in RECIPES]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != NAIVE)) for n in RECIPES]
 )
 def test_the_recipe_trains_writes_and_scores_in_small(
     data: TinyData, tmp_path: Path, name: str

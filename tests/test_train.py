@@ -330,7 +330,7 @@ def test_score_before_quantization_is_that_of_the_weights_as_they_are(
     assert found.nats == expected.nats
 
 
-@pytest.mark.parametrize("averaging", ["ema", "swa"])
+@pytest.mark.parametrize("averaging", ["ema", pytest.param("swa", marks=pytest.mark.slow)])
 def test_artifact_holds_the_average_of_the_weights(
     new_run: MakeRun, data: TinyData, tmp_path: Path, averaging
 ):

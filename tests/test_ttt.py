@@ -359,7 +359,9 @@ def permuted(ids: np.ndarray, order: list[int]) -> np.ndarray:
     return np.concatenate([*pieces, [BOS_ID]])
 
 
-@pytest.mark.parametrize("name", ["lora_window", "lora_incremental"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("lora_window", marks=pytest.mark.slow), "lora_incremental"]
+)
 def test_the_order_of_documents_does_not_matter_where_they_are_independent(
     make_run: MakeRun, data, name
 ):
@@ -371,7 +373,9 @@ def test_the_order_of_documents_does_not_matter_where_they_are_independent(
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lora_window", "lora_incremental"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("lora_window", marks=pytest.mark.slow), "lora_incremental"]
+)
 def test_a_document_knows_nothing_of_the_one_before(make_run: MakeRun, data, name):
     run = make_run(**METHODS[name], isolate_documents=True)
     model, ids = random_model(run.cfg), text_of(data)
@@ -418,7 +422,14 @@ def plain_nats(model: GPT, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk", [pytest.param(2, marks=pytest.mark.slow), 5, 29])
-@pytest.mark.parametrize("rich", [{}, RICH, {**RICH, "isolate_documents": True}])
+@pytest.mark.parametrize(
+    "rich",
+    [
+        {},
+        pytest.param(RICH, marks=pytest.mark.slow),
+        {**RICH, "isolate_documents": True},
+    ],
+)
 def test_kept_keys_and_values_give_what_a_pass_over_the_whole_document_gives(
     make_run: MakeRun, data, rich, chunk
 ):
@@ -694,12 +705,18 @@ with train_gpt.start_run(cfg, os.environ) as run:
 """
 
 
-def test_two_ranks_score_as_one_does(data: TinyData, tmp_path):
+@pytest.mark.parametrize(
+    # A warm A goes from batch to batch of a rank: other ranks, other batches, other adapters.
+    "names",
+    [
+        ("chunk_adamw", "chunk_hedge", "lora_phases"),
+        pytest.param({*LEARNING} - {"lora_warm"}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_score_as_one_does(names: Iterable[str], data: TinyData, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     np.save(work / "ids.npy", text_of(data))
-    # A warm A goes from batch to batch of a rank: other ranks, other batches, other adapters.
-    names = [name for name in LEARNING if name != "lora_warm"]
     (work / "methods.json").write_text(json.dumps({name: METHODS[name] for name in names}))
     (work / "ranks.py").write_text(RANKS)
     env = environment(tiny_config(run_dir="one", eval_max_seconds=1e6))

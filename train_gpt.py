@@ -5657,7 +5657,7 @@ PACKED_STUB = (
     'exec(compile(PACKED_SOURCE,"<train_gpt>","exec"))\n'
 )
 # Characters that cannot stand in a string literal as they are.
-PAYLOAD_ESCAPES = str.maketrans({"\0": "\\x00", "\n": "\\n", "\r": "\\r", '"': '\\"', "\\": "\\\\"})
+PAYLOAD_ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r", '"': '\\"', "\\": "\\\\"})
 # Parameters of LZMA for text: the position of a byte modulo 4 says nothing about it.
 PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 
@@ -5671,6 +5671,8 @@ def pack_source(source: str) -> bytes:
         minify(source).encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER]
     )
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
+    # A digit after it would be part of the escape of a null byte.
+    payload = re.sub("\0(?=[0-7])", r"\\x00", payload).replace("\0", r"\0")
     return PACKED_STUB.format(payload=payload).encode("latin-1")
 
 

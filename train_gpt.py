@@ -62,8 +62,14 @@ from typing import Any, NamedTuple, get_type_hints
 
 import constriction  # type: ignore[import-untyped]
 import numpy as np
-import safetensors.torch
 import sentencepiece
+
+if __name__ == "__main__":
+    # OpenMP threads sleep while they wait for each other: spinning makes a run several times slower
+    # as soon as other programs use the cores. The variable is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

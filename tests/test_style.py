@@ -356,6 +356,28 @@ def test_importing_the_script_does_nothing_else(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    ("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
+)
+def test_threads_sleep_while_they_wait_unless_the_user_decides(
+    given: dict[str, str], policy: str, tmp_path: Path
+) -> None:
+    program = (
+        "import os, runpy, sys\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.argv[1:], os._exit = ['--help'], sys.exit\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'train_gpt.py')!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        env=given, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, policy), result.stderr
+
+
 # --- README and records --------------------------------------------------------------------------
 
 

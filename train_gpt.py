@@ -4401,6 +4401,14 @@ class KroneckerHessian(NamedTuple):
     outputs_O: Tensor
 
 
+def second_moments(x: Tensor) -> Tensor:
+    """Sums of products x_i x_j over all dimensions but the last, (I, I), float32."""
+    x_NI = x.detach().flatten(0, -2)
+    if x.is_cuda and x.dtype == torch.bfloat16:  # on tensor cores
+        return torch.mm(x_NI.T, x_NI, out_dtype=torch.float32)
+    return x_NI.float().T @ x_NI.float()
+
+
 class CalibrationStats:
     """Sums of second moments over calibration tokens, by parameter and kind of moment.
 
@@ -4412,6 +4420,7 @@ class CalibrationStats:
     def __init__(self, model: GPT):
         self.sums: dict[tuple[str, str], Tensor] = {}
         self.model, self.num_tokens = model, 0
+        self.last_product: tuple[Tensor | None, Tensor | None] = None, None  # x, and its moments
 
     def accumulate(self, window_BT: Tensor) -> None:
         """Run the model on windows (rows, T + 1), forward and backward, uncompiled, with hooks."""
@@ -4432,6 +4441,7 @@ class CalibrationStats:
             model.loss(ids_BT, target_BT, torch.ones_like(target_BT)).backward()  # type: ignore[no-untyped-call]
         finally:
             model.run_block, model.blend_skip, model.nll = compiled
+            self.last_product = None, None
             for hook in hooks:
                 hook.remove()
         model.zero_grad(set_to_none=True)
@@ -4457,9 +4467,12 @@ class CalibrationStats:
         if kind == "reads":
             num_rows = len(self.model.get_parameter(name))
             value = torch.bincount(x.flatten(), minlength=num_rows).float()
-        else:
-            x_NI = x.detach().flatten(0, -2).float()
-            value = x_NI.square().sum(dim=0) if kind == "outputs" else x_NI.T @ x_NI
+        elif kind == "outputs":
+            value = x.detach().flatten(0, -2).float().square().sum(dim=0)
+        else:  # queries, keys and values have the same input
+            last_x, last_value = self.last_product
+            value = second_moments(x) if x is not last_x or last_value is None else last_value
+            self.last_product = x, value
         self.sums[name, kind] = self.sums.get((name, kind), 0) + value
 
     def hessians(self, run: Run) -> dict[str, KroneckerHessian]:

@@ -298,6 +298,28 @@ def test_calibration_runs_nothing_that_is_compiled(make_run: MakeRun):
         assert torch.equal(found[name].inputs_II, expected[name].inputs_II)
 
 
+def test_queries_keys_and_values_share_one_product(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run, sizes, real = make_run(**GPTQ), list[int](), train_gpt.second_moments
+    model = random_model(run.cfg)
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.size(-1))
+        return real(x)
+
+    monkeypatch.setattr(train_gpt, "second_moments", count)
+    stats = CalibrationStats(model)
+    stats.accumulate(windows_of(run.cfg, 2))
+    # In each layer: q, k and v; the output projection; both matrices of the MLP. Then the embedding
+    # and the head.
+    assert len(sizes) == 4 * run.cfg.num_layers + 2
+    inputs = [stats.sums[f"blocks.0.attn.c_{x}.weight", "inputs"] for x in "qkv"]
+    others = [stats.sums[f"blocks.{i}.attn.c_q.weight", "inputs"] for i in range(2)]
+    assert torch.equal(inputs[0], inputs[1]) and torch.equal(inputs[0], inputs[2])
+    assert not torch.equal(*others)
+
+
 @pytest.mark.parametrize("slowdown", [0.1, 1.0, 4.0, 10.0])
 def test_calibration_stays_within_the_budget_on_a_machine_of_any_speed(
     slowdown: float, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch

@@ -2210,11 +2210,10 @@ class BatchedLoRA(nn.Module):
         self.up_BRO = nn.Parameter(down_RI.new_zeros(num_rows, R, num_outputs))
 
     def forward(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        down_BIR, up_BRO = self.down_BIR, self.up_BRO
-        if len(x_BTI) < len(down_BIR):  # the gradient of a slice is a copy of the whole
-            rows = slice(self.first_row, self.first_row + len(x_BTI))
-            down_BIR, up_BRO = down_BIR[rows], up_BRO[rows]
-        down_BIR, up_BRO = down_BIR.to(x_BTI.dtype), up_BRO.to(x_BTI.dtype)
+        weights: list[Tensor] = [self.down_BIR, self.up_BRO]
+        if len(x_BTI) < len(self.down_BIR):  # the gradient of a slice is a copy of the whole
+            weights = [w[self.first_row : self.first_row + len(x_BTI)] for w in weights]
+        down_BIR, up_BRO = (w.to(x_BTI.dtype) for w in weights)
         return torch.baddbmm(y_BTO, torch.bmm(x_BTI, down_BIR), up_BRO, alpha=self.scale)
 
 
@@ -6993,15 +6992,19 @@ class NgramCounts:
 
     def find(self, key_N: Tensor, claim: bool = False) -> Tensor:
         """The row of each key, or the empty row where it belongs; claim=True inserts it."""
-        row_N, todo = key_N & self.mask, torch.arange(len(key_N), device=key_N.device)
-        while len(todo):
+        row_N, todo, probes = key_N & self.mask, torch.arange(len(key_N), device=key_N.device), 1
+        while len(todo):  # a GPU is waited for once a round, and each round probes twice as often
             row, key = row_N[todo], key_N[todo]
-            held = self.keys[row]
-            if claim:  # of several keys the largest gets the row, on any device
-                self.keys.scatter_reduce_(0, row[held == 0], key[held == 0], "amax")
+            for _ in range(probes):
                 held = self.keys[row]
-            todo = todo[(held != 0) & (held != key)]
-            row_N[todo] = (row_N[todo] + 1) & self.mask
+                if claim:  # of several keys the largest gets the row, on any device
+                    claimed = torch.where(held == 0, key, 0)
+                    self.keys.scatter_reduce_(0, row, claimed, "amax")
+                    held = self.keys[row]
+                is_found = (held == 0) | (held == key)
+                row = torch.where(is_found, row, (row + 1) & self.mask)
+            row_N[todo] = row
+            todo, probes = todo[~is_found], 2 * probes
         return row_N
 
     def hashes(self, context_NK: Tensor) -> Tensor:

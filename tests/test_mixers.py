@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import MakeRun
 from train_gpt import Config, Hedge, Mixer, NgramCounts, Run
@@ -268,6 +269,31 @@ def test_keys_that_share_a_slot_are_told_apart():
     assert rows[1] == rows[4]
     assert torch.equal(counts.find(keys), rows)
     assert counts.keys[counts.find(torch.tensor([5 + 3 * slots]))] == 0
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts the operations for which a GPU would be waited for: indexing by booleans."""
+
+    num_waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            self.num_waits += any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.num_waits += func in (torch.ops.aten.nonzero.default, torch.ops.aten.item.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 30, 200])
+@pytest.mark.parametrize("claim", [True, False])
+def test_a_search_waits_for_a_gpu_once_per_doubling_of_the_probes(num_keys: int, claim: bool):
+    counts = some_counts()
+    keys = 5 + (counts.mask + 1) * torch.arange(num_keys)  # all belong in the same row
+    if not claim:
+        counts.find(keys, claim=True)
+    with WaitCounter() as counter:
+        rows = counts.find(keys, claim=claim)
+    assert sorted(rows.tolist()) == [*range(5, 5 + num_keys)]
+    assert counter.num_waits == num_keys.bit_length()
 
 
 # --- Methods against plain loops -----------------------------------------------------------------

@@ -23,6 +23,20 @@ Tensor suffixes: B sequences, T positions, D model width, H query heads, K key/v
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def end_interrupted(*_: object) -> None:
+        """Signal handler during the imports, which take seconds."""
+        os.write(2, b"Interrupted: stopped by a signal\n")
+        os._exit(143)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_interrupted)
+
 import ast
 import bisect
 import contextlib
@@ -40,16 +54,13 @@ import itertools
 import json
 import lzma
 import math
-import os
 import platform
 import re
 import resource
 import shutil
-import signal
 import stat
 import struct
 import subprocess
-import sys
 import time
 import tokenize
 import zlib

@@ -34,8 +34,8 @@ FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
 SCORING_EVENTS = {*FINAL_SCORES, "pass", "final", "size", "bytes", "ledger"}
 # Knobs of one run or one person. They are not part of the settings that a record publishes.
 RUN_KNOBS = {
-    "ARTIFACT", "MAX_NEW_TOKENS", "METRICS", "MODE", "PROMPT", "RECIPE", "RESUME", "RUN_DIR",
-    "RUN_ID", "SEED", "SUBMISSION_AUTHOR", "SUBMISSION_NAME", "TEMPERATURE", "TOP_K",
+    "ARTIFACT", "CHECK_DATA", "MAX_NEW_TOKENS", "METRICS", "MODE", "PROMPT", "RECIPE", "RESUME",
+    "RUN_DIR", "RUN_ID", "SEED", "SUBMISSION_AUTHOR", "SUBMISSION_NAME", "TEMPERATURE", "TOP_K",
 }  # fmt: skip
 # Knobs that a record states once, so that training and scoring must agree on them.
 SHARED_KNOBS = ("DATA_PATH", "TOKENIZER_PATH", "PRECISION", "COMPILE", "ATTENTION", "TRACK")

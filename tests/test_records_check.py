@@ -416,6 +416,19 @@ def test_run_env_has_the_knobs_of_the_pass_that_gave_the_score(method: str, tmp_
     assert problems_of(out) == ""
 
 
+@pytest.mark.parametrize(
+    "changes", [{"check_data": "full"}, {"resume": False}, {"submission_author": "B. Golfer"}]
+)
+def test_knobs_of_one_run_or_person_are_no_settings_of_the_record(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = RunLog.read(write_run(tmp_path / "plain", run_events(1, 1.3)) / "metrics.jsonl")
+    changed = RunLog.read(
+        write_run(tmp_path / "changed", run_events(1, 1.3, **changes)) / "metrics.jsonl"
+    )
+    assert changed.config != plain.config and run_settings(changed) == run_settings(plain)
+
+
 def test_an_audit_after_the_score_does_not_change_the_record(tmp_path: Path) -> None:
     events = run_events(1, 1.3, ttt_method="lora")
     audit = setup_events(1, mode="eval", ttt_method="chunk", val_tokens_limit=64)

@@ -17,7 +17,16 @@ import pytest
 
 import train_gpt
 from tests.conftest import TinyData, environment, tiny_config
-from tests.processes import Result, metrics, parse_line, run_script, start, submission
+from tests.processes import (
+    SCRIPT,
+    Result,
+    metrics,
+    parse_line,
+    python_process,
+    run_script,
+    start,
+    submission,
+)
 from train_gpt import InputError, format_event, format_line, judge, lock_directory
 
 RUN: dict[str, Any] = {
@@ -410,3 +419,17 @@ def test_sigterm_while_a_run_is_prepared_ends_with_143(data: TinyData, work: Pat
     result = run_script(run_environment(data), work, script)
     assert result.status == 143 and result.err.startswith("Interrupted: "), result.err
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_signal_during_the_imports_ends_with_143(work: Path, number: int, is_packed: bool):
+    # The first package that the script imports from elsewhere is one that sends the signal.
+    (work / "constriction.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
+    script = SCRIPT
+    if is_packed:
+        script = work / "packed.py"
+        script.write_bytes(train_gpt.pack_source(train_gpt.script_source()))
+    env = environment(tiny_config(**RUN), PYTHONPATH=str(work))
+    result = python_process([str(script)], env, work)
+    assert (result.status, result.err) == (143, "Interrupted: stopped by a signal\n")

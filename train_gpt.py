@@ -3168,9 +3168,13 @@ def compile_unavailable_reason(device: torch.device) -> str:
     command, assembly = [compiler, "-x", "c++", "-S", "-o", "-", "-"], b""
     with contextlib.suppress(OSError, ValueError):
         assembly = subprocess.run(
-            command, input=b"int f() { return 1; }", capture_output=True
+            command, input=b"#include <vector>\nint f() { return 1; }", capture_output=True
         ).stdout
-    return "" if assembly else f"no working C++ compiler ({compiler}); install g++ or set CXX"
+    return (
+        ""
+        if b"_Z1fv" in assembly
+        else f"no working C++ compiler ({compiler}); install g++ or set CXX"
+    )
 
 
 class AttentionBackend(NamedTuple):

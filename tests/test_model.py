@@ -14,6 +14,7 @@ import math
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -993,6 +994,15 @@ def test_a_compiler_that_does_not_work_is_none(compiler: str):
     with torch._inductor.config.patch({"cpp.cxx": (None, compiler)}):
         reason = train_gpt.compile_unavailable_reason(CPU)
     assert f"no working C++ compiler ({compiler})" in reason
+
+
+@pytest.mark.parametrize("script", ["echo g++ 12.2", 'exec g++ -nostdinc++ "$@"', "cat"])
+def test_a_compiler_that_answers_without_compiling_is_none(tmp_path: Path, script: str):
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
+        assert "no working C++ compiler" in train_gpt.compile_unavailable_reason(CPU)
 
 
 def test_without_a_compiler_the_run_says_so_and_goes_on(

@@ -33,6 +33,7 @@ from tests.processes import (
     metrics,
     run_ranks,
     run_script,
+    start,
     start_ranks,
     submission,
     wait_for_ranks,
@@ -318,6 +319,38 @@ def test_signal_to_all_processes_of_torchrun_leaves_a_checkpoint(
         os.killpg(started.process.pid, number)
         result = started.wait()
     assert_stopped_with_a_checkpoint(result, work)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and has not ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_a_checkpoint_when_torchrun_is_killed(
+    data: TinyData, work: Path, worker: Path
+):
+    env = run_environment(data, mode="train", iterations=10**5, val_loss_every=0)
+    with torchrun(worker, {**env, "HOOK": "slow"}, work) as started:
+        started.wait_for_output("step step:10 ")
+        pid = started.process.pid
+        workers = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        beside = run_script(env, work)
+        started.process.kill()
+        wait_until(lambda: not any(map(is_running, workers)), TORCHRUN_TIMEOUT_S, "workers go on")
+    assert len(workers) == 2
+    assert beside.status == 2 and f"RUN_DIR=run is in use by process {workers[0]}" in beside.err
+    (step,) = checkpoints(work)
+    resumed = start(env, work)
+    resumed.wait_for_output("resume ")
+    resumed.send(signal.SIGTERM)
+    assert resumed.wait().status == 143
+    assert metrics(work / "run", "resume")[0]["step"] == step >= 10
 
 
 # --- Ranks started by hand -----------------------------------------------------------------------

@@ -891,17 +891,18 @@ FOREIGN_PREFIXES = tuple(
 def explain_misspelled_knob(name: str, knobs: Collection[str]) -> str:
     """What to say about a variable that is not a knob but was probably meant as one, or nothing.
 
-    A variable is refused if it is a knob in lower case, a name in PUBLISHED_NAMES, the beginning,
-    the end or a longer form of a knob (by at least two whole words), similar to a knob (ratio of
-    0.85), or contains a word of OUR_WORDS. Variables of other programs (FOREIGN_NAMES and
-    FOREIGN_PREFIXES) always pass.
+    A variable is refused if it is a knob in lower case, a name in PUBLISHED_NAMES or similar to one
+    (ratio of 0.92), the beginning, the end or a longer form of a knob (by at least two whole
+    words), similar to a knob (ratio of 0.85), or contains a word of OUR_WORDS. Variables of other
+    programs (FOREIGN_NAMES and FOREIGN_PREFIXES) always pass.
     """
     if name in FOREIGN_NAMES or name.startswith(FOREIGN_PREFIXES):
         return ""
     if name.upper() in knobs:
         return f"{name} must be spelled in capitals: {name.upper()}"
     published = dict(pair.split("=") for pair in PUBLISHED_NAMES.split())
-    if (instead := published.get(name)) is not None:
+    if theirs := difflib.get_close_matches(name.upper(), published, n=1, cutoff=0.92):
+        instead = published[theirs[0]]
         use = f"use {instead.replace(',', ', ')}" if instead != "-" else "there is no such setting"
         return f"{name} is not a knob; {use}"
     words = name.split("_")

@@ -145,8 +145,8 @@ Knobs that public scripts have are spelled as there.
 
 A variable that is not a knob stops the run if it looks like one: a knob in lower case, a name of
 another script that maps to a knob, the beginning, the end or a longer form of a knob (by at least
-two whole words), a close spelling, or a name with a word such as `TTT`, `MUON` or `GPTQ`. Known
-variables of other programs always pass.
+two whole words), a close spelling of a knob or of such a name, or a name with a word such as
+`TTT`, `MUON` or `GPTQ`. Known variables of other programs always pass.
 
 A recipe is an env file: `KEY=value` lines, with `#` comments, quotes and `export` as usual.
 """

@@ -36,6 +36,9 @@ if __name__ == "__main__":
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end_interrupted)
+    # OpenMP threads sleep while they wait for each other: spinning makes a run several times slower
+    # as soon as other programs use the cores. The variable is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import ast
 import bisect
@@ -73,14 +76,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 import constriction  # type: ignore[import-untyped]
 import numpy as np
-import sentencepiece
-
-if __name__ == "__main__":
-    # OpenMP threads sleep while they wait for each other: spinning makes a run several times slower
-    # as soon as other programs use the cores. The variable is read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import safetensors.torch
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -3171,11 +3168,8 @@ def compile_unavailable_reason(device: torch.device) -> str:
         assembly = subprocess.run(
             command, input=b"#include <vector>\nint f() { return 1; }", capture_output=True
         ).stdout
-    return (
-        ""
-        if b"_Z1fv" in assembly
-        else f"no working C++ compiler ({compiler}); install g++ or set CXX"
-    )
+    works = b"_Z1fv" in assembly
+    return "" if works else f"no working C++ compiler ({compiler}); install g++ or set CXX"
 
 
 class AttentionBackend(NamedTuple):

@@ -493,7 +493,10 @@ def gptq_of_some_columns(
     n, L = 2, len(weight)
     order_LI = torch.arange(n, device=weight.device).expand(L, n)
     some = t.HessianFactor(
-        order_LI, factor.upper_LII[:, :n, :n], factor.alive_LI[:, :n], factor.std_LI[:, :n]
+        order_LI,
+        factor.upper_LII[:, :n, :n],
+        factor.alive_LI[:, :n],
+        factor.upper_diagonal_LI[:, :n],
     )
     codes = gptq(weight[:, :, :n], some, row, column[:, :n], rounding)
     return nn.functional.pad(codes, (0, weight.size(2) - n))

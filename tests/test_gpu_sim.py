@@ -56,6 +56,12 @@ def test_a_training_step_waits_once_and_ranks_agree_on_collectives():
     assert kinds == {"_reduce_scatter_base_", "allreduce_", "_allgather_base_"}
 
 
+def test_a_small_model_is_quantized_and_evaluated_on_the_gpu():
+    parts = ["build", "calibrate", "quantize", "score", "adapt"]
+    results = simulate("default", *TINY, "--parts", ",".join(parts))
+    assert sorted(r["name"] for r in results) == sorted(parts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_path_of_a_recipe_runs_on_the_gpu(recipe: str):

@@ -125,7 +125,7 @@ def mixed_texts() -> list[str]:
 def marked_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("marked")
     corpus = write_jsonl(folder / "corpus.jsonl", mixed_texts())
-    options = ["--vocab-size", 330, f"--case-markers={request.param}", "--write-val-text"]
+    options = ["--vocab-size", 400, f"--case-markers={request.param}", "--write-val-text"]
     run(folder / "set", "--input", corpus, *options)
     return folder / "set"
 
@@ -151,16 +151,18 @@ def test_the_sidecar_counts_the_original_bytes_of_each_document(marked_set: Path
     assert manifest["val"]["text_bytes"] == counts.sum()
 
 
-def test_markers_merge_with_spaces_or_stand_alone(marked_set: Path):
+def test_markers_merge_with_spaces_and_letters_or_stand_alone(marked_set: Path):
     processor = load_model(marked_set)
-    pieces = map(processor.id_to_piece, range(processor.get_piece_size()))
-    longer = [piece for piece in pieces if TITLE in piece and len(piece) > 1]
-    manifest = json.loads((marked_set / "manifest.json").read_bytes())
-    assert bool(longer) == (manifest["arguments"]["case_markers"] == "merge")
+    pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
+    arguments = json.loads((marked_set / "manifest.json").read_bytes())["arguments"]
+    merges = arguments["case_markers"] == "merge"
+    assert any(TITLE in piece and len(piece) > 1 for piece in pieces) == merges
+    assert any(re.search(f"\u2581{TITLE}[a-z]", piece) for piece in pieces) == merges
+    assert arguments["any_script"] is (merges or None)
 
 
 def make_config(folder: Path) -> Config:
-    return Config(data_path=str(folder), vocab_size=330)
+    return Config(data_path=str(folder), vocab_size=400)
 
 
 def test_training_needs_the_sidecar_of_a_set_with_markers(marked_set: Path, tmp_path: Path):
@@ -229,12 +231,15 @@ def test_a_set_with_markers_is_another_one_than_without(
     marked_set: Path, capsys: pytest.CaptureFixture[str]
 ):
     corpus = marked_set.parent / "corpus.jsonl"
-    words = ["--input", corpus, "--out", marked_set, "--vocab-size", 330, "--write-val-text"]
+    words = ["--input", corpus, "--out", marked_set, "--vocab-size", 400, "--write-val-text"]
     assert prepare.main([*map(str, words)]) == 2
     assert "now None" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["group digits", "unigram", "superwords", "merge, superwords"])
+KINDS = ["group digits", "unigram", "superwords", "any script", "merge, superwords"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_tokenizer_is_lossless(kind: str):
     processor = compare_tokenizers.train(TEXTS, kind, 310 if kind == "unigram" else 400)
     assert prepare.is_lossless(processor)
@@ -273,7 +278,7 @@ PROMPT = f"The USA's {TITLE} McKay \u00c9TAT"
 @pytest.fixture
 def marked_run(make_run: MakeRun, marked_set: Path) -> Run:
     """A run on the set with markers."""
-    return make_run(data_path=str(marked_set), vocab_size=330, temperature=0.0, max_new_tokens=6)
+    return make_run(data_path=str(marked_set), vocab_size=400, temperature=0.0, max_new_tokens=6)
 
 
 def write_artifact(run: Run, path: Path) -> tuple[Path, str]:

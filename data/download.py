@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.files import (  # noqa: E402  (the path above makes the import possible)
     MANIFEST,
     MANIFEST_FORMAT,
+    Progress,
     hash_file,
     lock_folder,
     make_output_safe,
@@ -387,7 +388,7 @@ def read_own_manifest(folder: Path) -> dict[str, Any] | None:
     raise InputError(f"{path} was not written by this script; move it, or give another --out")
 
 
-def is_whole(path: Path, remote: RemoteFile, bar: tqdm | None = None) -> bool:
+def is_whole(path: Path, remote: RemoteFile, bar: Progress | None = None) -> bool:
     """Whether a file has the published size and digest."""
     try:
         has_size = path.is_file() and path.stat().st_size == remote.size
@@ -396,7 +397,7 @@ def is_whole(path: Path, remote: RemoteFile, bar: tqdm | None = None) -> bool:
         return False
 
 
-def digest_file(path: Path, remote: RemoteFile, bar: tqdm | None = None) -> str:
+def digest_file(path: Path, remote: RemoteFile, bar: Progress | None = None) -> str:
     """The digest of a file of the kind that the Hub lists for it."""
     if len(remote.digest) == 64:
         return hash_file(path, bar)

@@ -47,7 +47,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -55,6 +54,7 @@ from data import case_markers  # noqa: E402  (the path above makes the import po
 from data.files import (  # noqa: E402
     MANIFEST,
     MANIFEST_FORMAT,
+    Progress,
     hash_file,
     lock_folder,
     make_output_safe,
@@ -586,7 +586,7 @@ def start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def encode_batches(batches: Iterable[Batch], num_workers: int, bar: tqdm) -> None:
+def encode_batches(batches: Iterable[Batch], num_workers: int, bar: Progress) -> None:
     """Encode what is not finished yet, holding at most two batches for each worker."""
     waiting: deque[Future[int]] = deque()
     with contextlib.ExitStack() as stack:
@@ -703,7 +703,7 @@ class Plan(NamedTuple):
         """How validation documents are chosen, in words."""
         return self.cut.rule if self.cut else SPLIT_RULES["named" if self.val_files else "hash"]
 
-    def documents(self, bar: tqdm | None = None) -> Iterator[tuple[bool, Document]]:
+    def documents(self, bar: Progress | None = None) -> Iterator[tuple[bool, Document]]:
         """All documents in order, each with whether it is named as validation.
 
         `bar` is updated by the bytes that are read from files.
@@ -722,7 +722,7 @@ class Plan(NamedTuple):
         if not all(file.is_unchanged() for file in (*self.val_files, *self.files)):
             raise InputError(INPUT_CHANGED)
 
-    def _drawn_documents(self, bar: tqdm | None) -> Iterator[Document]:
+    def _drawn_documents(self, bar: Progress | None) -> Iterator[Document]:
         """The documents that are not named as validation."""
         if self.options.source == "stdlib":
             yield from read_stdlib()
@@ -775,7 +775,7 @@ def make_plan(options: Options) -> Plan:
     return Plan(options, files, val_files, hashlib.sha256(keys).hexdigest()[:16], is_normalizing)
 
 
-def describe_input(path: Path, bar: tqdm) -> InputFile:
+def describe_input(path: Path, bar: Progress) -> InputFile:
     """Hash one input file."""
     status = path.stat()
     return InputFile(path, status.st_size, status.st_mtime_ns, hash_file(path, bar))

@@ -10,6 +10,7 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from tests.conftest import MakeRun, TinyData, random_model, tiny_config
 from tests.test_artifact import Parts
 from tests.test_data_check import edit_manifest, rewrite, verdict
 from tests.test_prepare import HARD_TEXTS, TEXTS, any_text, run, write_jsonl
-from train_gpt import BOS_ID, Config, InputError, Run, load_validation, read_shard
+from train_gpt import BOS_ID, Config, InputError, Run, load_validation, read_shard, write_shard
 
 HARD = "aAbBzZ\u0130\u0131\u00df\u1e9e\u03c3\u03c2\u03a3\u01c4\u01c5\u01c6\u212a\u212b\u00e5\u00c5"
 hard_text = st.text(alphabet=HARD + case_markers.MARKERS + " '\n\u0301\u2581\ue000\ue005\U0010fffd")
@@ -225,6 +226,28 @@ def test_the_check_decodes_every_document(
     rewrite(folder / "corpus_val_bytes_000000.bin", move_a_byte)
     edit_manifest(folder, lambda manifest: manifest.update(files={}))
     assert "the counts of 2 documents do not sum to their bytes" in verdict(folder, capsys)[1]
+
+
+def test_a_set_in_the_published_form_is_loaded_and_checked(
+    marked_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    processor = load_model(marked_set)
+    texts = ["NASA\u00e9 and \u00c9TAT\u00e9 in McKay", f"{TITLE} The OTHER one"]
+    for part, count in (
+        ("val", prepare.encode_document),
+        ("val_bytes", lambda processor, text: prepare.count_original_bytes(processor, text)[1:]),
+    ):
+        rows = [[part == "val", *count(processor, PUBLISHED.encode(text))] for text in texts]
+        write_shard(tmp_path / f"x_{part}_000000.bin", np.concatenate(rows))
+    shutil.copy(marked_set / "tokenizer.model", tmp_path)
+    manifest: dict[str, Any] = {"files": {}, "tokenizer": {"is_lossless": True}}
+    manifest["transform"] = case_markers.PUBLISHED_NAME
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    validation = load_validation(make_config(tmp_path), processor)
+    assert validation.target_bytes.sum() == sum(len(text.encode()) for text in texts)
+    assert "case markers" not in verdict(tmp_path, capsys)[1]
+    edit_manifest(tmp_path, lambda manifest: manifest.update(transform=case_markers.NAME))
+    assert "case markers of 1 documents are not those of their text" in verdict(tmp_path, capsys)[1]
 
 
 def test_a_set_with_markers_is_another_one_than_without(

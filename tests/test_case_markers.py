@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 import train_gpt
 from data import case_markers, compare_tokenizers, prepare
 from data.case_markers import ALL_CAPS, CAPITAL, ESCAPE, TITLE
-from tests.conftest import MakeRun, TinyData, random_model, tiny_config
+from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
+from tests.processes import metrics, run_script
 from tests.test_artifact import Parts
 from tests.test_data_check import edit_manifest, rewrite, verdict
 from tests.test_prepare import HARD_TEXTS, TEXTS, any_text, run, write_jsonl
+from tests.test_recipes import FOLDER, FRONTIER, recipe, shrink
 from train_gpt import BOS_ID, Config, InputError, Run, load_validation, read_shard, write_shard
 
 HARD = "aAbBzZ\u0130\u0131\u00df\u1e9e\u03c3\u03c2\u03a3\u01c4\u01c5\u01c6\u212a\u212b\u00e5\u00c5"
@@ -392,3 +394,26 @@ def test_a_script_alone_says_what_generating_needs(
     message = "transform case-markers-1 needs data/case_markers.py beside the script"
     with pytest.raises(InputError, match=message):
         generate(marked_run, path, sha256)
+
+
+@pytest.mark.slow
+def test_the_frontier_recipe_runs_on_a_set_with_markers(marked_set: Path, tmp_path: Path):
+    changes = {**shrink(recipe(FRONTIER)), "DATA_PATH": str(marked_set), "VOCAB_SIZE": "400"}
+    path = str(FOLDER / FRONTIER / "run.env")
+    knobs = {**environment(Config()), **changes, "TRACK": "demo", "RECIPE": path}
+    result = run_script(knobs, tmp_path)
+    assert result.status == 0, result.err
+    (score,) = metrics(tmp_path / "run", "final_ttt")
+    manifest = json.loads((marked_set / "manifest.json").read_bytes())
+    assert score["bytes"] == manifest["val"]["text_bytes"]
+    artifact = str(tmp_path / "run/artifact.bin")
+    assert Parts(Path(artifact).read_bytes()).header["transform"] == case_markers.NAME
+    scored = run_script(
+        {**knobs, "MODE": "eval", "ARTIFACT": artifact, "RUN_DIR": "eval"}, tmp_path
+    )
+    assert scored.status == 0, scored.err
+    assert metrics(tmp_path / "eval", "final_ttt")[0]["val_loss"] == score["val_loss"]
+    asked = {"MODE": "generate", "ARTIFACT": artifact, "PROMPT": "The USA", "MAX_NEW_TOKENS": "9"}
+    written = run_script({**environment(Config()), "DATA_PATH": str(marked_set), **asked}, tmp_path)
+    assert written.status == 0, written.err
+    assert written.out.startswith("The USA")

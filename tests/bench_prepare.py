@@ -11,6 +11,7 @@ the same documents one by one in one process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
@@ -63,27 +64,39 @@ def write_text(path: Path, num_bytes: int) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
+class ProcessTree:
+    """Peak memory (bytes) and CPU time of a process and its children, from repeated looks."""
+
+    def __init__(self, pid: int):
+        self.root = psutil.Process(pid)
+        self.peak = self.worker_peak = 0
+        self.cpu_s: dict[int, float] = {}
+
+    def look(self) -> None:
+        """Take the processes' present state into account."""
+        memory = {}
+        for member in [self.root, *self.root.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                times, memory[member.pid] = member.cpu_times(), member.memory_info().rss
+                self.cpu_s[member.pid] = times.user + times.system
+        self.peak = max(self.peak, sum(memory.values()))
+        memory.pop(self.root.pid, None)
+        self.worker_peak = max([self.worker_peak, *memory.values()])
+
+
 def measure(command: list[str]) -> tuple[float, float, float, float]:
     """Run a command: its wall and CPU time, and the peak memory of all and of a worker (MB)."""
-    started_s, peak, worker_peak, cpu_s = time.monotonic(), 0, 0, dict[int, float]()
+    started_s = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        root = psutil.Process(process.pid)
+        tree = ProcessTree(process.pid)
         while process.poll() is None:
-            total = 0
-            for member in [root, *root.children(recursive=True)]:
-                try:
-                    times, memory = member.cpu_times(), member.memory_info().rss
-                except psutil.Error:  # it has just ended
-                    continue
-                cpu_s[member.pid] = times.user + times.system
-                total += memory
-                worker_peak = max(worker_peak, memory if member is not root else 0)
-            peak = max(peak, total)
+            with contextlib.suppress(psutil.Error):
+                tree.look()
             time.sleep(POLL_S)
     if process.returncode:
         raise SystemExit(f"exit status {process.returncode}: {' '.join(command)}")
     elapsed_s = time.monotonic() - started_s
-    return elapsed_s, sum(cpu_s.values()), peak / 1e6, worker_peak / 1e6
+    return elapsed_s, sum(tree.cpu_s.values()), tree.peak / 1e6, tree.worker_peak / 1e6
 
 
 def tokenizer_rate(model: Path) -> float:

@@ -1451,7 +1451,9 @@ def open_metrics(run: Run) -> None:
 # one, otherwise against the rules that every data set follows.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS_ID = 20240520, 1, 1024, 1
-CASE_MARKERS = "\ue001\ue002\ue003\ue004"  # data/case_markers.py
+# data/case_markers.py: its markers, and its forms by their names in manifests and artifacts
+CASE_MARKERS = "\ue001\ue002\ue003\ue004"
+TRANSFORMS = ["none", "case-markers-1", "lossless_caps_caseops_v1"]
 REMEDY = "rebuild it with data/prepare.py or data/download.py"
 FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
@@ -1718,15 +1720,18 @@ def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor
         f"tokenizer; {REMEDY}",
     )
     counts = table.count_text(ids)
+    manifest = read_manifest(cfg)
     has_markers = processor.unk_id() not in processor.piece_to_id(list(CASE_MARKERS))
     require(
-        sidecars or not has_markers,
-        f"DATA_PATH={cfg.data_path}: the tokenizer has case markers, which stand for no text, but "
+        sidecars or not has_markers and manifest.transform == "none",
+        f"DATA_PATH={cfg.data_path}: the text has case markers, which stand for no text, but "
         f"no *_val_bytes_*.bin gives the bytes of the original text; {REMEDY}",
     )
     if sidecars:
         counts = read_sidecar(cfg, sidecars, ids, table)
     check_totals(cfg, ids, counts)
+    if manifest.transform != "none" and manifest.is_lossless:
+        check_document_bytes(sidecars[0], processor, ids, counts)
     return Validation(ids, counts[1:].astype(np.int64), partial=False).head(cfg.val_tokens_limit)
 
 
@@ -1845,8 +1850,7 @@ def read_sidecar(
             f"{path}: byte count {counts[wrong[0]]} at token {wrong[0]}, which is BOS and stands "
             f"for no text ({wrong.size} such counts); {FOREIGN_SIDECAR}"
         )
-    manifest = read_manifest(cfg)
-    if manifest is None or manifest.text_bytes is None:  # else check_totals compares the sum
+    if read_manifest(cfg).text_bytes is None:  # else check_totals compares the sum
         check_plausible_counts(path, ids, counts, table)
     return counts
 
@@ -1879,6 +1883,30 @@ def check_plausible_counts(
     )
 
 
+def check_document_bytes(
+    path: Path,
+    processor: sentencepiece.SentencePieceProcessor,
+    ids: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Raise InputError unless the counts of each document sum to the bytes of its original text.
+
+    Case markers do not change the bytes of the other characters, so the original text has those of
+    the decoded one without its markers. An escape precedes a character that only looks like one.
+    Of n * 2^23 tokens or more, one document in n + 1 is checked, which takes 4 s at most.
+    """
+    edges = [*np.flatnonzero(ids == BOS_ID), len(ids)]
+    for start, end in [*itertools.pairwise(edges)][:: 1 + (len(ids) >> 23)]:
+        text = processor.decode(ids[start:end].tolist())
+        text = re.sub("(?s)\ue004(.)|[\ue001-\ue004]", r"\1", text)
+        total, count = counts[start:end].sum(), len(text.encode())
+        require(
+            total == count,
+            f"{path}: the byte counts of a document sum to {total}, but its text has "
+            f"{count} bytes; {FOREIGN_SIDECAR}",
+        )
+
+
 def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """The tokenizer and the SHA-256 of its file.
 
@@ -1898,9 +1926,8 @@ def load_tokenizer(cfg: Config) -> tuple[sentencepiece.SentencePieceProcessor, s
         processor = sentencepiece.SentencePieceProcessor(model_proto=payload or b"empty")
     except (RuntimeError, ValueError) as error:  # the message itself may not be UTF-8
         raise InputError(f"{path} is not a SentencePiece model: {error}") from error
-    sha256, manifest = hash_bytes(payload), read_manifest(cfg)
-    if manifest is not None:
-        require_listed(cfg, f"SHA-256 of {path}", sha256, manifest.tokenizer_sha256)
+    sha256 = hash_bytes(payload)
+    require_listed(cfg, f"SHA-256 of {path}", sha256, read_manifest(cfg).tokenizer_sha256)
     return processor, sha256
 
 
@@ -1973,13 +2000,18 @@ class Manifest(NamedTuple):
     val_documents: int | None = None
     text_bytes: int | None = None  # of the original validation text
     tokenizer_sha256: str | None = None
+    is_lossless: bool | None = None  # the tokenizer gives back the text that it encoded
+    transform: str = "none"  # one of TRANSFORMS, which the text went through before
 
 
-def read_manifest(cfg: Config) -> Manifest | None:
-    """The manifest of the data set in DATA_PATH, or None; InputError if it is malformed."""
+def read_manifest(cfg: Config) -> Manifest:
+    """The manifest of the data set in DATA_PATH, empty if there is none.
+
+    InputError if it is malformed.
+    """
     path = Path(cfg.data_path) / "manifest.json"
     if not path.exists():
-        return None
+        return Manifest({})
     regular_file_size(path)
     try:
         content = json.loads(path.read_bytes())
@@ -1990,16 +2022,24 @@ def read_manifest(cfg: Config) -> Manifest | None:
             val_documents=val.get("documents"),
             text_bytes=val.get("text_bytes"),
             tokenizer_sha256=tokenizer.get("sha256"),
+            is_lossless=tokenizer.get("is_lossless"),
+            transform=content.get("transform") or "none",
         )
         numbers = [manifest.val_tokens, manifest.val_documents, manifest.text_bytes]
         numbers += [entry.get("bytes") for entry in manifest.files.values()]
         hashes = [entry.get("sha256") for entry in manifest.files.values()]
         valid = all(number is None or type(number) is int for number in numbers)
         valid &= all(isinstance(h, str | None) for h in [*hashes, manifest.tokenizer_sha256])
+        valid &= manifest.transform in TRANSFORMS
     except (ValueError, AttributeError, RecursionError):
         valid = False
     require(valid, f"{path} is not a manifest of data/prepare.py or data/download.py; rebuild it")
     return manifest
+
+
+def text_transform(cfg: Config) -> str:
+    """The name of the transform that the data set's text went through, or "none"."""
+    return read_manifest(cfg).transform
 
 
 def check_listed(cfg: Config, part: str, names: Sequence[str]) -> None:
@@ -2008,7 +2048,7 @@ def check_listed(cfg: Config, part: str, names: Sequence[str]) -> None:
     Training shards that it does not list are used, with a warning.
     """
     manifest = read_manifest(cfg)
-    if manifest is None or not manifest.files:
+    if not manifest.files:
         return
     folder = Path(cfg.data_path)
     source = folder / "manifest.json"
@@ -2031,7 +2071,7 @@ def check_hashes(cfg: Config, paths: Sequence[Path], *, need_all: bool = False) 
 
     Files without one are skipped, or refused if `need_all`.
     """
-    manifest = read_manifest(cfg) or Manifest({})
+    manifest = read_manifest(cfg)
     expected = {p: manifest.files.get(p.name, {}).get("sha256") for p in paths}
     known = [path for path in paths if expected[path]]
     for path in paths:
@@ -2080,7 +2120,7 @@ def check_totals(cfg: Config, ids: np.ndarray, counts: np.ndarray) -> None:
     """
     folder = Path(cfg.data_path)
     num_bytes = int(counts.sum(dtype=np.int64))
-    manifest = read_manifest(cfg) or Manifest({})
+    manifest = read_manifest(cfg)
     totals = [
         ("tokens", len(ids), manifest.val_tokens),
         ("documents (BOS tokens)", int((ids == BOS_ID).sum()), manifest.val_documents),
@@ -5043,6 +5083,7 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
     header = {
         "model": {name: getattr(cfg, name) for name in STORED_KNOBS},
         "tokenizer_sha256": tokenizer_sha256,
+        "transform": text_transform(cfg),
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
         "streams": [[key, len(stream)] for key, stream in streams.items()],
@@ -5056,7 +5097,7 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
 def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
     """The model stored in a file, on the run's device; run.cfg takes the shape of that model.
 
-    Raises InputError if the file is damaged, belongs to another tokenizer or is too large.
+    Raises InputError if the file is damaged, belongs to other data or is too large.
     """
     try:
         header, body = decode_header(run.run_on_rank0(path.read_bytes))
@@ -5064,6 +5105,10 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
             header["tokenizer_sha256"] == tokenizer_sha256,
             "it was trained with another tokenizer than the data set's",
         )
+        transform, allowed = header.get("transform", "none"), [text_transform(run.cfg)]
+        if run.cfg.mode == "generate":
+            allowed = TRANSFORMS
+        require(transform in allowed, f"its text has transform {transform!r:.40}, not {allowed}")
         check_shape_knobs(header["model"])
         run.cfg = dataclasses.replace(run.cfg, **header["model"])
         problems = check_eval_context(run.cfg)
@@ -7230,12 +7275,31 @@ def generate(
     # Every token has another context length, and would be compiled on its own.
     run.cfg = dataclasses.replace(cfg, attention="sdpa", compile=False)
     model = read_artifact(artifact, run, tokenizer_sha256)
-    ids, context = [BOS_ID, *processor.encode(os.fsencode(cfg.prompt))], run.cfg.score_seq_len
+    header, _ = decode_header(run.run_on_rank0(artifact.read_bytes))
+    encode, decode = find_transform(header.get("transform", "none"))
+    prompt = os.fsencode(cfg.prompt).decode(errors="replace")
+    ids, context = [BOS_ID, *processor.encode(encode(prompt))], run.cfg.score_seq_len
     if len(ids) > context:
         warn_once(f"PROMPT has {len(ids)} tokens; the model reads only the last {context}")
     ids += sample_tokens(run, model, ids[-context:], cfg.seed)
     if run.is_rank0:
-        print(processor.decode(ids), flush=True)
+        print(decode(processor.decode(ids)), flush=True)
+
+
+def find_transform(name: str) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """The functions that apply and invert the transform of an artifact's text.
+
+    Training and scoring need neither, so they are in a file of the repository and not in this one.
+    """
+    if name == "none":
+        return str, str
+    try:
+        markers = importlib.import_module("data.case_markers").TRANSFORMS[name]
+    except ImportError:
+        raise InputError(
+            f"text with transform {name} needs data/case_markers.py beside the script"
+        ) from None
+    return markers.encode, markers.decode
 
 
 @torch.no_grad()

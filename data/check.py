@@ -284,8 +284,10 @@ def check_sidecar(
     if len(sidecar) != len(ids):
         report.problem(f"sidecar: {len(sidecar):,} counts for {len(ids):,} validation tokens")
         return False
-    if data.manifest.get("transform") == case_markers.NAME:
-        return check_marked(data, ids, sidecar, report)
+    transform = case_markers.TRANSFORMS.get(str(data.manifest.get("transform")))
+    if is_lossless(data.processor) and transform is not None:
+        check_marked(data, transform, ids, sidecar, report)
+        return True
     if is_lossless(data.processor):
         if num_wrong := int((sidecar != by_pieces).sum()):
             report.problem(f"sidecar: {num_wrong:,} counts differ from the bytes of their pieces")
@@ -303,20 +305,25 @@ def check_sidecar(
     return True
 
 
-def check_marked(data: DataSet, ids: np.ndarray, sidecar: np.ndarray, report: Report) -> bool:
+def check_marked(
+    data: DataSet,
+    transform: case_markers.CaseMarkers,
+    ids: np.ndarray,
+    sidecar: np.ndarray,
+    report: Report,
+) -> None:
     """Check each document's counts against the text that its tokens and case markers stand for."""
     starts = np.flatnonzero(ids == BOS_ID)
     num_wrong = num_unlike = 0
     for start, end in zip(starts, np.append(starts[1:], len(ids)), strict=True):
         marked = decode_ids(data.processor, ids[start:end].tolist()).decode("utf-8", "replace")
-        text = case_markers.decode(marked)
-        num_unlike += case_markers.encode(text) != marked
+        text = transform.decode(marked)
+        num_unlike += transform.encode(text) != marked
         num_wrong += int(sidecar[start:end].sum(dtype=np.int64)) != len(text.encode("utf-8"))
     if num_wrong:
         report.problem(f"sidecar: the counts of {num_wrong:,} documents do not sum to their bytes")
-    if num_unlike and is_lossless(data.processor):
+    if num_unlike:
         report.problem(f"case markers of {num_unlike:,} documents are not those of their text")
-    return True
 
 
 # --- 4. Overlap ----------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ KINDS: dict[str, list[str]] = {  # options of data/prepare.py
     "plain": [],
     "separate": ["--case-markers=separate"],
     "merge": ["--case-markers=merge"],
+    "any script": ["--any-script"],
+    "separate, any script": ["--case-markers=separate", "--any-script"],
     "group digits": ["--digits=group"],
     "unigram": ["--model=unigram"],
     "superwords": ["--superwords"],
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             seconds = time.perf_counter() - start
             num_tokens = count_tokens(processor, val_texts, kind)
             print(
-                f"{kind:18} {vocab_size:6} pieces  {num_tokens:9,} tokens  "
+                f"{kind:20} {vocab_size:6} pieces  {num_tokens:9,} tokens  "
                 f"{num_tokens / num_bytes:.4f} tokens per byte  trained in {seconds:.0f} s",
                 flush=True,
             )

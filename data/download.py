@@ -37,9 +37,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.files import (  # noqa: E402  (the path above makes the import possible)
+from data.case_markers import PUBLISHED_NAME  # noqa: E402  (the path above makes it possible)
+from data.files import (  # noqa: E402
     MANIFEST,
     MANIFEST_FORMAT,
+    Progress,
     hash_file,
     lock_folder,
     make_output_safe,
@@ -79,9 +81,10 @@ class Variant(NamedTuple):
     dataset: str
     tokenizer: str
     has_sidecar: bool = False  # byte counts, for tokens that do not keep the original text
+    transform: str | None = None  # of data/case_markers.py, which the text went through
 
 
-CASEOPS = "lossless_caps_caseops_v1_reserved"
+CASEOPS = f"{PUBLISHED_NAME}_reserved"
 VARIANTS = {
     "sp1024": Variant("willdepueoai/parameter-golf", "fineweb10B_sp1024", "fineweb_1024_bpe"),
     "sp4096": Variant("kevclark/parameter-golf", "fineweb10B_sp4096", "fineweb_4096_bpe"),
@@ -91,6 +94,7 @@ VARIANTS = {
         f"fineweb10B_sp8192_{CASEOPS}",
         f"fineweb_8192_bpe_{CASEOPS}",
         has_sidecar=True,
+        transform=PUBLISHED_NAME,
     ),
 }
 
@@ -387,7 +391,7 @@ def read_own_manifest(folder: Path) -> dict[str, Any] | None:
     raise InputError(f"{path} was not written by this script; move it, or give another --out")
 
 
-def is_whole(path: Path, remote: RemoteFile, bar: tqdm | None = None) -> bool:
+def is_whole(path: Path, remote: RemoteFile, bar: Progress | None = None) -> bool:
     """Whether a file has the published size and digest."""
     try:
         has_size = path.is_file() and path.stat().st_size == remote.size
@@ -396,7 +400,7 @@ def is_whole(path: Path, remote: RemoteFile, bar: tqdm | None = None) -> bool:
         return False
 
 
-def digest_file(path: Path, remote: RemoteFile, bar: tqdm | None = None) -> str:
+def digest_file(path: Path, remote: RemoteFile, bar: Progress | None = None) -> str:
     """The digest of a file of the kind that the Hub lists for it."""
     if len(remote.digest) == 64:
         return hash_file(path, bar)
@@ -524,6 +528,7 @@ def make_manifest(
         "format": MANIFEST_FORMAT,
         "name": variant.dataset,
         "source": {"repository": snapshot.repo, "commit": snapshot.commit},
+        "transform": variant.transform,
         **splits,
         "tokenizer": {
             "file": f"../../{tokenizer_name(variant)}",

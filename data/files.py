@@ -12,8 +12,10 @@ import os
 import platform
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import filelock
 from tqdm import tqdm
@@ -35,10 +37,21 @@ KINDS = {
 }
 
 
+class Progress(Protocol):
+    """What shows progress over bytes: a bar of tqdm, or lines."""
+
+    def update(self, count: float, /) -> object:
+        """Note that `count` more bytes are done."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: Any) -> None: ...
+
+
 class FileReader(io.FileIO):
     """A file that reports the bytes read from it to a progress bar."""
 
-    def __init__(self, descriptor: int, bar: tqdm | None):
+    def __init__(self, descriptor: int, bar: Progress | None):
         super().__init__(descriptor)
         self.bar = bar
 
@@ -49,7 +62,7 @@ class FileReader(io.FileIO):
         return count
 
 
-def open_regular(path: Path, bar: tqdm | None = None) -> io.BufferedReader:
+def open_regular(path: Path, bar: Progress | None = None) -> io.BufferedReader:
     """Open a regular file for reading; InputError for a FIFO, device, socket or folder.
 
     O_NONBLOCK: otherwise opening a FIFO waits until another process writes to it.
@@ -72,7 +85,7 @@ def read_small(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def hash_file(path: Path, bar: tqdm | None = None) -> str:
+def hash_file(path: Path, bar: Progress | None = None) -> str:
     """SHA-256 of a regular file, in hexadecimal."""
     with open_regular(path, bar) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -83,9 +96,49 @@ def printable(name: str | Path) -> str:
     return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
-def show_progress(what: str, num_bytes: int | None = None) -> tqdm:
-    """A progress bar over bytes, with the remaining time; shown on a terminal only."""
-    return tqdm(desc=what, total=num_bytes, unit="B", unit_scale=True, disable=None)
+LINE_INTERVAL_S = 30.0
+
+
+class LineProgress:
+    """Progress over bytes as lines on stderr, for a log file: one every LINE_INTERVAL_S."""
+
+    def __init__(self, what: str, num_bytes: int | None):
+        self.what = what
+        self.num_bytes = num_bytes
+        self.done_bytes = 0
+        self.started_s = self.printed_s = time.monotonic()
+
+    def update(self, count: float) -> None:
+        """Note that `count` more bytes are done; print a line if the last one is old."""
+        self.done_bytes += int(count)
+        now_s = time.monotonic()
+        if now_s - self.printed_s >= LINE_INTERVAL_S:
+            self.printed_s = now_s
+            print(self.describe(now_s - self.started_s), file=sys.stderr, flush=True)
+
+    def describe(self, elapsed_s: float) -> str:
+        """What is done after `elapsed_s`, the rate, and the remaining time at this rate."""
+        done, total = self.done_bytes, self.num_bytes
+        rate = done / max(elapsed_s, 1e-9)
+        line = f"{self.what}: {done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
+        if not (done and total):
+            return line
+        remaining = datetime.timedelta(seconds=round(max(total - done, 0) / rate))
+        return f"{line}, {done / total:.0%} of {total / 1e6:,.0f} MB, {remaining} left"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
+
+def show_progress(what: str, num_bytes: int | None = None) -> Progress:
+    """Progress over bytes with the remaining time: a bar on a terminal, lines elsewhere."""
+    if sys.stderr.isatty():
+        bar: Progress = tqdm(desc=what, total=num_bytes, unit="B", unit_scale=True)
+        return bar
+    return LineProgress(what, num_bytes)
 
 
 def make_output_safe() -> None:

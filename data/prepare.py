@@ -47,7 +47,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -55,6 +54,7 @@ from data import case_markers  # noqa: E402  (the path above makes the import po
 from data.files import (  # noqa: E402
     MANIFEST,
     MANIFEST_FORMAT,
+    Progress,
     hash_file,
     lock_folder,
     make_output_safe,
@@ -429,6 +429,7 @@ def tokenizer_settings(options: Options) -> dict[str, Any]:
         "model_type": options.model,
         "split_digits": options.digits != "group",
         "split_by_whitespace": not options.superwords,
+        "split_by_unicode_script": not options.mixes_scripts,
     }
     if options.case_markers == "merge":
         settings["required_chars"] += case_markers.MARKERS
@@ -585,7 +586,7 @@ def start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def encode_batches(batches: Iterable[Batch], num_workers: int, bar: tqdm) -> None:
+def encode_batches(batches: Iterable[Batch], num_workers: int, bar: Progress) -> None:
     """Encode what is not finished yet, holding at most two batches for each worker."""
     waiting: deque[Future[int]] = deque()
     with contextlib.ExitStack() as stack:
@@ -642,10 +643,20 @@ class Options(argparse.Namespace):
     model: str
     digits: str
     superwords: bool
+    any_script: bool
     write_val_text: bool
     workers: int | None
     batch_bytes: int
     force: bool
+
+    @property
+    def mixes_scripts(self) -> bool:
+        """Whether a trained piece may hold characters of several scripts.
+
+        Case markers are of another script than letters: without it, they merge with spaces and
+        punctuation only.
+        """
+        return self.any_script or self.case_markers == "merge"
 
 
 class InputFile(NamedTuple):
@@ -692,7 +703,7 @@ class Plan(NamedTuple):
         """How validation documents are chosen, in words."""
         return self.cut.rule if self.cut else SPLIT_RULES["named" if self.val_files else "hash"]
 
-    def documents(self, bar: tqdm | None = None) -> Iterator[tuple[bool, Document]]:
+    def documents(self, bar: Progress | None = None) -> Iterator[tuple[bool, Document]]:
         """All documents in order, each with whether it is named as validation.
 
         `bar` is updated by the bytes that are read from files.
@@ -711,7 +722,7 @@ class Plan(NamedTuple):
         if not all(file.is_unchanged() for file in (*self.val_files, *self.files)):
             raise InputError(INPUT_CHANGED)
 
-    def _drawn_documents(self, bar: tqdm | None) -> Iterator[Document]:
+    def _drawn_documents(self, bar: Progress | None) -> Iterator[Document]:
         """The documents that are not named as validation."""
         if self.options.source == "stdlib":
             yield from read_stdlib()
@@ -741,6 +752,7 @@ class Plan(NamedTuple):
             "model": None if options.model == "bpe" else options.model,
             "digits": None if options.digits == "split" else options.digits,
             "superwords": options.superwords or None,
+            "any_script": (tokenizer is None and options.mixes_scripts) or None,
         }
 
 
@@ -763,7 +775,7 @@ def make_plan(options: Options) -> Plan:
     return Plan(options, files, val_files, hashlib.sha256(keys).hexdigest()[:16], is_normalizing)
 
 
-def describe_input(path: Path, bar: tqdm) -> InputFile:
+def describe_input(path: Path, bar: Progress) -> InputFile:
     """Hash one input file."""
     status = path.stat()
     return InputFile(path, status.st_size, status.st_mtime_ns, hash_file(path, bar))
@@ -1202,7 +1214,7 @@ def parse_name(text: str) -> str:
     return text
 
 
-TRAINING = ("bpe", "split", False)  # --model, --digits, --superwords if not given
+TRAINING = ("bpe", "split", False, False)  # --model, --digits, ... if not given
 
 
 def parse_options(argv: list[str] | None) -> Options:
@@ -1235,14 +1247,18 @@ def parse_options(argv: list[str] | None) -> Options:
     add("--model", choices=("bpe", "unigram"), default="bpe", help="kind of tokenizer to train")
     add("--digits", choices=("split", "group"), default="split", help="may pieces have several?")
     add("--superwords", action="store_true", help="train pieces of several words")
+    scripts = "train pieces of letters and punctuation; always with --case-markers=merge"
+    add("--any-script", action="store_true", help=scripts)
     add("--write-val-text", action="store_true", help=f"write {VAL_TEXT_FILE}")
     add("--workers", type=bounded(1, 4096), help="processes (default: all cores, 1 if little text)")
     add("--batch-bytes", type=bounded(1, 10**9), default=4_000_000, help="text encoded at a time")
     add("--force", action="store_true", help="replace what another call made in --out")
     options = parser.parse_args(argv, namespace=Options())
     options.name = options.name or ("demo" if options.source else "corpus")
-    if options.tokenizer and (options.model, options.digits, options.superwords) != TRAINING:
-        parser.error("--model, --digits and --superwords train a tokenizer, but --tokenizer is set")
+    training = (options.model, options.digits, options.superwords, options.any_script)
+    if options.tokenizer and training != TRAINING:
+        names = "--model, --digits, --superwords and --any-script"
+        parser.error(f"{names} train a tokenizer, but --tokenizer is set")
     return options
 
 

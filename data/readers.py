@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import zstandard
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.files import open_regular  # noqa: E402  (the path above makes the import possible)
+from data.files import (  # noqa: E402  (the path above makes the import possible)
+    Progress,
+    open_regular,
+)
 from train_gpt import InputError  # noqa: E402
 
 # Standard-library files that are left out: test suites, installed packages, and descriptions of the
@@ -66,7 +68,7 @@ def hash_text(text: str) -> bytes:
 
 
 def read_documents(
-    path: Path, reader: Reader | None = None, bar: tqdm | None = None
+    path: Path, reader: Reader | None = None, bar: Progress | None = None
 ) -> Iterator[Document]:
     """The documents of one file, by the reader for its name unless one is given."""
     with open_regular(path, bar) as file:

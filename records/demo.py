@@ -124,8 +124,7 @@ def scoring_speed(cfg: Config) -> float:
 
 def limit_validation(cfg: Config) -> dict[str, str]:
     """Return the VAL_TOKENS_LIMIT with which a pass over the text takes at most PASS_S, if any."""
-    manifest = train_gpt.read_manifest(cfg)
-    tokens = (manifest and manifest.val_tokens) or 0
+    tokens = train_gpt.read_manifest(cfg).val_tokens or 0
     limit = max(cfg.val_batch_size, PASS_S * scoring_speed(cfg))
     if cfg.val_tokens_limit or tokens <= limit:
         return {}

@@ -265,16 +265,21 @@ def test_the_manifest_says_what_is_there(hub: Hub, tmp_path: Path, model: bytes)
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert len(manifest["files"]) == 3
+    assert manifest["transform"] is None
 
 
 def test_the_sidecar_of_a_variant_gives_the_bytes_of_the_text(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(download.VARIANTS, "sp8192", VARIANT._replace(has_sidecar=True))
+    published = download.VARIANTS["sp8192-caseops"]
+    assert published.has_sidecar and published.transform == "lossless_caps_caseops_v1"
+    variant = VARIANT._replace(has_sidecar=True, transform=published.transform)
+    monkeypatch.setitem(download.VARIANTS, "sp8192", variant)
     write_shard(hub.folder / DATASET / "fineweb_val_bytes_000000.bin", np.full(5000, 3))
     assert run(tmp_path / "out", "--shards", 0) == 0
     manifest = json.loads((tmp_path / "out" / DATASET / "manifest.json").read_bytes())
     assert manifest["val"]["text_bytes"] == 15_000
+    assert manifest["transform"] == published.transform
     assert "fineweb_val_bytes_000000.bin" in manifest["files"]
 
 

@@ -29,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import check, prepare, readers
+from data.files import show_progress
 from train_gpt import BOS_ID, ByteTable, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -676,3 +677,17 @@ def test_a_bad_option_is_named(capsys: pytest.CaptureFixture[str], words: list[s
     with pytest.raises(SystemExit, match="2"):
         prepare.main(words)
     assert message in capsys.readouterr().err
+
+
+def test_progress_goes_to_a_log_as_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    clock = iter([0.0, 10.0, 31.0, 60.0, 62.0, 100.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with show_progress("encoding", 10_000_000) as bar:  # at 0 s
+        for _ in range(4):
+            bar.update(1_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "encoding: 2 MB, 0.1 MB/s, 20% of 10 MB, 0:02:04 left",  # at 31 s
+        "encoding: 4 MB, 0.1 MB/s, 40% of 10 MB, 0:01:33 left",  # at 62 s
+    ]

@@ -404,7 +404,7 @@ def test_bad_environment_ends_with_all_problems_in_one_message(work: Path):
     assert problems[0].startswith("MATRIX_LR='fast' is not a valid float")
     assert problems[1].startswith("MAX_WALLCLOCK_SECONDS=-1.0 must be at least 0")
     assert problems[2].startswith("MODE='dance' must be one of all, train, eval, describe")
-    assert problems[3] == "MUON_LRS is not a knob of this script"
+    assert problems[3] == "MUON_LRS is not a knob; use MATRIX_LR"
     assert problems[4] == "NUM_LAYER is not a knob; did you mean NUM_LAYERS?"
     assert problems[5].startswith("SEED='1e3' is not a valid int")
     assert problems[6] == "XSA_LAST_N=20 must be at most NUM_LAYERS=11"

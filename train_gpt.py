@@ -6271,6 +6271,9 @@ PRIOR_FRAC = 0.1
 PACE_DECAY = 0.8
 # Remaining scoring is assumed to take this much longer than estimated.
 SAFETY_FACTOR = 1.1
+# Part of the limit that training leaves to scoring, because the last steps, of few rows, may be
+# slower than estimated: a pass that is not complete is worth nothing.
+SCORING_RESERVE = 0.05
 # A training step costs as much as three forward passes: its backward pass costs two.
 TRAIN_COST = 3.0
 
@@ -6350,7 +6353,8 @@ class EvalBudget:
         if self.needed_s:
             self.step_work = 0.0
             return None
-        drop = training_s > 0 and SAFETY_FACTOR * high * (rest_s + training_s) > left_s
+        spare_s = left_s - SCORING_RESERVE * self.limit_s
+        drop = training_s > 0 and SAFETY_FACTOR * high * (rest_s + training_s) > spare_s
         if step.action == "train":
             drop = max_over_ranks(self.run, drop) > 0
         self.step_work = scoring_s + (0.0 if drop else training_s)

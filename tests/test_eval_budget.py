@@ -179,6 +179,16 @@ def test_a_machine_that_becomes_slow_stops_training_and_still_scores(make_run, d
     assert outcome.machine.now <= 1.6
 
 
+@pytest.mark.parametrize(("start_s", "factor"), [(0.9, 1.2), (0.9, 1.5), (0.95, 1.5), (0.95, 2.0)])
+def test_a_pass_is_completed_even_if_its_last_steps_are_slower(
+    start_s: float, factor: float, make_run: MakeRun, data, monkeypatch
+):
+    run = make_run(**INCREMENTAL, eval_max_seconds=1.0)
+    outcome = simulate(run, monkeypatch, long_text(data), slower_after(start_s, factor))
+    assert "untrained" in outcome.last("final_ttt") and outcome.machine.num_trained > 0
+    assert outcome.machine.now <= 1.0
+
+
 def test_a_pass_that_cannot_be_finished_is_abandoned_for_the_one_before(
     make_run: MakeRun, data, monkeypatch
 ):

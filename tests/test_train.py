@@ -1005,6 +1005,7 @@ def test_signal_that_arrives_twice_in_a_moment_still_writes_a_checkpoint(
     assert [p.name for p in (work / "run" / "checkpoint").iterdir()] == ["step_000000003"]
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     data: TinyData, work: Path, whole: Whole, held_script: Path
 ):

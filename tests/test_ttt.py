@@ -91,13 +91,14 @@ METHODS: dict[str, dict[str, Any]] = {
                     "tie_embeddings": False},
 }  # fmt: skip
 LEARNING = [name for name in METHODS if name != "sliding"]
-# The others differ from one of these in a detail.
-QUICK = ("sliding", "chunk_adamw", "lora_incremental", "chunk_hedge", "lora_mixer")
+# The others differ from one of these in a detail, or combine two of them.
+QUICK = ("sliding", "chunk_adamw", "lora_incremental", "chunk_hedge")
 
 
-def slow_unless_quick(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test, one for each method; `make test` runs those of QUICK."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+def slow_unless_quick(names: Iterable[str], *more: str) -> list[Any]:
+    """Parameters of a test, one for each method; `make test` runs those of QUICK and `more`."""
+    quick = QUICK + more
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in names]
 
 
 each_method = pytest.mark.parametrize("name", slow_unless_quick(METHODS))
@@ -145,7 +146,7 @@ def nats_of(run: Run, model: GPT, ids: np.ndarray) -> np.ndarray:
 # --- C1: strict causal dependence ----------------------------------------------------------------
 
 
-@each_method
+@pytest.mark.parametrize("name", slow_unless_quick(METHODS, "lora_mixer"))
 def test_a_changed_token_changes_no_score_before_it_by_a_bit(make_run: MakeRun, data, name):
     run = make_run(**METHODS[name])
     model, ids = random_model(run.cfg), text_of(data)

@@ -42,6 +42,7 @@ if __name__ == "__main__":
 
 import ast
 import bisect
+import builtins
 import contextlib
 import ctypes
 import dataclasses
@@ -62,6 +63,7 @@ import re
 import resource
 import shutil
 import stat
+import string
 import struct
 import subprocess
 import time
@@ -5740,9 +5742,8 @@ def pack_source(source: str) -> bytes:
 
     Only the standard library is used, so that the counted size depends on no installed package.
     """
-    packed = lzma.compress(
-        minify(source).encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER]
-    )
+    source = shorten_locals(minify(source))
+    packed = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER])
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
     payload = re.sub("\0(?=[0-7])", r"\\x00", payload).replace("\0", r"\0")
@@ -5882,6 +5883,59 @@ def annotation_spans(source: str, tree: ast.Module, offset: Offset) -> list[Span
 
     visit(tree, False)
     return spans
+
+
+def shorten_locals(source: str) -> str:
+    """The source with names of one or two characters for the local variables of its functions.
+
+    Arguments keep their names. So do variables that an f-string mentions, because the positions of
+    its names are not exact before Python 3.12, and those that share a name with anything else in
+    the function or with a name outside of functions.
+    """
+    tree, offset, output, end = ast.parse(source), character_offsets(source), list[str](), 0
+    outside = list[ast.AST]()
+    functions = list(outermost_functions(tree, outside))
+    reserved = {node.id for node in outside if isinstance(node, ast.Name)}
+    reserved |= bound_names(outside) | {*dir(builtins)}
+    for function in functions:
+        nodes = list(ast.walk(function))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        hidden = [node for node in nodes if isinstance(node, ast.JoinedStr | ast.ClassDef)]
+        fixed = {x.id for node in hidden for x in ast.walk(node) if isinstance(x, ast.Name)}
+        bound = bound_names(nodes)
+        local = {x.id for x in names if isinstance(x.ctx, ast.Store)} - fixed - bound - reserved
+        taken = bound | {node.id for node in names} - local
+        if not taken.isdisjoint(("locals", "vars", "eval", "exec")):
+            continue
+        letters = string.ascii_letters
+        numbered = (letters[n % 52] + f"{n // 52 or ''}" for n in itertools.count())
+        short_names = (name for name in numbered if name not in taken)
+        short = dict[str, str]()
+        for node in sorted(names, key=lambda node: (node.lineno, node.col_offset)):
+            if node.id in local:
+                short[node.id] = short.get(node.id) or next(short_names)
+                start = offset(node.lineno, node.col_offset)
+                output += [source[end:start], short[node.id]]
+                end = start + len(node.id)
+    return "".join(output) + source[end:]
+
+
+def outermost_functions(tree: ast.AST, outside: list[ast.AST]) -> Iterator[ast.AST]:
+    """The functions that are in no other function; all other nodes go to `outside`."""
+    for node in ast.iter_child_nodes(tree):
+        outside.append(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        else:
+            yield from outermost_functions(node, outside)
+
+
+def bound_names(nodes: Iterable[ast.AST]) -> set[str]:
+    """What `nodes` call arguments, functions, classes, modules, caught errors and the like."""
+    others = (ast.Name, ast.Attribute, ast.keyword, ast.Constant)
+    values = [x for node in nodes if not isinstance(node, others) for x in vars(node).values()]
+    texts = itertools.chain(*(value if isinstance(value, list) else [value] for value in values))
+    return {text.split(".")[0] for text in texts if isinstance(text, str)}
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dis
 import functools
 import hashlib
 import inspect
@@ -44,11 +45,13 @@ from train_gpt import (
     decode_tensors,
     encode_artifact,
     find_compressor,
+    minify,
     model_layout,
     pack_source,
     parameter_roles,
     quantize_model,
     read_artifact,
+    shorten_locals,
 )
 
 COMPRESSORS = ["zlib", "zstd", "lzma", "brotli"]  # one whole-stream coder each; see GENERAL
@@ -1010,13 +1013,72 @@ packed = functools.cache(pack_source)  # packing the script takes most of a seco
 
 
 @pytest.mark.parametrize("name", ODD_SOURCES)
-def test_the_packed_source_is_the_source_without_comments_docstrings_and_annotations(name: str):
+def test_the_minified_source_is_the_source_without_comments_docstrings_and_annotations(name: str):
     source = ODD_SOURCES[name]
-    unpacked = unpack(packed(source))
+    minified = minify(source)
     expected = Plain().visit(ast.parse(source))
-    assert ast.dump(ast.parse(unpacked)) == ast.dump(expected)
-    tokens = tokenize.generate_tokens(io.StringIO(unpacked).readline)
+    assert ast.dump(ast.parse(minified)) == ast.dump(expected)
+    tokens = tokenize.generate_tokens(io.StringIO(minified).readline)
     assert [token.string for token in tokens if token.type == tokenize.COMMENT] == []
+
+
+def renamed_variables(old: types.CodeType, new: types.CodeType) -> list[dict[str, str]]:
+    """Old and new names of the variables of each function, if all else in the code is the same."""
+    # Instructions that depend on the alphabetical order of names, or on the length of others.
+    skipped = ("EXTENDED_ARG", "MAKE_CELL", "COPY_FREE_VARS", "LOAD_CLOSURE")
+    instructions = [
+        [step for step in dis.get_instructions(code) if step.opname not in skipped]
+        for code in (old, new)
+    ]
+    names, inner = dict[str, str](), list[dict[str, str]]()
+    assert len(instructions[0]) == len(instructions[1]) and old.co_name == new.co_name
+    for before, after in zip(*instructions, strict=True):
+        assert before.opname == after.opname
+        if isinstance(before.argval, types.CodeType):
+            inner += renamed_variables(before.argval, after.argval)
+        elif before.opcode in {*dis.haslocal, *dis.hasfree}:
+            assert names.setdefault(before.argval, after.argval) == after.argval
+        elif before.opcode not in dis.hasjrel:
+            assert before.argval == after.argval
+    assert len({*names.values()}) == len(names), names
+    num_arguments = old.co_argcount + old.co_kwonlyargcount
+    assert old.co_varnames[:num_arguments] == new.co_varnames[:num_arguments]
+    return [names, *inner]
+
+
+LOCALS = """
+import os as first
+second = total = 1
+def f(a, *b, key=2, **c):
+    long, (other, *rest), total2 = a, b, 0
+    def inner(x=key):
+        nonlocal long
+        global third
+        long = third = x + other
+        return [long + each for each in rest if (kept := each)], lambda a: a + total2
+    for index, first in enumerate(rest): total2 += index
+    try: second
+    except ValueError as error: shown = f"{error}{rest!r}"
+    with open(key) as file: match = file
+    max = 3
+    class Inner: field = total2
+    return inner(key=other), shown, kept2 if (kept2 := index) else match, max
+class C:
+    attribute = 3
+    def g(self): attribute = self.attribute; attribute += 1; return attribute
+def h(value): result = value; return locals()
+"""
+
+
+@pytest.mark.parametrize("source", [LOCALS, minify(SOURCE)], ids=["all kinds", "the script"])
+def test_short_names_of_local_variables_change_nothing_else(source: str):
+    shortened = shorten_locals(source)
+    pairs = renamed_variables(compile(source, "x", "exec"), compile(shortened, "x", "exec"))
+    changed = {old for names in pairs for old, new in names.items() if old != new}
+    assert changed and len(shortened) < len(source)
+    assert shorten_locals(shortened) == shortened
+    if source == LOCALS:
+        assert changed == {*"other index match kept kept2 each file shown".split()}
 
 
 @pytest.mark.parametrize("name", ODD_SOURCES)

@@ -570,6 +570,15 @@ class Config:
         return (self.mixer, self.ngram_tilt, self.adaptive_temperature) != ("none", 0, 1)
 
     @property
+    def mixes_afterwards(self) -> bool:
+        """Whether n-grams are mixed in after the pass: LoRA then trains all documents at once.
+
+        Possible if the mixture needs nothing from the model but the probability of each target.
+        """
+        only_target = (self.ngram_tilt, self.adaptive_temperature) == (0, 1)
+        return self.ttt_method == "lora" and only_target and self.mixer in ("backoff", "hedge")
+
+    @property
     def xsa_blocks(self) -> set[int]:
         last = range(self.num_layers - self.xsa_last_n, self.num_layers)
         return {*last, *parse_int_list(self.xsa_layers)}
@@ -2848,7 +2857,7 @@ class GPT(nn.Module):
         self.long_rotary = nn.Buffer(rotary_table(cfg, longest), persistent=False)
         self.run_block: Callable[..., Lanes] = run_block
         self.blend_skip, self.nll = blend_skip, softcapped_cross_entropy
-        # Called with the logits and scores of each chunk, for an audit.
+        # Called with logits, targets, scores and mixer of each chunk, for an audit.
         self.normalization_check: Callable[..., None] | None = None
         # Adapters of each layer call, each with the module that it is attached to.
         self.adapters: list[list[tuple[AdaptedModule, BatchedLoRA]]] = []
@@ -3122,7 +3131,8 @@ class GPT(nn.Module):
         if mixer_inputs is not None:
             recorded_N = self.mixed_nll(z_NV, target_N, nll_N, mixer_inputs)
         if self.normalization_check is not None:
-            self.normalization_check(z_NV, target_N, recorded_N, mixer_inputs)
+            logits_NV = softcap_logits(z_NV, self.cap)[0]
+            self.normalization_check(logits_NV, target_N, recorded_N, mixer_inputs)
         return nll_N.view(target_BT.shape), recorded_N.view(target_BT.shape)
 
     def mixed_nll(
@@ -5976,6 +5986,7 @@ class EvalStep(NamedTuple):
 
     # score: score the windows. adapt: score them, then train each row's adapter on them.
     # train: train the weights on them. update_ngrams: count the n-grams of `text`.
+    # mix: mix n-grams into the scores of the targets `text`, then count its n-grams.
     action: str
     windows: Sequence[Window] = ()
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
@@ -5984,7 +5995,7 @@ class EvalStep(NamedTuple):
     # train: 0 at the first chunk, 1 at the last one of the plan, which `plan_chunks` only scores
     progress: float = 0.0
     chunk_frac: float = 0.0  # train: index of the chunk / number of chunks
-    text: Span = (0, 0)  # train, update_ngrams: the targets that all ranks together learn from
+    text: Span = (0, 0)  # train, update_ngrams, mix: what all ranks together learn from
 
     @property
     def is_collective(self) -> bool:
@@ -6094,12 +6105,14 @@ class EvalPlanner:
         far. Per-document LoRA is from openai/parameter-golf#77 and #1530, phases from #1610.
 
         Compliance: all ranks finish the documents of a group before anything is learned from the
-        group that other documents see (n-grams, weights).
+        group that other documents see (n-grams, weights). Where n-grams are mixed in afterwards,
+        that is done in the order of the text, with the n-grams of the text before each chunk.
         """
+        mixes_at_once = self.cfg.needs_mixer and not self.cfg.mixes_afterwards
         documents, steps = [*itertools.pairwise(bounds)], list[EvalStep]()
         phase_ends = {n for n in parse_int_list(self.cfg.ttt_phases) if n < len(documents)}
         group_ends = {0, *phase_ends, len(documents)}
-        if self.cfg.needs_mixer:  # n-grams are counted whenever a chunk of text is complete
+        if mixes_at_once:  # n-grams are counted whenever a chunk of text is complete
             size, ends = self.cfg.ttt_chunk_tokens, enumerate(documents, start=1)
             group_ends |= {n for n, (first, stop) in ends if stop // size > first // size}
         for first, last in itertools.pairwise(sorted(group_ends)):
@@ -6112,10 +6125,13 @@ class EvalPlanner:
                 sum(len(self.chunk_bounds(*batch[0])) for batch in batches) for batches in by_rank
             )
             steps += rank_steps + [EvalStep("score")] * (max_steps - len(rank_steps))
-            if self.cfg.needs_mixer and last < len(documents):
+            if mixes_at_once and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
                 steps += self.plan_global_phase(bounds[last])
+        if self.cfg.mixes_afterwards:
+            chunks = [*range(0, bounds[-1], self.cfg.ttt_chunk_tokens), bounds[-1]]
+            steps += [EvalStep("mix", text=span) for span in itertools.pairwise(chunks)]
         return steps
 
     def chunk_bounds(self, first: int, stop: int) -> list[Span]:
@@ -6274,7 +6290,9 @@ class Scorer:
         self.run, self.validation, self.step_index = run, validation, 1
         self.scored_at = np.zeros(validation.num_targets, dtype=np.int32)  # step; 0 = not yet
         self.nll_T = np.zeros(validation.num_targets, dtype=np.float32)
+        self.mixed_at = np.zeros_like(self.scored_at)  # if n-grams are mixed in afterwards
         self.nats, self.num_bytes, self.updates = 0.0, 0, list[StateUpdate]()
+        self.ngram_updates = list[StateUpdate]()
 
     def record(self, first: int, nll: np.ndarray) -> None:
         """Add the nats of targets first, first + 1, ..., none of which was recorded before."""
@@ -6284,6 +6302,21 @@ class Scorer:
         self.scored_at[span], self.nll_T[span] = self.step_index, nll
         self.nats += float(nll.sum(dtype=np.float64))
         self.num_bytes += int(self.validation.target_bytes[span].sum())
+
+    def replace(self, text: Span, mix: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Let `mix` replace the nats of the targets of `text` that this rank has scored.
+
+        It is called with their indices.
+        """
+        span = slice(*text)
+        assert not self.mixed_at[span].any(), f"a target in {text} was mixed before"
+        self.mixed_at[span] = self.step_index
+        own_N = text[0] + np.flatnonzero(self.scored_at[span])
+        nll_N = mix(own_N)
+        self.nats += float((nll_N.astype(np.float64) - self.nll_T[own_N]).sum())
+        self.nll_T[own_N] = nll_N
+        update = StateUpdate(self.step_index, text, (0, len(self.scored_at)), True)
+        self.ngram_updates.append(update)
 
     def finish(self, eval_s: float) -> Score:
         """The sums over all ranks; AssertionError if a target was missed or scored twice."""
@@ -6299,6 +6332,9 @@ class Scorer:
             num_wrong += int((times != 1).sum())
         assert num_wrong == 0, f"{num_wrong} targets not scored once"
         problems = rule_violations(self.updates, scored_at, self.scored_at)
+        if self.ngram_updates:
+            assert (self.mixed_at > scored_at).all(), "mixed before it was scored"
+            problems += rule_violations(self.ngram_updates, self.mixed_at, self.mixed_at)
         any_problem = run.all_reduce_max(torch.tensor(float(bool(problems)), device=device))
         if any_problem and not problems:
             problems = ["a rule was broken on another rank"]
@@ -6332,6 +6368,14 @@ SCORING_RESERVE = 0.05
 TRAIN_COST = 3.0
 
 
+class StepCost(NamedTuple):
+    """Seconds of parts of an evaluation step; the default counts steps alike."""
+
+    step_s: float = 1.0  # of a step that scores
+    position_s: float = 0.0  # of each position in it
+    mix_s: float = 1.0  # of a step that mixes n-grams in
+
+
 class EvalBudget:
     """Decides before each step of a pass what the time left is enough for.
 
@@ -6339,9 +6383,8 @@ class EvalBudget:
     cannot be scored even without training, first on the rank that finds it; the others learn of it
     at the next collective step, or in check_complete.
 
-    `cost` holds the seconds of a scoring step and of one position in it, as measured before the
-    pass. Without it, steps count alike, and the pass is measured by its own steps from the second
-    one on: the first one compiles the model.
+    `cost` is what was measured before the pass. Without it, steps count alike, and the pass is
+    measured by its own steps from the second one on: the first one compiles the model.
     """
 
     def __init__(
@@ -6349,10 +6392,10 @@ class EvalBudget:
         run: Run,
         plan: Sequence[EvalStep],
         limit_s: float,
-        cost: tuple[float, float] | None = None,
+        cost: StepCost | None = None,
     ):
         self.run, self.limit_s, self.started_s = run, limit_s, time.perf_counter()
-        self.is_measured, self.cost = cost is not None, cost or (1.0, 0.0)
+        self.is_measured, self.cost = cost is not None, cost or StepCost()
         scoring_s = [self.seconds(step) * (step.action != "train") for step in plan]
         # Estimated seconds to score everything from each step on, and to train all steps.
         self.to_score = [*np.cumsum(scoring_s[::-1])[::-1].tolist(), 0.0]
@@ -6366,7 +6409,9 @@ class EvalBudget:
 
     def seconds(self, step: EvalStep) -> float:
         """Estimated seconds of the step without training."""
-        step_s, position_s = self.cost
+        step_s, position_s, mix_s = self.cost
+        if step.action == "mix":
+            return mix_s
         return step_s * (len(step.windows) > 0) + position_s * math.prod(step.shape)
 
     def training_seconds(self, step: EvalStep) -> float:
@@ -6466,6 +6511,7 @@ class EvalRunner:
             "adapt": self.adapt,
             "train": self.train,
             "update_ngrams": self.update_ngrams,
+            "mix": self.mix,
         }
         for step_index, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
@@ -6478,7 +6524,7 @@ class EvalRunner:
             if planned.action == "train" and planned.resets:
                 self.weights = None  # on every rank, also if this step is dropped
             actions[step.action](step)
-            if step.is_collective:
+            if step.is_collective and step.action != "mix":
                 self.scorer.updates.append(
                     StateUpdate(step_index, step.text, self.all_targets, True)
                 )
@@ -6498,14 +6544,8 @@ class EvalRunner:
         weight_BT = keep_BT.astype(np.float32)
         if self.run.cfg.ttt_byte_weighted:
             weight_BT *= target_bytes.take(position_BT[:, :-1], mode="clip")
-        if self.mixer is not None:  # the last tokens up to each input, zeros before the text
-            past_BTK = position_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
-            context_BTK = np.where(past_BTK < 0, 0, ids.take(past_BTK, mode="clip"))
-            mixer_inputs = MixerInputs(
-                self.mixer,
-                torch.tensor(context_BTK, dtype=torch.int64, device=device),
-                torch.tensor(keep_BT, device=device),
-            )
+        if self.mixer is not None and not self.run.cfg.mixes_afterwards:
+            mixer_inputs = self.mixer_inputs(position_BT[:, :-1], keep_BT)
         text_BT = torch.tensor(ids_BT, dtype=torch.int64, device=device)
         return Batch(
             text_BT[:, :-1],
@@ -6513,6 +6553,17 @@ class EvalRunner:
             int((first_B1 - start_B1).min()),
             mixer_inputs,
             torch.tensor(weight_BT, device=device),
+        )
+
+    def mixer_inputs(self, position_BT: np.ndarray, keep_BT: np.ndarray) -> MixerInputs:
+        """The mixer with the last tokens up to each input, zeros before the text."""
+        assert self.mixer is not None, "no mixer"
+        past_BTK = position_BT[..., None] + np.arange(1 - self.mixer.num_context, 1)
+        context_BTK = np.where(past_BTK < 0, 0, self.validation.ids.take(past_BTK, mode="clip"))
+        return MixerInputs(
+            self.mixer,
+            torch.tensor(context_BTK, dtype=torch.int64, device=self.run.device),
+            torch.tensor(keep_BT, device=self.run.device),
         )
 
     def record(self, windows: Sequence[Window], nll_BT: Tensor, first: int) -> None:
@@ -6572,6 +6623,28 @@ class EvalRunner:
         ids = self.validation.ids[first + (first > 0) : stop + 1]
         self.mixer.update(torch.tensor(ids, dtype=torch.int64, device=self.run.device))
 
+    def mix(self, step: EvalStep) -> None:
+        """Mix n-grams of the text so far into the scores of a chunk, then count its n-grams."""
+        self.scorer.replace(step.text, self.mixed_nll)
+        self.update_ngrams(step)
+
+    def mixed_nll(self, index_N: np.ndarray) -> np.ndarray:
+        """Nats of targets that this rank has scored, with n-grams mixed in."""
+        inputs = self.mixer_inputs(index_N[None], np.ones((1, len(index_N)), bool))
+        targets = self.validation.ids[index_N + 1].astype(np.int64)
+        nll_N, target_N = (
+            torch.from_numpy(x).to(self.run.device) for x in (self.scorer.nll_T[index_N], targets)
+        )
+        mixed_N = inputs.mixer.mixed_nll(nll_N, inputs.context_BTK[0], target_N)
+        if self.model.normalization_check is not None:
+            # Any distribution with these probabilities of the targets mixes in the same way.
+            size, p_N1 = self.run.cfg.vocab_size, (-nll_N[:, None]).exp()
+            p_NV = ((1 - p_N1) / (size - 1)).expand(-1, size)
+            logp_NV = p_NV.scatter(1, target_N[:, None], p_N1).log()
+            self.model.normalization_check(logp_NV, target_N, mixed_N, inputs)
+        nll: np.ndarray = mixed_N.cpu().numpy()
+        return nll
+
 
 @contextlib.contextmanager
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
@@ -6615,7 +6688,7 @@ def measure_scoring(
     """Seconds of scoring zeros of a shape from position `first` on, without compilation."""
     cfg, (rows, length), mixer_inputs, trainer = run.cfg, shape, None, None
     ids_BT = torch.zeros(rows, length, dtype=torch.int64, device=run.device)
-    if adaptive and cfg.needs_mixer:
+    if adaptive and cfg.needs_mixer and not cfg.mixes_afterwards:
         mixer = Mixer(run)
         keep_BT = (torch.arange(length, device=run.device) >= first).expand(rows, -1)
         mixer_inputs = MixerInputs(
@@ -6640,10 +6713,29 @@ def measure_scoring(
     return elapsed_s
 
 
+def measure_mixing(run: Run, num_targets: int) -> float:
+    """Seconds of mixing n-grams into the scores of so many targets, and of counting them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(run.cfg.vocab_size, (num_targets,), generator=generator).to(run.device)
+    mixer, elapsed_s = Mixer(run), 0.0
+    for _ in range(2):
+        run.synchronize()
+        started_s = time.perf_counter()
+        mixer.mixed_nll(
+            torch.ones_like(ids, dtype=torch.float32),
+            ids[:, None].expand(-1, mixer.num_context),
+            ids,
+        )
+        mixer.update(ids)
+        run.synchronize()
+        elapsed_s = time.perf_counter() - started_s
+    return elapsed_s
+
+
 def measure_step_cost(
     run: Run, model: GPT, plan: Sequence[EvalStep], *, adaptive: bool
-) -> tuple[float, float]:
-    """Seconds of a scoring step and of each position in it, on the slowest rank.
+) -> StepCost:
+    """The costs of a step on the slowest rank.
 
     With LoRA, the longest steps are measured, with the fewest and with the most rows. Otherwise
     all steps are padded to one shape.
@@ -6667,9 +6759,10 @@ def measure_step_cost(
             many_s = measure_scoring(run, model, (many, length), first, adaptive=adaptive)
             position_s = max(0.0, many_s - step_s) / ((many - few) * length)
             step_s = max(0.0, step_s - few * length * position_s)
-    cost = torch.tensor([step_s, position_s], dtype=torch.float64, device=run.device)
-    step_s, position_s = run.all_reduce_max(cost).tolist()
-    return step_s, position_s
+    mixed = max((step.text[1] - step.text[0] for step in plan if step.action == "mix"), default=0)
+    mix_s = measure_mixing(run, mixed) if mixed else 0.0
+    cost = torch.tensor([step_s, position_s, mix_s], dtype=torch.float64, device=run.device)
+    return StepCost(*run.all_reduce_max(cost).tolist())
 
 
 # Fraction of EVAL_MAX_SECONDS to plan for: the trace is checked after the pass.
@@ -7287,14 +7380,29 @@ class Mixer:
             logp_NC += tilt_N1 * (token_NC == hint_N1) - torch.log1p(p_N1 * torch.expm1(tilt_N1))
         if self.weights is None:
             return logp_NC, logp_NC.new_zeros(0)
-        p_NCM, seen_4NO = logp_NC.exp()[..., None], seen_4NO[..., self.mixed]
+        p_NCM = logp_NC.exp()[..., None]
         if cfg.mixer == "hedge_entropy":  # one number for every token: not a distribution
             entropy_expert_N1 = torch.exp(-entropy(logits_NV).double())
             p_NCM = torch.cat([p_NCM, entropy_expert_N1[..., None].expand_as(p_NCM)], 2)
+        return self.mix(p_NCM, seen_4NO, token_NC)
+
+    def mix(self, p_NCM: Tensor, seen_4NO: Tensor, token_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """What `predict` returns, from the candidates' probabilities by the model."""
+        assert self.weights is not None, "MIXER=none"
+        seen_4NO = seen_4NO[..., self.mixed]
         count_NCO = self.counts.count(seen_4NO[0], token_NC)
         p_NC, statistics = self.weights.mix(p_NCM, count_NCO, seen_4NO)
-        is_early = cfg.mixer != "backoff" and self.counts.num_tokens < cfg.hedge_min_tokens
-        return logp_NC if is_early else p_NC.log(), statistics
+        if self.cfg.mixer != "backoff" and self.counts.num_tokens < self.cfg.hedge_min_tokens:
+            p_NC = p_NCM[..., 0]
+        return p_NC.log(), statistics
+
+    def mixed_nll(self, nll_N: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
+        """What `nll` returns, from the model's nats; without tilt and temperature."""
+        p_N1M = (-nll_N.double()).exp()[:, None, None]
+        seen_4NO = self.counts.look_up(context_NK)
+        logp_N1, statistics = self.mix(p_N1M, seen_4NO, target_N[:, None])
+        self.weights.statistics += statistics
+        return -logp_N1[:, 0].float()
 
     def nll(self, logits_NV: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
         """Nats of the targets, float32. The next `update` uses their statistics."""

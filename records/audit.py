@@ -50,26 +50,25 @@ ROWS_PER_CHECK = 8  # positions whose whole distribution is computed in one chec
 MAX_EXCESS = 1e-5  # of the sum of the probabilities over 1: thousands of float32 terms
 MAX_SCORE_ERROR = 1e-4  # nats between a recorded score and the distribution it is said to be from
 ROUNDING = 1e-3  # nats: what a different batch shape may change
+MIN_TARGETS = 4096  # of the text under audit
 CHECKED_PLACES = (1 / 3, 2 / 3)  # of the text, where tokens are changed
-REQUIRED = ("evaluate", "read_artifact", "softcap_logits", "check_sizes", "prepare_directory")
+REQUIRED = ("evaluate", "read_artifact", "StepCost", "check_sizes", "prepare_directory")
 
 
 @torch.no_grad()
 def check_normalization(
-    z_NV: Tensor,
+    logits_NV: Tensor,
     target_N: Tensor,
     scored_N: Tensor,
     mixed: Any,
     *,
-    script: Any,
-    model: GPT,
     calls: itertools.count[int],
     problems: list[str],
 ) -> None:
     """C2: check some scores against the distribution over all tokens, at calls 1, 2, 4, 8, ...
 
-    GPT.token_nll calls it with the logits before the softcap, the targets, the recorded nats and
-    the mixer with its inputs (None without one).
+    It is called with the logits after the softcap, the targets, the recorded nats and the mixer
+    with its inputs (None without one).
     """
     number = next(calls)
     is_power_of_two = number & (number - 1) == 0
@@ -78,7 +77,7 @@ def check_normalization(
     if not is_power_of_two or not len(rows):
         return
     rows = rows[:: -(-len(rows) // ROWS_PER_CHECK)]
-    logits_NV = script.softcap_logits(z_NV[rows], model.cap)[0]
+    logits_NV = logits_NV[rows]
     if mixed is None:
         logp_NV = logits_NV.double().log_softmax(dim=1)
     else:
@@ -157,8 +156,6 @@ def find_problems(script: Any, run: Run, model: GPT, text: Validation) -> dict[s
     normalization, order = list[str](), list[str]()
     model.normalization_check = functools.partial(
         check_normalization,
-        script=script,
-        model=model,
         calls=itertools.count(1),
         problems=normalization,
     )
@@ -184,7 +181,7 @@ def audit(run: Run, model: GPT, validation: Validation, script: Any = train_gpt)
     """Log a verdict for each condition; RunFailed of `script` if one does not hold."""
     # A few rounds of training are enough. No clock decides what is trained: passes must be equal.
     run.cfg = dataclasses.replace(run.cfg, eval_max_seconds=0.0)
-    count = min(validation.num_targets, 4 * run.cfg.ttt_chunk_tokens)
+    count = min(validation.num_targets, max(MIN_TARGETS, 4 * run.cfg.ttt_chunk_tokens))
     text = script.Validation(
         validation.ids[: count + 1], validation.target_bytes[:count], partial=True
     )

@@ -25,6 +25,7 @@ from train_gpt import (
     PassAbandoned,
     Run,
     RunFailed,
+    StepCost,
     TimeLimit,
     evaluate_artifact,
 )
@@ -230,7 +231,7 @@ def test_a_step_costs_time_by_itself_and_by_its_positions(make_run: MakeRun, dat
     model = random_model(run.cfg)
     machine = Machine(monkeypatch, SPEEDS["constant"])
     cost = train_gpt.measure_step_cost(run, model, plan, adaptive=True)
-    assert cost == pytest.approx((STEP_S, POSITION_S))
+    assert cost == pytest.approx((STEP_S, POSITION_S, 0.0))
     budget, started_s = EvalBudget(run, plan, 100.0, cost), machine.now
     runner = train_gpt.EvalRunner(run, model, validation_of(ids), plan, adaptive=True)
     runner.run_steps(budget)
@@ -238,7 +239,7 @@ def test_a_step_costs_time_by_itself_and_by_its_positions(make_run: MakeRun, dat
 
 
 def test_the_measurement_has_a_full_cache_and_the_mixer(make_run: MakeRun, data, monkeypatch):
-    run, ids = make_run(**METHODS["lora_mixer"]), text_of(data)
+    run, ids = make_run(**METHODS["lora_tilt"]), text_of(data)
     seen: list[tuple[int, bool]] = []
     step = train_gpt.AdapterTrainer.step
 
@@ -249,8 +250,8 @@ def test_the_measurement_has_a_full_cache_and_the_mixer(make_run: MakeRun, data,
         return nll_BT
 
     monkeypatch.setattr(train_gpt.AdapterTrainer, "step", spy)
-    plan = plan_of(ids, 0, 1, **METHODS["lora_mixer"])
-    step_s, position_s = train_gpt.measure_step_cost(
+    plan = plan_of(ids, 0, 1, **METHODS["lora_tilt"])
+    step_s, position_s, _ = train_gpt.measure_step_cost(
         run, random_model(run.cfg), plan, adaptive=True
     )
     assert step_s >= 0 and position_s >= 0 and step_s + position_s > 0
@@ -267,7 +268,7 @@ def test_a_pass_whose_training_is_dropped_scores_as_with_learning_rate_zero(
     plan = plan_of(ids, 0, 1, **METHODS[name])
     # There is time to score, by this cost, but for no training; the real clock stands still.
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: 0.0)
-    budget = EvalBudget(run, plan, math.inf, (1.0, 0.0))
+    budget = EvalBudget(run, plan, math.inf, StepCost())
     budget.limit_s = 1.2 * budget.to_score[0]
     with train_gpt.restore_model_after(run.cfg, model):
         runner = train_gpt.EvalRunner(run, model, validation_of(ids), plan, adaptive=True)
@@ -327,7 +328,9 @@ def test_training_stops_when_the_rest_of_the_time_is_needed_to_score(
     run, plan, clock = make_run(**knobs), plan_of(text_of(data), 0, 1, **knobs), [0.0]
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
     total = sum(math.prod(step.shape) for step in plan)
-    budget = EvalBudget(run, plan, limit_s=2.0 * total, cost=(0.0, 1.0))  # all of it takes 3
+    budget = EvalBudget(
+        run, plan, limit_s=2.0 * total, cost=StepCost(0.0, 1.0)
+    )  # all of it takes 3
     learned = []
     for step_index, step in enumerate(plan, start=1):
         done = budget.fit_step(step, step_index)
@@ -356,7 +359,7 @@ def test_a_pass_that_another_rank_abandons_is_abandoned_here(make_run: MakeRun, 
     shared = sum(step.is_collective for step in plan)
     for place in (0, shared - 1):  # the other rank gives up before the first, or the last update
         Peers(run, [*[0.0] * (2 * place), 77.0])
-        budget = EvalBudget(run, plan, 1e9, (1e-9, 0.0))
+        budget = EvalBudget(run, plan, 1e9, StepCost(1e-9))
         model = random_model(run.cfg)
         runner = train_gpt.EvalRunner(run, model, validation_of(ids), plan, adaptive=True)
         with pytest.raises(PassAbandoned, match="needs 77.0 s"):

@@ -8,9 +8,11 @@ from its target; C4 there is one pass from left to right.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,10 @@ METHODS: dict[str, dict[str, Any]] = {
         **LORA, "mixer": "backoff", "mixer_orders": "0-2", "ttt_context": "incremental",
         "ttt_chunk_tokens": T, "ngram_table_bits": 12,
     },
+    "lora_tilt": {  # the tilt needs more of the model than the probability of the target
+        **LORA, "mixer": "backoff", "mixer_orders": "0-2", "ttt_context": "incremental",
+        "ngram_tilt": 1.0, "ngram_tilt_orders": "2", "ngram_table_bits": 12,
+    },
     "lora_phases": {**LORA, "ttt_phases": "2,4", "asym_logit_rescale": True,
                     "tie_embeddings": False},
 }  # fmt: skip
@@ -119,15 +125,20 @@ def validation_of(ids: np.ndarray) -> Validation:
 
 @contextlib.contextmanager
 def recorded(found: dict[int, float]) -> Iterator[None]:
-    """Within it, whatever a scorer is given is written down, by target."""
-    record = Scorer.record
+    """Within it, whatever a scorer is given is written down, by target; the last value counts."""
+    record, replace = Scorer.record, Scorer.replace
 
     def spy(self: Scorer, first: int, nll: np.ndarray) -> None:
         record(self, first, nll)
         found.update(enumerate(nll.tolist(), start=first))
 
+    def spy_replace(self: Scorer, text: tuple[int, int], mix: Any) -> None:
+        replace(self, text, mix)
+        found.update(enumerate(self.nll_T[slice(*text)].tolist(), start=text[0]))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "record", spy)
+        patch.setattr(Scorer, "replace", spy_replace)
         yield
 
 
@@ -293,8 +304,8 @@ def test_plans_of_all_ranks_score_each_target_once_and_keep_in_step(data, name, 
     ids = text_of(data)
     plans = [plan_of(ids, rank, world_size, **METHODS[name]) for rank in range(world_size)]
     assert len({len(plan) for plan in plans}) == 1
-    shared = [[(i, s.text) for i, s in enumerate(p) if s.action in ("train", "update_ngrams")]
-              for p in plans]  # fmt: skip
+    shared = [[(i, s.text) for i, s in enumerate(p) 
+               if s.action in ("train", "update_ngrams", "mix")] for p in plans]  # fmt: skip
     assert all(row == shared[0] for row in shared)  # the same collectives at the same ticks
     scored = [t for plan in plans for step in plan if step.action in ("score", "adapt")
               for w in step.windows for t in range(w.first, w.end)]  # fmt: skip
@@ -312,6 +323,60 @@ def test_the_trace_accepts_score_first_and_names_what_is_not():
     assert "from left to right" in trace([3, 1, 3, 3], StateUpdate(2, (1, 2), whole, True))[0]
     assert "outside" in trace(good, StateUpdate(3, (0, 2), (2, 4), False))[0]
     assert trace([3, 3, 1, 1], StateUpdate(1, (2, 3), (2, 4), False)) == []  # streams in any order
+
+
+def test_ngrams_may_not_be_mixed_in_twice_or_before_the_model_has_scored(make_run: MakeRun):
+    scorer = Scorer(make_run(), validation_of(np.arange(5)))
+    scorer.record(0, np.ones(4, np.float32))
+    scorer.step_index = 2
+    scorer.replace((0, 2), lambda index: np.zeros(len(index), np.float32))
+    assert scorer.nats == 2 and scorer.nll_T.tolist() == [0, 0, 1, 1]
+    with pytest.raises(AssertionError, match="was mixed before"):
+        scorer.replace((1, 3), lambda index: np.zeros(len(index), np.float32))
+    with pytest.raises(AssertionError, match="mixed before it was scored"):
+        scorer.finish(0.0)
+    scorer.replace((2, 4), lambda index: np.zeros(len(index), np.float32))
+    score = scorer.finish(0.0)
+    assert score.nats == 0 and score.problems == ()
+    scorer.ngram_updates[0] = scorer.ngram_updates[0]._replace(reads=(0, 4), step_index=1)
+    assert "which were scored at step 2" in scorer.finish(0.0).problems[0]
+
+
+def test_mixing_afterwards_scores_as_the_formula_does_in_the_order_of_the_text(
+    make_run: MakeRun, data
+):
+    run, ids = make_run(**METHODS["lora_mixer"] | {"mixer_orders": "2"}), text_of(data)
+    assert run.cfg.mixes_afterwards
+    model = random_model(run.cfg)
+    mixed = nats_of(run, model, ids)
+    run.cfg = dataclasses.replace(run.cfg, mixer="none")
+    model_T = nats_of(run, model, ids)
+    # One order: p <- (1 - w) * p + w * count / total, w by class of the context.
+    counts: dict[tuple[int, int], Counter[int]] = {}
+    expected, produced, seen = [], Counter[int](), Counter[int]()
+    for start in range(0, len(model_T), T):
+        chunk = range(start, min(start + T, len(model_T)))
+        gained, met = Counter[int](), Counter[int]()
+        for target in chunk:
+            p = math.exp(-model_T[target])
+            context = (int(ids[target - 1]) if target else 0, int(ids[target]))
+            if found := counts.get(context):
+                total, top = sum(found.values()), max(found.values())
+                kind = (top / total >= 0.6) + (top / total >= 0.95)
+                kind += 3 * ((total >= 2) + (total >= 4))
+                w = (produced[kind] + 1) / (seen[kind] + 21)
+                part = w * found[int(ids[target + 1])] / total
+                p = part + (1 - w) * p
+                gained[kind] += part / p
+                met[kind] += 1
+            expected.append(-math.log(p))
+        produced.update(gained)
+        seen.update(met)
+        for target in chunk:
+            context = (int(ids[target - 1]) if target else 0, int(ids[target]))
+            counts.setdefault(context, Counter())[int(ids[target + 1])] += 1
+    np.testing.assert_allclose(mixed, expected, atol=1e-5)
+    assert np.abs(mixed - model_T).max() > 0.01
 
 
 def test_the_trace_knows_only_a_rank_s_own_targets_where_nothing_is_shared():
@@ -613,7 +678,13 @@ def verdicts_of(run: Run) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["sliding", "chunk_hedge", pytest.param("lora_incremental", marks=pytest.mark.slow)],
+    [
+        "sliding",
+        "chunk_hedge",
+        "lora_mixer",
+        pytest.param("lora_incremental", marks=pytest.mark.slow),
+        pytest.param("lora_tilt", marks=pytest.mark.slow),
+    ],
 )
 def test_an_audit_passes_what_is_legal(make_run: MakeRun, data, name):
     run = make_run(**METHODS[name])
@@ -672,7 +743,7 @@ def test_an_audit_refuses_what_it_cannot_audit(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "other.py").write_text("def evaluate(): ...\n")
     assert audit.main(["--artifact", "x", "--script", str(tmp_path / "other.py")]) == 2
-    assert "has no read_artifact, softcap_logits" in capsys.readouterr().err
+    assert "has no read_artifact, StepCost" in capsys.readouterr().err
     assert audit.main(["--artifact", str(tmp_path / "none.bin")]) == 2
     assert "none.bin does not exist" in capsys.readouterr().err
 
@@ -710,7 +781,7 @@ with train_gpt.start_run(cfg, os.environ) as run:
     # A warm A goes from batch to batch of a rank: other ranks, other batches, other adapters.
     "names",
     [
-        ("chunk_adamw", "chunk_hedge", "lora_phases"),
+        ("chunk_adamw", "chunk_hedge", "lora_phases", "lora_mixer"),
         pytest.param({*LEARNING} - {"lora_warm"}, marks=pytest.mark.slow),
     ],
 )

@@ -481,7 +481,9 @@ class Config:
     )
     mixer: str = knob("none", "n-gram mixture over scored text; see section 12", choices=MIXERS)
     mixer_orders: str = knob(
-        "", "context lengths of the mixed n-grams; empty = 0-2 (Hedge) or 2-6,8 (back-off)"
+        "",
+        "context lengths of the mixed n-grams; empty = 0-2 (Hedge), 1-6,8,12,16 (back-off after "
+        "LoRA) or 2-6,8 (other back-off)",
     )
     hedge_eta: float = knob(0.1, "Hedge: step size of the log weights per nat", low=0)
     hedge_min_tokens: int = knob(
@@ -557,7 +559,8 @@ class Config:
     @property
     def mixer_contexts(self) -> list[int]:
         """Lengths of the contexts whose n-grams are mixed in."""
-        usual = {"none": "", "backoff": "2-6,8"}.get(self.mixer, "0-2")
+        backoff = "1-6,8,12,16" if self.mixes_afterwards else "2-6,8"
+        usual = {"none": "", "backoff": backoff}.get(self.mixer, "0-2")
         return parse_int_list(self.mixer_orders or usual) if usual else []
 
     @property
@@ -5942,10 +5945,15 @@ def outermost_functions(tree: ast.AST, outside: list[ast.AST]) -> Iterator[ast.A
 
 def bound_names(nodes: Iterable[ast.AST]) -> set[str]:
     """What `nodes` call arguments, functions, classes, modules, caught errors and the like."""
-    others = (ast.Name, ast.Attribute, ast.keyword, ast.Constant)
-    values = [x for node in nodes if not isinstance(node, others) for x in vars(node).values()]
+    named = [x for x in nodes if not NAMING_FIELDS.isdisjoint(x._fields)]
+    named = [x for x in named if not isinstance(x, ast.keyword)]
+    values = [getattr(node, field, None) for node in named for field in NAMING_FIELDS]
     texts = itertools.chain(*(value if isinstance(value, list) else [value] for value in values))
     return {text.split(".")[0] for text in texts if isinstance(text, str)}
+
+
+# Fields of syntax nodes that hold names.
+NAMING_FIELDS = {"name", "names", "asname", "arg", "rest"}
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
@@ -6304,15 +6312,12 @@ class Scorer:
         self.num_bytes += int(self.validation.target_bytes[span].sum())
 
     def replace(self, text: Span, mix: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Let `mix` replace the nats of the targets of `text` that this rank has scored.
-
-        It is called with their indices.
-        """
+        """Let `mix` replace the nats of the targets of `text` that this rank has scored."""
         span = slice(*text)
         assert not self.mixed_at[span].any(), f"a target in {text} was mixed before"
         self.mixed_at[span] = self.step_index
         own_N = text[0] + np.flatnonzero(self.scored_at[span])
-        nll_N = mix(own_N)
+        nll_N = mix(self.nll_T[own_N])
         self.nats += float((nll_N.astype(np.float64) - self.nll_T[own_N]).sum())
         self.nll_T[own_N] = nll_N
         update = StateUpdate(self.step_index, text, (0, len(self.scored_at)), True)
@@ -6492,7 +6497,10 @@ class EvalRunner:
     ):
         self.run, self.model, self.validation, self.plan = run, model, validation, plan
         self.scorer, self.seq_len = Scorer(run, validation), run.cfg.score_seq_len
-        self.mixer = Mixer(run) if adaptive and run.cfg.needs_mixer else None
+        self.mixer: Mixer | None = None
+        if adaptive and run.cfg.needs_mixer and not run.cfg.mixes_afterwards:
+            self.mixer = Mixer(run)
+        self.text_mixer: TextMixer | None = None
         self.bounds = document_bounds(validation.ids)
         self.all_targets = (0, validation.num_targets)
         self.rows = max((len(step.windows) for step in plan if step.action == "score"), default=0)
@@ -6544,8 +6552,14 @@ class EvalRunner:
         weight_BT = keep_BT.astype(np.float32)
         if self.run.cfg.ttt_byte_weighted:
             weight_BT *= target_bytes.take(position_BT[:, :-1], mode="clip")
-        if self.mixer is not None and not self.run.cfg.mixes_afterwards:
-            mixer_inputs = self.mixer_inputs(position_BT[:, :-1], keep_BT)
+        if self.mixer is not None:  # the last tokens up to each input, zeros before the text
+            past_BTK = position_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
+            context_BTK = np.where(past_BTK < 0, 0, ids.take(past_BTK, mode="clip"))
+            mixer_inputs = MixerInputs(
+                self.mixer,
+                torch.tensor(context_BTK, dtype=torch.int64, device=device),
+                torch.tensor(keep_BT, device=device),
+            )
         text_BT = torch.tensor(ids_BT, dtype=torch.int64, device=device)
         return Batch(
             text_BT[:, :-1],
@@ -6553,17 +6567,6 @@ class EvalRunner:
             int((first_B1 - start_B1).min()),
             mixer_inputs,
             torch.tensor(weight_BT, device=device),
-        )
-
-    def mixer_inputs(self, position_BT: np.ndarray, keep_BT: np.ndarray) -> MixerInputs:
-        """The mixer with the last tokens up to each input, zeros before the text."""
-        assert self.mixer is not None, "no mixer"
-        past_BTK = position_BT[..., None] + np.arange(1 - self.mixer.num_context, 1)
-        context_BTK = np.where(past_BTK < 0, 0, self.validation.ids.take(past_BTK, mode="clip"))
-        return MixerInputs(
-            self.mixer,
-            torch.tensor(context_BTK, dtype=torch.int64, device=self.run.device),
-            torch.tensor(keep_BT, device=self.run.device),
         )
 
     def record(self, windows: Sequence[Window], nll_BT: Tensor, first: int) -> None:
@@ -6624,26 +6627,22 @@ class EvalRunner:
         self.mixer.update(torch.tensor(ids, dtype=torch.int64, device=self.run.device))
 
     def mix(self, step: EvalStep) -> None:
-        """Mix n-grams of the text so far into the scores of a chunk, then count its n-grams."""
-        self.scorer.replace(step.text, self.mixed_nll)
-        self.update_ngrams(step)
+        """Mix n-grams of the text before into the scores of targets; then learn the weights."""
+        if self.text_mixer is None:
+            scored_N = np.flatnonzero(self.scorer.scored_at)
+            self.text_mixer = TextMixer(self.run, self.validation.ids, scored_N)
+        mixer, device = self.text_mixer, self.run.device
+        rows = mixer.rows_of(step.text)
 
-    def mixed_nll(self, index_N: np.ndarray) -> np.ndarray:
-        """Nats of targets that this rank has scored, with n-grams mixed in."""
-        inputs = self.mixer_inputs(index_N[None], np.ones((1, len(index_N)), bool))
-        targets = self.validation.ids[index_N + 1].astype(np.int64)
-        nll_N, target_N = (
-            torch.from_numpy(x).to(self.run.device) for x in (self.scorer.nll_T[index_N], targets)
-        )
-        mixed_N = inputs.mixer.mixed_nll(nll_N, inputs.context_BTK[0], target_N)
-        if self.model.normalization_check is not None:
-            # Any distribution with these probabilities of the targets mixes in the same way.
-            size, p_N1 = self.run.cfg.vocab_size, (-nll_N[:, None]).exp()
-            p_NV = ((1 - p_N1) / (size - 1)).expand(-1, size)
-            logp_NV = p_NV.scatter(1, target_N[:, None], p_N1).log()
-            self.model.normalization_check(logp_NV, target_N, mixed_N, inputs)
-        nll: np.ndarray = mixed_N.cpu().numpy()
-        return nll
+        def mixed(nll_N: np.ndarray) -> np.ndarray:
+            mixed_N = mixer.nll(rows, torch.from_numpy(nll_N).to(device), step.text[0])
+            if self.model.normalization_check is not None:
+                self.model.normalization_check(*mixer.example(rows, nll_N, mixed_N))
+            result: np.ndarray = mixed_N.cpu().numpy()
+            return result
+
+        self.scorer.replace(step.text, mixed)
+        mixer.update_weights()
 
 
 @contextlib.contextmanager
@@ -6713,23 +6712,25 @@ def measure_scoring(
     return elapsed_s
 
 
-def measure_mixing(run: Run, num_targets: int) -> float:
-    """Seconds of mixing n-grams into the scores of so many targets, and of counting them."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(run.cfg.vocab_size, (num_targets,), generator=generator).to(run.device)
-    mixer, elapsed_s = Mixer(run), 0.0
-    for _ in range(2):
+def measure_mixing(run: Run, num_targets: int, chunk: int) -> float:
+    """Seconds of a step that mixes n-grams into `chunk` of `num_targets` targets."""
+    size = min(num_targets, MEASURED_TARGETS)
+    ids, mix_s = np.random.default_rng(0).integers(run.cfg.vocab_size, size=size + 1), 0.0
+    for _ in range(2):  # the first time may load kernels
         run.synchronize()
-        started_s = time.perf_counter()
-        mixer.mixed_nll(
-            torch.ones_like(ids, dtype=torch.float32),
-            ids[:, None].expand(-1, mixer.num_context),
-            ids,
-        )
-        mixer.update(ids)
+        times = [time.perf_counter()]
+        mixer = TextMixer(run, ids, np.arange(size))
         run.synchronize()
-        elapsed_s = time.perf_counter() - started_s
-    return elapsed_s
+        times.append(time.perf_counter())
+        mixer.nll(slice(0, chunk), torch.ones(min(size, chunk), device=run.device), 0)
+        mixer.update_weights()
+        run.synchronize()
+        times.append(time.perf_counter())
+        mix_s = (times[1] - times[0]) * chunk / size + times[2] - times[1]
+    return mix_s
+
+
+MEASURED_TARGETS = 2**18  # at most, in the measurement of n-gram mixing
 
 
 def measure_step_cost(
@@ -6759,8 +6760,9 @@ def measure_step_cost(
             many_s = measure_scoring(run, model, (many, length), first, adaptive=adaptive)
             position_s = max(0.0, many_s - step_s) / ((many - few) * length)
             step_s = max(0.0, step_s - few * length * position_s)
-    mixed = max((step.text[1] - step.text[0] for step in plan if step.action == "mix"), default=0)
-    mix_s = measure_mixing(run, mixed) if mixed else 0.0
+    texts, mix_s = [step.text for step in plan if step.action == "mix"], 0.0
+    if texts:
+        mix_s = measure_mixing(run, texts[-1][1], texts[0][1])
     cost = torch.tensor([step_s, position_s, mix_s], dtype=torch.float64, device=run.device)
     return StepCost(*run.all_reduce_max(cost).tolist())
 
@@ -7307,17 +7309,22 @@ class Backoff:
     the scored tokens of that class (online EM). Suffix S: classes.
     """
 
+    # Classes of one order: by the share of the most frequent continuation, and by the total count.
+    SHARES, TOTALS, CLASSES = (0.25, 0.5, 0.75, 0.95), (1, 2), 15
+
     def __init__(self, cfg: Config, device: torch.device):
-        size = 9 * len(cfg.mixer_contexts)
+        size = self.CLASSES * len(cfg.mixer_contexts)
+        self.shares = torch.tensor(self.SHARES, dtype=torch.float64, device=device)
+        self.totals = torch.tensor(self.TOTALS, device=device)
         self.sums_2S, self.statistics = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
         self.update_weights(self.statistics)
 
     def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed probabilities (N, C); statistics (2, S): posteriors and contexts seen by class."""
         p_NC, (_, total_NO, top_NO, _), posteriors = p_NCM[..., 0], seen_4NO, list[Tensor]()
-        certainty_NO = top_NO / total_NO.clamp_min(1).double()
-        class_NO = (certainty_NO >= 0.6).long() + (certainty_NO >= 0.95) + 3 * (total_NO >= 2)
-        class_NO += 3 * (total_NO >= 4) + 9 * torch.arange(total_NO.size(1), device=total_NO.device)
+        share_NO = torch.bucketize(top_NO / total_NO.clamp_min(1).double(), self.shares)
+        class_NO = torch.bucketize(total_NO, self.totals) + 3 * share_NO
+        class_NO += self.CLASSES * torch.arange(total_NO.size(1), device=total_NO.device)
         ngram_weight_NO = torch.where(total_NO > 0, self.ngram_weight_S[class_NO], 0.0)
         weighted_NCO = count_NCO * (ngram_weight_NO / total_NO.clamp_min(1))[:, None]
         for weighted_NC, weight_N in zip(
@@ -7331,8 +7338,8 @@ class Backoff:
     def update_weights(self, statistics: Tensor) -> None:
         self.sums_2S += statistics
         posterior_S, number_S = self.sums_2S.double()
-        # Prior: the n-gram produced 1 of 21 tokens.
-        self.ngram_weight_S = (posterior_S / FIXED_POINT_ONE + 1) / (number_S + 21)
+        # Prior: the n-gram produced 0.2 of 4.2 tokens.
+        self.ngram_weight_S = (posterior_S / FIXED_POINT_ONE + 0.2) / (number_S + 4.2)
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
@@ -7384,25 +7391,11 @@ class Mixer:
         if cfg.mixer == "hedge_entropy":  # one number for every token: not a distribution
             entropy_expert_N1 = torch.exp(-entropy(logits_NV).double())
             p_NCM = torch.cat([p_NCM, entropy_expert_N1[..., None].expand_as(p_NCM)], 2)
-        return self.mix(p_NCM, seen_4NO, token_NC)
-
-    def mix(self, p_NCM: Tensor, seen_4NO: Tensor, token_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """What `predict` returns, from the candidates' probabilities by the model."""
-        assert self.weights is not None, "MIXER=none"
         seen_4NO = seen_4NO[..., self.mixed]
         count_NCO = self.counts.count(seen_4NO[0], token_NC)
         p_NC, statistics = self.weights.mix(p_NCM, count_NCO, seen_4NO)
-        if self.cfg.mixer != "backoff" and self.counts.num_tokens < self.cfg.hedge_min_tokens:
-            p_NC = p_NCM[..., 0]
-        return p_NC.log(), statistics
-
-    def mixed_nll(self, nll_N: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
-        """What `nll` returns, from the model's nats; without tilt and temperature."""
-        p_N1M = (-nll_N.double()).exp()[:, None, None]
-        seen_4NO = self.counts.look_up(context_NK)
-        logp_N1, statistics = self.mix(p_N1M, seen_4NO, target_N[:, None])
-        self.weights.statistics += statistics
-        return -logp_N1[:, 0].float()
+        is_early = cfg.mixer != "backoff" and self.counts.num_tokens < cfg.hedge_min_tokens
+        return logp_NC if is_early else p_NC.log(), statistics
 
     def nll(self, logits_NV: Tensor, context_NK: Tensor, target_N: Tensor) -> Tensor:
         """Nats of the targets, float32. The next `update` uses their statistics."""
@@ -7423,6 +7416,110 @@ class Mixer:
             self.weights.statistics.zero_()
         if self.mixed or self.tilting:
             self.counts.update(ids)
+
+
+def earlier_equals(key_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How often each key occurred before; the order that sorts them by key, then by position.
+
+    The third result has, for each place in that order, the place where its key begins.
+    """
+    sorted_N, order_N = key_N.sort(stable=True)
+    place_N = torch.arange(len(key_N), device=key_N.device)
+    begins_N = F.pad(sorted_N[1:] != sorted_N[:-1], (1, 0), value=True)
+    first_N = torch.where(begins_N, place_N, 0).cummax(0).values
+    return torch.empty_like(place_N).index_put_((order_N,), place_N - first_N), order_N, first_N
+
+
+def count_earlier(context_N: Tensor, token_N: Tensor) -> Tensor:
+    """Counts (3, N) before each position: of its context; then the context with its own token;
+    and with the token that followed most often. Contexts are hashes."""
+    total_N, order_N, first_N = earlier_equals(context_N)
+    count_N = earlier_equals(mix_bits(context_N - token_N - 1))[0]
+    # Sorted by context, then by position: the largest count so far, within each context.
+    best_N = (first_N << 32 | count_N[order_N] + 1).cummax(0).values & (2**32 - 1)
+    top_N = torch.empty_like(total_N).index_put_((order_N,), F.pad(best_N, (1, -1)))
+    return torch.stack([total_N, count_N, torch.where(total_N > 0, top_N, 0)])
+
+
+class TextMixer:
+    """Mixes n-grams into the nats that the model gave to the targets `index_N` of a text.
+
+    Each target is mixed with the counts of all targets before it, which sorting finds for the whole
+    text at once: exact, and without a table. The weights of the mixture are learned chunk by chunk.
+    """
+
+    def __init__(self, run: Run, ids: np.ndarray, index_N: np.ndarray):
+        self.run, self.cfg, self.index_N = run, run.cfg, index_N
+        self.ids = torch.from_numpy(ids.astype(np.int64)).to(run.device)
+        self.weights: Any = (Backoff if run.cfg.mixer == "backoff" else Hedge)(run.cfg, run.device)
+        rows, target_N = torch.from_numpy(index_N).to(run.device), self.ids[1:]
+        counts = [count_earlier(hash_N, target_N)[:, rows] for hash_N in self.context_hashes()]
+        self.seen_3NO = torch.stack(counts, 2).int()
+
+    def context_hashes(self) -> Iterator[Tensor]:
+        """Hashes (N,) of the tokens before each target, for each order; zeros before the text."""
+        hash_N, orders = torch.zeros_like(self.ids[1:]), self.cfg.mixer_contexts
+        for length in range(max(orders) + 1):
+            if length:
+                past_N = F.pad(self.ids, (length - 1, 0))[: len(hash_N)]
+                hash_N = mix_bits(hash_N + past_N + 1)
+            if length in orders:
+                yield hash_N
+
+    def rows_of(self, text: Span) -> slice:
+        """The rows of `index_N` whose targets are in `text`."""
+        return slice(*np.searchsorted(self.index_N, text))
+
+    def mix(self, p_NC: Tensor, count_NCO: Tensor, seen_2NO: Tensor, first: int) -> Any:
+        """Mixed probabilities (N, C) and statistics of candidates that the model gives `p_NC`."""
+        seen_4NO = F.pad(seen_2NO, (0, 0, 0, 0, 1, 1))  # neither hashes nor tokens are needed
+        mixed_NC, statistics = self.weights.mix(p_NC[..., None], count_NCO, seen_4NO)
+        if self.cfg.mixer == "hedge" and first < self.cfg.hedge_min_tokens:
+            return p_NC, statistics
+        return mixed_NC, statistics
+
+    def nll(self, rows: slice, nll_N: Tensor, first: int) -> Tensor:
+        """Mixed nats, float32, from the model's; the text chunk begins at target `first`."""
+        total_NO, count_NO, top_NO = self.seen_3NO[:, rows].long()
+        p_N1 = (-nll_N.double()).exp()[:, None]
+        p_N1, statistics = self.mix(p_N1, count_NO[:, None], torch.stack([total_NO, top_NO]), first)
+        self.weights.statistics += statistics
+        return -p_N1[:, 0].log().float()
+
+    def update_weights(self) -> None:
+        """Learn from the targets that all ranks have mixed since the last call."""
+        self.weights.update_weights(self.run.all_reduce_sum(self.weights.statistics))
+        self.weights.statistics.zero_()
+
+    def example(self, rows: slice, nll_N: np.ndarray, mixed_N: Tensor) -> tuple[Any, ...]:
+        """Arguments of GPT.normalization_check: a distribution with the model's nats of targets.
+
+        The other tokens share the rest, because the score does not depend on them.
+        """
+        target_N = self.ids[1 + torch.from_numpy(self.index_N[rows])].to(mixed_N.device)
+        p_N1 = torch.from_numpy(nll_N).neg().exp()[:, None].to(mixed_N.device)
+        rest_N1 = (1 - p_N1) / (self.cfg.vocab_size - 1)
+        p_NV = rest_N1.expand(-1, self.cfg.vocab_size).scatter(1, target_N[:, None], p_N1)
+        index_1N1 = torch.from_numpy(self.index_N[rows])[None, :, None]
+        keep_1N = torch.ones(1, len(nll_N), dtype=torch.bool, device=mixed_N.device)
+        return p_NV.log(), target_N, mixed_N, MixerInputs(self, index_1N1, keep_1N)
+
+    def log_probs(self, logits_NV: Tensor, index_N1: Tensor) -> Tensor:
+        """Log-probabilities (N, V) of all tokens as targets of these indices, by plain counting."""
+        hashes, size = list(self.context_hashes()), logits_NV.size(1)
+        count_NOV = [
+            [
+                torch.bincount(
+                    self.ids[1 : index + 1][hash_N[:index] == hash_N[index]], minlength=size
+                )
+                for hash_N in hashes
+            ]
+            for index in index_N1[:, 0].tolist()
+        ]
+        count_NVO = torch.stack([torch.stack(row, 1) for row in count_NOV])
+        seen_2NO = torch.stack([count_NVO.sum(1), count_NVO.amax(1)])
+        first = int(index_N1.min())
+        return self.mix(logits_NV.double().softmax(1), count_NVO, seen_2NO, first)[0].log()
 
 
 # --- 13. Generation ------------------------------------------------------------------------------

@@ -703,6 +703,7 @@ def test_a_stage_that_fails_ends_the_demo_with_its_exit_status() -> None:
     assert caught.value.status == 7
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_stage_in_order_and_leaves_nothing_running(tmp_path: Path) -> None:
     (tmp_path / "stage.py").write_text(FAKE_STAGE)
     code = (

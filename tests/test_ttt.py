@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LEARNING = [name for name in METHODS if name != "sliding"]
 # The others differ from one of these in a detail, or combine two of them.
-QUICK = ("sliding", "chunk_adamw", "lora_incremental", "chunk_hedge")
+QUICK = ("sliding", "chunk_adamw", "lora_mixer", "chunk_hedge")
 
 
 def slow_unless_quick(names: Iterable[str], *more: str) -> list[Any]:
@@ -157,7 +157,7 @@ def nats_of(run: Run, model: GPT, ids: np.ndarray) -> np.ndarray:
 # --- C1: strict causal dependence ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_unless_quick(METHODS, "lora_mixer"))
+@pytest.mark.parametrize("name", slow_unless_quick(METHODS))
 def test_a_changed_token_changes_no_score_before_it_by_a_bit(make_run: MakeRun, data, name):
     run = make_run(**METHODS[name])
     model, ids = random_model(run.cfg), text_of(data)
@@ -287,7 +287,8 @@ def test_adaptation_changes_scores(make_run: MakeRun, data, name):
         for knobs in ({}, off)
         for run in [make_run(**{**METHODS[name], **knobs})]
     )
-    np.testing.assert_allclose(changed[:4], same[:4], **TOLERANCE)  # nothing is scored before
+    first = 1 if name == "lora_mixer" else 4  # n-grams count from the second target on
+    np.testing.assert_allclose(changed[:first], same[:first], **TOLERANCE)
     assert (np.abs(changed - same) > 1e-4).mean() > 0.4
 
 
@@ -329,13 +330,13 @@ def test_ngrams_may_not_be_mixed_in_twice_or_before_the_model_has_scored(make_ru
     scorer = Scorer(make_run(), validation_of(np.arange(5)))
     scorer.record(0, np.ones(4, np.float32))
     scorer.step_index = 2
-    scorer.replace((0, 2), lambda index: np.zeros(len(index), np.float32))
+    scorer.replace((0, 2), np.zeros_like)
     assert scorer.nats == 2 and scorer.nll_T.tolist() == [0, 0, 1, 1]
     with pytest.raises(AssertionError, match="was mixed before"):
-        scorer.replace((1, 3), lambda index: np.zeros(len(index), np.float32))
+        scorer.replace((1, 3), np.zeros_like)
     with pytest.raises(AssertionError, match="mixed before it was scored"):
         scorer.finish(0.0)
-    scorer.replace((2, 4), lambda index: np.zeros(len(index), np.float32))
+    scorer.replace((2, 4), np.zeros_like)
     score = scorer.finish(0.0)
     assert score.nats == 0 and score.problems == ()
     scorer.ngram_updates[0] = scorer.ngram_updates[0]._replace(reads=(0, 4), step_index=1)
@@ -353,28 +354,27 @@ def test_mixing_afterwards_scores_as_the_formula_does_in_the_order_of_the_text(
     model_T = nats_of(run, model, ids)
     # One order: p <- (1 - w) * p + w * count / total, w by class of the context.
     counts: dict[tuple[int, int], Counter[int]] = {}
-    expected, produced, seen = [], Counter[int](), Counter[int]()
+    expected, produced, seen = [], defaultdict[Any, float](float), Counter[Any]()
     for start in range(0, len(model_T), T):
         chunk = range(start, min(start + T, len(model_T)))
-        gained, met = Counter[int](), Counter[int]()
+        gained, met = defaultdict[Any, float](float), Counter[Any]()
         for target in chunk:
             p = math.exp(-model_T[target])
             context = (int(ids[target - 1]) if target else 0, int(ids[target]))
             if found := counts.get(context):
                 total, top = sum(found.values()), max(found.values())
-                kind = (top / total >= 0.6) + (top / total >= 0.95)
-                kind += 3 * ((total >= 2) + (total >= 4))
-                w = (produced[kind] + 1) / (seen[kind] + 21)
+                share = sum(top / total > bound for bound in (0.25, 0.5, 0.75, 0.95))
+                kind = (share, min(total, 3))
+                w = (produced[kind] + 0.2) / (seen[kind] + 4.2)
                 part = w * found[int(ids[target + 1])] / total
                 p = part + (1 - w) * p
                 gained[kind] += part / p
                 met[kind] += 1
             expected.append(-math.log(p))
-        produced.update(gained)
-        seen.update(met)
-        for target in chunk:
-            context = (int(ids[target - 1]) if target else 0, int(ids[target]))
             counts.setdefault(context, Counter())[int(ids[target + 1])] += 1
+        for kind, part in gained.items():
+            produced[kind] += part
+        seen.update(met)
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     assert np.abs(mixed - model_T).max() > 0.01
 
@@ -781,7 +781,7 @@ with train_gpt.start_run(cfg, os.environ) as run:
     # A warm A goes from batch to batch of a rank: other ranks, other batches, other adapters.
     "names",
     [
-        ("chunk_adamw", "chunk_hedge", "lora_phases", "lora_mixer"),
+        ("chunk_hedge", "lora_mixer"),
         pytest.param({*LEARNING} - {"lora_warm"}, marks=pytest.mark.slow),
     ],
 )

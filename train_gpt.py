@@ -462,7 +462,9 @@ class Config:
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
-    ttt_lora_lr: float = knob(0.003, "learning rate of the LoRA (AdamW)", low=0)
+    ttt_lora_lr: float = knob(
+        -1.0, "learning rate of the LoRA (AdamW); -1 = chosen by the first documents", low=-1
+    )
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
     ttt_beta2: float = knob(0.99, "beta2 of the LoRA's AdamW", low=0, high=0.99999)
@@ -571,6 +573,16 @@ class Config:
     def needs_mixer(self) -> bool:
         """Whether a Mixer stands between the logits and the score."""
         return (self.mixer, self.ngram_tilt, self.adaptive_temperature) != ("none", 0, 1)
+
+    @property
+    def lora_lrs(self) -> Sequence[float]:
+        """The learning rates that the first documents try; a single one if there is no choice."""
+        if self.ttt_lora_lr >= 0:
+            return [self.ttt_lora_lr]
+        # A mixer that is applied at once, or adapters that go on from document to document, know
+        # one rate.
+        depends = (self.needs_mixer and not self.mixes_afterwards) or self.ttt_warm_start_a
+        return LORA_LRS[:1] if depends else LORA_LRS
 
     @property
     def mixes_afterwards(self) -> bool:
@@ -5981,6 +5993,12 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
 Span = tuple[int, int]  # targets: the first, and one past the last
 
 
+# Learning rates of LoRA to choose from; the first one wins if all are equal.
+LORA_LRS = (1e-3, 3e-3, 1e-2, 3e-4, 1e-4, 3e-5, 1e-5, 0.0)
+# The documents that begin before this target try all of them.
+PILOT_TARGETS = 16_384
+
+
 class Window(NamedTuple):
     """Inputs `start` to `end` of the text; the targets from `first` on are scored or trained on."""
 
@@ -5995,10 +6013,12 @@ class EvalStep(NamedTuple):
     # score: score the windows. adapt: score them, then train each row's adapter on them.
     # train: train the weights on them. update_ngrams: count the n-grams of `text`.
     # mix: mix n-grams into the scores of the targets `text`, then count its n-grams.
+    # choose_lr: choose the learning rate of LoRA by the scores of `text`.
     action: str
     windows: Sequence[Window] = ()
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
     num_learning_rows: int = 0  # adapt: the first rows are trained, as their documents continue
+    num_lrs: int = 1  # adapt: each document has as many adapters, of different learning rates
     width: int = 0  # adapt: minimum padded length, so that the KV cache hides document ends
     # train: 0 at the first chunk, 1 at the last one of the plan, which `plan_chunks` only scores
     progress: float = 0.0
@@ -6013,7 +6033,8 @@ class EvalStep(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and positions of the padded batch."""
-        return len(self.windows), max([self.width, *(w.end - w.start for w in self.windows)])
+        length = max([self.width, *(w.end - w.start for w in self.windows)])
+        return self.num_lrs * len(self.windows), length
 
     def without_training(self) -> EvalStep:
         """The step that scores the same targets and trains nothing."""
@@ -6114,7 +6135,8 @@ class EvalPlanner:
 
         Compliance: all ranks finish the documents of a group before anything is learned from the
         group that other documents see (n-grams, weights). Where n-grams are mixed in afterwards,
-        that is done in the order of the text, with the n-grams of the text before each chunk.
+        that is done in the order of the text, with the n-grams of the text before. The learning
+        rate is chosen by the first documents of the text, for those after them.
         """
         mixes_at_once = self.cfg.needs_mixer and not self.cfg.mixes_afterwards
         documents, steps = [*itertools.pairwise(bounds)], list[EvalStep]()
@@ -6123,16 +6145,25 @@ class EvalPlanner:
         if mixes_at_once:  # n-grams are counted whenever a chunk of text is complete
             size, ends = self.cfg.ttt_chunk_tokens, enumerate(documents, start=1)
             group_ends |= {n for n, (first, stop) in ends if stop // size > first // size}
+        num_lrs, num_pilots = len(self.cfg.lora_lrs), 0
+        if num_lrs > 1:
+            num_pilots = bisect.bisect_left(bounds[:-1], PILOT_TARGETS)
+            group_ends.add(num_pilots)
         for first, last in itertools.pairwise(sorted(group_ends)):
-            by_rank = self.batches_by_rank(documents[first:last])
+            lrs = num_lrs if last <= num_pilots else 1
+            by_rank = self.batches_by_rank(documents[first:last], lrs)
             rank_steps = [
-                step for batch in by_rank[self.rank] for step in self.plan_document_batch(batch)
+                step._replace(num_lrs=lrs)
+                for batch in by_rank[self.rank]
+                for step in self.plan_document_batch(batch)
             ]
             # A batch has as many steps as its longest document, the first one, has chunks.
             max_steps = max(
                 sum(len(self.chunk_bounds(*batch[0])) for batch in batches) for batches in by_rank
             )
             steps += rank_steps + [EvalStep("score")] * (max_steps - len(rank_steps))
+            if last == num_pilots:
+                steps.append(EvalStep("choose_lr", text=(0, bounds[last])))
             if mixes_at_once and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
@@ -6146,14 +6177,16 @@ class EvalPlanner:
         """The chunks of a document, of TTT_CHUNK_SIZE targets each but the last."""
         return [*itertools.pairwise([*range(first, stop, self.cfg.ttt_chunk_size), stop])]
 
-    def batches_by_rank(self, documents: Sequence[Span]) -> list[list[Sequence[Span]]]:
+    def batches_by_rank(
+        self, documents: Sequence[Span], num_lrs: int = 1
+    ) -> list[list[Sequence[Span]]]:
         """Batches of documents for each rank, the longest document of a batch first.
 
         Documents are independent, so that their order is free: similar lengths go together. With
         TTT_WARM_START_A a batch's adapters depend on the batch before; for compliance, batches then
         keep the order of the text, and their size does not depend on later documents.
         """
-        rows, order = self.cfg.ttt_batch_size, documents
+        rows, order = max(1, self.cfg.ttt_batch_size // num_lrs), documents
         if not self.cfg.ttt_warm_start_a:
             rows = min(rows, -(-len(documents) // self.world_size))
             order = longest_first(documents)
@@ -6310,6 +6343,13 @@ class Scorer:
         self.scored_at[span], self.nll_T[span] = self.step_index, nll
         self.nats += float(nll.sum(dtype=np.float64))
         self.num_bytes += int(self.validation.target_bytes[span].sum())
+
+    def revise(self, first: int, nll: np.ndarray) -> None:
+        """Replace the nats of targets first, first + 1, ... that were recorded before."""
+        span = slice(first, first + len(nll))
+        assert self.scored_at[span].all(), f"a target in {span} was not scored before"
+        self.nats += float(nll.sum(dtype=np.float64) - self.nll_T[span].sum(dtype=np.float64))
+        self.nll_T[span] = nll
 
     def replace(self, text: Span, mix: Callable[[np.ndarray], np.ndarray]) -> None:
         """Let `mix` replace the nats of the targets of `text` that this rank has scored."""
@@ -6482,6 +6522,13 @@ class Batch(NamedTuple):
     mixer_inputs: MixerInputs | None
     weight_BT: Tensor  # of scored targets in training, 0 elsewhere
 
+    def repeated(self, times: int) -> Batch:
+        """The batch with each row so many times, one after the other; without a mixer."""
+        ids_BT, target_BT, weight_BT = (
+            x.repeat_interleave(times, 0) for x in (self.ids_BT, self.target_BT, self.weight_BT)
+        )
+        return Batch(ids_BT, target_BT, self.first_column, None, weight_BT)
+
 
 class EvalRunner:
     """Runs the steps of a plan, with the model, adapters or optimizer, mixer, and the trace."""
@@ -6507,6 +6554,9 @@ class EvalRunner:
         self.weights: WeightTrainer | None = None
         self.adapters: AdapterTrainer | None = None
         self.extents: list[Span] = []  # of the documents that the adapters belong to
+        self.lora_lr = run.cfg.lora_lrs[0]
+        # First targets of chunks by document, with the nats (G, T) by learning rate.
+        self.pilot_nll: dict[int, list[tuple[int, Tensor]]] = {}
 
     def run_steps(self, budget: EvalBudget | None = None) -> Score:
         """Run all steps in order; `budget` may drop the training of some of them.
@@ -6520,6 +6570,7 @@ class EvalRunner:
             "train": self.train,
             "update_ngrams": self.update_ngrams,
             "mix": self.mix,
+            "choose_lr": self.choose_lr,
         }
         for step_index, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
@@ -6606,18 +6657,50 @@ class EvalRunner:
                 (w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
                 for w in step.windows
             ]
-            self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), initial_a)
+            lrs = self.run.cfg.lora_lrs if step.num_lrs > 1 else [self.lora_lr]
+            self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), initial_a, lrs)
             self.weights = None  # new adapters turn off the gradients of the weights
-        batch = self.batch(step.windows, *step.shape)
-        self.record(
-            step.windows, self.adapters.step(batch, step.num_learning_rows), batch.first_column
-        )
+        batch = self.batch(step.windows, len(step.windows), step.shape[1])
+        nll_NT = self.adapters.step(batch, step.num_learning_rows)
+        nll_BGT = nll_NT.view(len(step.windows), step.num_lrs, -1)
+        self.record(step.windows, nll_BGT[:, 0], batch.first_column)
+        if step.num_lrs > 1:
+            for window, nll_GT in zip(step.windows, nll_BGT.cpu(), strict=True):
+                document = bisect.bisect_right(self.bounds, window.first)
+                columns = slice(
+                    *(x - window.start - batch.first_column for x in (window.first, window.end))
+                )
+                chunk = (window.first, nll_GT[:, columns].double())
+                self.pilot_nll.setdefault(document, []).append(chunk)
         updates += [
             StateUpdate(step_index, (window.first, window.end), extent, False)
             for window, extent in zip(
                 step.windows[: step.num_learning_rows], self.extents, strict=False
             )
         ]
+
+    def choose_lr(self, step: EvalStep) -> None:
+        """Choose the learning rate of LoRA with the fewest nats in the documents of `step.text`.
+
+        The scores of these documents are those of the rate that was the best one before each chunk:
+        in the documents before, and in the chunks of the same document before.
+        """
+        lrs, stop = self.run.cfg.lora_lrs, bisect.bisect_right(self.bounds, step.text[1] - 1)
+        sums_PG = torch.zeros(stop + 1, len(lrs), dtype=torch.float64)
+        for document, chunks in self.pilot_nll.items():
+            sums_PG[document] = sum(nll_GT.sum(1) for _, nll_GT in chunks)
+        sums_PG = self.run.all_reduce_sum(sums_PG.to(self.run.device)).cpu()
+        for document, chunks in self.pilot_nll.items():
+            total_G = sums_PG[:document].sum(0)
+            for first, nll_GT in chunks:
+                self.scorer.revise(first, nll_GT[total_G.argmin()].float().numpy())
+                total_G = total_G + nll_GT.sum(1)
+        total_G, self.pilot_nll = sums_PG.sum(0), {}
+        self.lora_lr = lrs[int(total_G.argmin())]
+        tried = ",".join(f"{lr:g}" for lr in lrs)
+        nats = ",".join(f"{float(x) / step.text[1]:.5f}" for x in total_G)
+        chosen = {"chosen": self.lora_lr, "tried": tried, "nats_per_token": nats}
+        self.run.log("ttt_lora_lr", **chosen, targets=step.text[1])
 
     def update_ngrams(self, step: EvalStep) -> None:
         """Let the mixer count the n-grams of scored text."""
@@ -7074,11 +7157,21 @@ def lora_sizes(module: AdaptedModule) -> tuple[int, int]:
 class AdapterTrainer:
     """Trains one LoRA per document and layer call, for all documents of a batch at once.
 
-    The weights of the model do not change.
+    With G learning rates each document has G adapters, in adjacent rows. The weights of the model
+    do not change.
     """
 
-    def __init__(self, run: Run, model: GPT, rows: int = 1, initial_a: Sequence[Tensor] = ()):
-        self.cfg, self.model, self.rows, self.num_documents = run.cfg, model, rows, rows
+    def __init__(
+        self,
+        run: Run,
+        model: GPT,
+        rows: int = 1,
+        initial_a: Sequence[Tensor] = (),
+        lrs: Sequence[float] = (),
+    ):
+        self.cfg, self.model, self.lrs = run.cfg, model, lrs or run.cfg.lora_lrs[:1]
+        rows *= len(self.lrs)
+        self.rows = self.num_documents = rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
         modules = [lora_modules(model, index) for index in range(len(model.schedule))]
         sizes = [lora_sizes(module) for module in itertools.chain(*modules)]
@@ -7101,7 +7194,7 @@ class AdapterTrainer:
         self.params = [param for adapter in self.adapters for param in adapter.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.params,
-            lr=cfg.ttt_lora_lr,
+            lr=max(self.lrs),
             betas=(cfg.ttt_beta1, cfg.ttt_beta2),
             eps=1e-10,
             weight_decay=cfg.ttt_lora_wd,
@@ -7130,11 +7223,25 @@ class AdapterTrainer:
         self.drop_finished_rows(0)
         return [sum_RI / self.num_documents for sum_RI in self.finished_a_sums]
 
+    def update(self) -> None:
+        """An optimizer step; a row's update is proportional to its learning rate."""
+        before = [param.detach().clone() for param in self.params if len(self.lrs) > 1]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if before:
+            frac_G = torch.tensor(self.lrs, device=before[0].device) / max(self.lrs)
+            frac_B11 = frac_G.repeat(self.rows // len(self.lrs))[:, None, None]
+            for param, old in zip(self.params, before, strict=True):
+                param.data = torch.lerp(old, param.data, frac_B11)
+
     def step(self, batch: Batch, num_learning_rows: int) -> Tensor:
-        """Nats of the batch before any update (B, T - first), then train the first rows.
+        """Nats of the batch before any update (B * G, T - first), then train the first rows.
 
         Rows are independent: windows pass in micro-batches of at most MICRO_BATCH_TOKENS.
         """
+        if len(self.lrs) > 1:
+            batch = batch.repeated(len(self.lrs))
+            num_learning_rows *= len(self.lrs)
         if len(batch.ids_BT) < self.rows:
             self.drop_finished_rows(len(batch.ids_BT))
         weight_BT = batch.weight_BT[:num_learning_rows, batch.first_column :]
@@ -7162,8 +7269,7 @@ class AdapterTrainer:
                 if len(weights_BT):
                     (nll_BT[: len(weights_BT)] * weights_BT).sum().backward()  # type: ignore[no-untyped-call]
             if num_learning_rows:
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.update()
         return torch.cat(scored[: -(-num_rows // micro_rows)])
 
 

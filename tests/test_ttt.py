@@ -93,18 +93,26 @@ METHODS: dict[str, dict[str, Any]] = {
         **LORA, "mixer": "backoff", "mixer_orders": "0-2", "ttt_context": "incremental",
         "ngram_tilt": 1.0, "ngram_tilt_orders": "2", "ngram_table_bits": 12,
     },
+    "lora_choice": {**LORA, "ttt_lora_lr": -1.0, "ttt_context": "incremental"},
     "lora_phases": {**LORA, "ttt_phases": "2,4", "asym_logit_rescale": True,
                     "tie_embeddings": False},
 }  # fmt: skip
+PILOT_TARGETS = 120  # three documents of text_of begin before
 LEARNING = [name for name in METHODS if name != "sliding"]
 # The others differ from one of these in a detail, or combine two of them.
-QUICK = ("sliding", "chunk_adamw", "lora_mixer", "chunk_hedge")
+QUICK = ("sliding", "chunk_adamw", "lora_mixer", "lora_choice", "chunk_hedge")
 
 
 def slow_unless_quick(names: Iterable[str], *more: str) -> list[Any]:
     """Parameters of a test, one for each method; `make test` runs those of QUICK and `more`."""
     quick = QUICK + more
     return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def short_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some documents of text_of choose the learning rate, if there is a choice."""
+    monkeypatch.setattr(train_gpt, "PILOT_TARGETS", PILOT_TARGETS)
 
 
 each_method = pytest.mark.parametrize("name", slow_unless_quick(METHODS))
@@ -126,10 +134,14 @@ def validation_of(ids: np.ndarray) -> Validation:
 @contextlib.contextmanager
 def recorded(found: dict[int, float]) -> Iterator[None]:
     """Within it, whatever a scorer is given is written down, by target; the last value counts."""
-    record, replace = Scorer.record, Scorer.replace
+    record, revise, replace = Scorer.record, Scorer.revise, Scorer.replace
 
     def spy(self: Scorer, first: int, nll: np.ndarray) -> None:
         record(self, first, nll)
+        found.update(enumerate(nll.tolist(), start=first))
+
+    def spy_revise(self: Scorer, first: int, nll: np.ndarray) -> None:
+        revise(self, first, nll)
         found.update(enumerate(nll.tolist(), start=first))
 
     def spy_replace(self: Scorer, text: tuple[int, int], mix: Any) -> None:
@@ -138,6 +150,7 @@ def recorded(found: dict[int, float]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "record", spy)
+        patch.setattr(Scorer, "revise", spy_revise)
         patch.setattr(Scorer, "replace", spy_replace)
         yield
 
@@ -305,8 +318,8 @@ def test_plans_of_all_ranks_score_each_target_once_and_keep_in_step(data, name, 
     ids = text_of(data)
     plans = [plan_of(ids, rank, world_size, **METHODS[name]) for rank in range(world_size)]
     assert len({len(plan) for plan in plans}) == 1
-    shared = [[(i, s.text) for i, s in enumerate(p) 
-               if s.action in ("train", "update_ngrams", "mix")] for p in plans]  # fmt: skip
+    collective = ("train", "update_ngrams", "mix", "choose_lr")
+    shared = [[(i, s.text) for i, s in enumerate(p) if s.action in collective] for p in plans]
     assert all(row == shared[0] for row in shared)  # the same collectives at the same ticks
     scored = [t for plan in plans for step in plan if step.action in ("score", "adapt")
               for w in step.windows for t in range(w.first, w.end)]  # fmt: skip
@@ -377,6 +390,44 @@ def test_mixing_afterwards_scores_as_the_formula_does_in_the_order_of_the_text(
         seen.update(met)
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     assert np.abs(mixed - model_T).max() > 0.01
+
+
+def test_the_first_documents_choose_the_learning_rate_by_what_was_scored_before(
+    make_run: MakeRun, data
+):
+    run, ids = make_run(**METHODS["lora_choice"]), text_of(data)
+    model = random_model(run.cfg)
+    found = nats_of(run, model, ids)
+    fixed = {}
+    for lr in train_gpt.LORA_LRS:
+        run.cfg = tiny_config(**{**METHODS["lora_choice"], "ttt_lora_lr": lr})
+        fixed[lr] = nats_of(run, model, ids)
+    total, expected, bounds = np.zeros(len(fixed)), list[float](), [0, 90, 100, 141]
+    for first, stop in itertools.pairwise(bounds):
+        for start in range(first, stop, C):
+            chunk = slice(start, min(start + C, stop))
+            leader = train_gpt.LORA_LRS[int(total.argmin())]
+            expected += fixed[leader][chunk].tolist()
+            total += [nll[chunk].sum(dtype=np.float64) for nll in fixed.values()]
+    np.testing.assert_allclose(found[:141], expected, **TOLERANCE)
+    chosen = train_gpt.LORA_LRS[int(total.argmin())]
+    np.testing.assert_allclose(found[141:], fixed[chosen][141:], **TOLERANCE)
+    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+    event = next(e for e in map(json.loads, lines) if e["event"] == "ttt_lora_lr")
+    assert (event["chosen"], event["targets"]) == (chosen, 141)
+    assert event["tried"].split(",") == [f"{lr:g}" for lr in fixed]
+    means = [float(nats) for nats in event["nats_per_token"].split(",")]
+    assert means == pytest.approx([nll[:141].mean() for nll in fixed.values()], abs=1e-4)
+    assert len({*expected}) > 100 and np.ptp([nll.sum() for nll in fixed.values()]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"mixer": "backoff", "ngram_tilt": 1.0}, {"ttt_warm_start_a": True}]
+)
+def test_there_is_no_choice_of_rates_where_documents_depend_on_each_other(knobs):
+    cfg = tiny_config(**{**LORA, "ttt_lora_lr": -1.0, **knobs})
+    assert list(cfg.lora_lrs) == [train_gpt.LORA_LRS[0]]
+    assert tiny_config(**LORA).lora_lrs == [0.02]
 
 
 def test_the_trace_knows_only_a_rank_s_own_targets_where_nothing_is_shared():
@@ -682,6 +733,7 @@ def verdicts_of(run: Run) -> dict[str, str]:
         "sliding",
         "chunk_hedge",
         "lora_mixer",
+        "lora_choice",
         pytest.param("lora_incremental", marks=pytest.mark.slow),
         pytest.param("lora_tilt", marks=pytest.mark.slow),
     ],
@@ -762,6 +814,7 @@ import numpy as np
 import torch
 import train_gpt
 from tests.conftest import random_model
+train_gpt.PILOT_TARGETS = {PILOT_TARGETS}
 torch.set_num_threads(1)
 cfg, ids = train_gpt.config_from_env(os.environ), np.load("ids.npy")
 text = train_gpt.Validation(ids, np.ones(len(ids) - 1, dtype=np.int64), False)
@@ -781,7 +834,7 @@ with train_gpt.start_run(cfg, os.environ) as run:
     # A warm A goes from batch to batch of a rank: other ranks, other batches, other adapters.
     "names",
     [
-        ("chunk_hedge", "lora_mixer"),
+        ("chunk_hedge", "lora_mixer", "lora_choice"),
         pytest.param({*LEARNING} - {"lora_warm"}, marks=pytest.mark.slow),
     ],
 )

@@ -582,7 +582,7 @@ class Config:
         # A mixer that is applied at once, or adapters that go on from document to document, know
         # one rate.
         depends = (self.needs_mixer and not self.mixes_afterwards) or self.ttt_warm_start_a
-        return LORA_LRS[:1] if depends else LORA_LRS
+        return LORA_LRS if self.ttt_method == "lora" and not depends else LORA_LRS[:1]
 
     @property
     def mixes_afterwards(self) -> bool:
@@ -5993,8 +5993,8 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
 Span = tuple[int, int]  # targets: the first, and one past the last
 
 
-# Learning rates of LoRA to choose from; the first one wins if all are equal.
-LORA_LRS = (1e-3, 3e-3, 1e-2, 3e-4, 1e-4, 3e-5, 1e-5, 0.0)
+# Learning rates of LoRA to choose from. The first one is used where there is no choice, or no time.
+LORA_LRS = (3e-3, 1e-3, 1e-2, 3e-4, 1e-4, 3e-5, 1e-5, 0.0)
 # The documents that begin before this target try all of them.
 PILOT_TARGETS = 16_384
 
@@ -6882,10 +6882,11 @@ def plan_pass(
     """The steps of a pass, its budget, and what was adjusted (`ttt_chunk_size 24 -> 48`) or "".
 
     A plan fits if there is time for scoring and for a part of the training, as measured. Until it
-    does, TTT_CHUNK_SIZE (with LoRA) or EVAL_STRIDE is doubled; PassAbandoned if it never does.
+    does, TTT_CHUNK_SIZE (with LoRA) or EVAL_STRIDE is doubled; PassAbandoned if it never does. The
+    learning rate of LoRA is only chosen if there is time for all of the training.
     """
     cfg: Any = run.cfg  # fields are replaced by name
-    adaptive, cost, adjusted = kind == "ttt", None, ""
+    adaptive, cost, notes = kind == "ttt", None, dict[str, str]()
     name, size = "eval_stride", cfg.eval_stride or cfg.score_seq_len
     if adaptive and cfg.ttt_method == "lora":
         name, size = "ttt_chunk_size", cfg.ttt_chunk_size
@@ -6902,14 +6903,19 @@ def plan_pass(
             limit.check(run, max_over_ranks(run, limit.min_s))
             cost = measure_step_cost(run, model, steps, adaptive=adaptive)
         budget = EvalBudget(run, steps, limit.check(run, -math.inf), cost)
+        all_s = PLANNING_FACTOR * max_over_ranks(run, budget.to_score[0] + budget.to_train)
+        if adaptive and len(cfg.lora_lrs) > 1 and all_s > budget.limit_s:
+            cfg = dataclasses.replace(cfg, ttt_lora_lr=LORA_LRS[0])
+            notes["ttt_lora_lr"] = f"-1 -> {LORA_LRS[0]:g}"
+            continue
         needed_s = budget.to_score[0] + MIN_TRAINED_FRAC * budget.to_train
         needed_s = PLANNING_FACTOR * max_over_ranks(run, needed_s)
         if needed_s <= budget.limit_s or size >= max_size:
             limit.check(run, needed_s)
-            return steps, budget, adjusted
+            return steps, budget, ", ".join(f"{name} {note}" for name, note in notes.items())
         size = min(2 * size, max_size)
         cfg = dataclasses.replace(cfg, **{name: size})
-        adjusted = f"{name} {old_size} -> {size}"
+        notes[name] = f"{old_size} -> {size}"
 
 
 def evaluate(

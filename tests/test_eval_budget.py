@@ -41,7 +41,8 @@ class Machine:
         self.now, self.slowdown, self.is_compiled, self.num_trained = 0.0, slowdown, False, 0
         patch.setattr("train_gpt.time.perf_counter", lambda: self.now)
         patch.setattr(train_gpt.GPT, "eval_nll", self.score)
-        patch.setattr(train_gpt.AdapterTrainer, "step", self.adapt)
+        patch.setattr(train_gpt.AdapterTrainer, "step", lambda *args: self.adapt(*args))
+        patch.setattr(train_gpt.TextMixer, "nll", lambda *args: self.mix(*args))
         patch.setattr(train_gpt.WeightTrainer, "step", self.train)
 
     def work(self, num_positions: int, num_passes: float = 1.0) -> None:
@@ -55,10 +56,19 @@ class Machine:
         first = more[1] if len(more) > 1 else 0
         return torch.zeros(ids_BT[:, first:].shape)
 
-    def adapt(self, batch: train_gpt.Batch, learns: int) -> torch.Tensor:
+    def adapt(
+        self, trainer: train_gpt.AdapterTrainer, batch: train_gpt.Batch, learns: int
+    ) -> torch.Tensor:
         self.num_trained += learns > 0
-        self.work(batch.ids_BT.numel(), 1 + 2 * learns / len(batch.ids_BT))
-        return torch.zeros(batch.ids_BT[:, batch.first_column :].shape)
+        num_lrs = len(trainer.lrs)
+        self.work(num_lrs * batch.ids_BT.numel(), 1 + 2 * learns / len(batch.ids_BT))
+        return torch.zeros(batch.ids_BT[:, batch.first_column :].shape).repeat(num_lrs, 1)
+
+    def mix(
+        self, mixer: train_gpt.TextMixer, rows: slice, nll_N: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        self.work(len(nll_N))
+        return nll_N
 
     def train(self, batch: train_gpt.Batch | None, progress: float, chunk_frac: float) -> None:
         self.num_trained += 1
@@ -106,11 +116,17 @@ SPEEDS = {
 
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("limit_s", [0.3, 0.6, 1.0, 2.0, 8.0])
-@pytest.mark.parametrize("method", ["incremental", "chunk", "phases"])
+@pytest.mark.parametrize("method", ["incremental", "chunk", "phases", "choice", "mixer"])
 def test_no_evaluation_takes_longer_than_its_budget(
     make_run: MakeRun, data: TinyData, monkeypatch, tmp_path, method, limit_s, speed
 ):
-    knobs = {"incremental": INCREMENTAL, "chunk": CHUNK, "phases": METHODS["lora_phases"]}[method]
+    knobs = {
+        "incremental": INCREMENTAL,
+        "chunk": CHUNK,
+        "phases": METHODS["lora_phases"],
+        "choice": METHODS["lora_choice"],
+        "mixer": METHODS["lora_mixer"],
+    }[method]
     run = make_run(**knobs, eval_max_seconds=limit_s)
     ids = long_text(data)
     try:
@@ -155,6 +171,25 @@ def test_a_pass_that_fits_only_in_longer_chunks_is_marked(make_run: MakeRun, dat
     assert outcome.last("final_ttt")["adjusted"] == "ttt_chunk_size 2 -> 4"
     assert outcome.last("pass")["adjusted"] == "ttt_chunk_size 2 -> 4"
     assert run.cfg.ttt_chunk_size == 2
+
+
+def test_the_learning_rate_is_chosen_only_if_there_is_time(make_run: MakeRun, data, monkeypatch):
+    for limit_s, is_chosen in ((100.0, True), (1.2, False)):
+        with monkeypatch.context() as patch:
+            run = make_run(**METHODS["lora_choice"], eval_max_seconds=limit_s)
+            outcome = simulate(run, patch, long_text(data), SPEEDS["constant"])
+        score = outcome.last("final_ttt")
+        assert score.get("adjusted") == (None if is_chosen else "ttt_lora_lr -1 -> 0.003")
+    assert [e["event"] for e in outcome.events].count("ttt_lora_lr") == 1  # of both runs
+
+
+def test_the_seconds_of_mixing_ngrams_are_part_of_the_plan(make_run: MakeRun, data, monkeypatch):
+    run = make_run(**METHODS["lora_mixer"], eval_max_seconds=100.0)
+    outcome = simulate(run, monkeypatch, long_text(data), SPEEDS["constant"])
+    score = outcome.last("final_ttt")
+    assert score["eval_s"] == pytest.approx(score["estimated_s"], rel=0.1)
+    num_chunks = -(-(len(long_text(data)) - 1) // run.cfg.ttt_chunk_tokens)
+    assert score["eval_s"] > num_chunks * STEP_S
 
 
 def test_sliding_windows_that_do_not_fit_take_a_longer_stride_or_are_skipped(

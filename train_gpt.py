@@ -7282,8 +7282,9 @@ class AdapterTrainer:
 # --- 12. N-gram mixers ---------------------------------------------------------------------------
 # A Mixer combines the model's next-token distribution with n-gram counts of the scored text. The
 # result depends on the prefix alone and sums to 1 (except with MIXER=hedge_entropy). Counts and
-# mixture weights change in `update` only, in the same way on every rank. Further suffixes: O n-gram
-# orders, C candidate tokens, K context tokens; and in Hedge, E experts, M those that it is given.
+# mixture weights change in `update` only, in the same way on every rank. TextMixer does the same to
+# a whole text after the model has scored it. Further suffixes: O n-gram orders, C candidate tokens,
+# K context tokens; and in Hedge, E experts, M those that it is given.
 
 
 def mix_bits(bits: Tensor) -> Tensor:

@@ -481,6 +481,12 @@ class Config:
     adaptive_temperature: float = knob(
         1.0, "temperature at zero entropy, 1 at maximum entropy; 1 = off", low=0.9, high=1.05
     )
+    noncanonical_factor: float = knob(
+        1.0,
+        "factor of the probability of tokens that a BPE tokenizer never emits after the one before",
+        low=1e-12,
+        high=1,
+    )
     mixer: str = knob("none", "n-gram mixture over scored text; see section 12", choices=MIXERS)
     mixer_orders: str = knob(
         "",
@@ -1710,6 +1716,7 @@ class Validation(NamedTuple):
     ids: np.ndarray
     target_bytes: np.ndarray
     partial: bool
+    banned_VV: np.ndarray | None = None  # see noncanonical_pairs; None: not used
 
     @property
     def num_targets(self) -> int:
@@ -1720,7 +1727,7 @@ class Validation(NamedTuple):
         if not 0 < num_targets < self.num_targets:
             return self
         ids = self.ids[: num_targets + 1].copy()
-        return Validation(ids, self.target_bytes[:num_targets].copy(), True)
+        return Validation(ids, self.target_bytes[:num_targets].copy(), True, self.banned_VV)
 
 
 def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor) -> Validation:
@@ -1758,7 +1765,81 @@ def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor
     check_totals(cfg, ids, counts)
     if manifest.transform != "none" and manifest.is_lossless:
         check_document_bytes(sidecars[0], processor, ids, counts)
-    return Validation(ids, counts[1:].astype(np.int64), partial=False).head(cfg.val_tokens_limit)
+    banned_VV = noncanonical_pairs(processor) if cfg.noncanonical_factor < 1 else None
+    whole = Validation(ids, counts[1:].astype(np.int64), partial=False, banned_VV=banned_VV)
+    return whole.head(cfg.val_tokens_limit)
+
+
+def noncanonical_pairs(processor: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """(V, V) bool: [a, b] is True if the BPE tokenizer never emits piece b right after piece a.
+
+    That is so if it encodes their concatenation otherwise: in a longer text the same merges would
+    happen between them. Candidates are pairs between which a merge is possible. InputError if the
+    tokenizer is not BPE or changes the text of its own pieces.
+    """
+    size = processor.get_piece_size()
+    kinds = (processor.is_byte, processor.is_control, processor.is_unknown, processor.is_unused)
+    plain = [token for token in range(size) if not any(is_kind(token) for is_kind in kinds)]
+    pieces = [processor.id_to_piece(token) for token in range(size)]
+    texts = [piece.replace("\u2581", " ") for piece in pieces]
+    ranks = {
+        pieces[token]: -processor.get_score(token) for token in plain if len(pieces[token]) > 1
+    }
+    begins, ends = dict[str, list[tuple[int, float]]](), dict[str, list[tuple[int, float]]]()
+    for token in plain:
+        for table, side in zip((begins, ends), merge_sides(pieces[token], ranks), strict=True):
+            for symbol, until in side:
+                table.setdefault(symbol, []).append((token, until))
+    is_candidate_VV = np.zeros((size, size), dtype=bool)
+    for piece, rank in ranks.items():
+        for cut in range(1, len(piece)):
+            left, right = (
+                [token for token, until in table.get(symbol, []) if until >= rank]
+                for table, symbol in ((ends, piece[:cut]), (begins, piece[cut:]))
+            )
+            is_candidate_VV[np.ix_(left, right)] = True
+    is_bpe = all(rank.is_integer() for rank in ranks.values())
+    changed = [
+        token
+        for token in plain
+        if pieces[token] in ends and processor.encode(texts[token]) != [token]
+    ]
+    require(
+        is_bpe and not changed,
+        "NONCANONICAL_FACTOR: the tokenizer is not BPE, or normalizes its own pieces; set it to 1",
+    )
+    banned_VV = np.zeros_like(is_candidate_VV)
+    candidates = np.argwhere(is_candidate_VV)
+    for start in range(0, len(candidates), PAIRS_AT_ONCE):
+        pairs = candidates[start : start + PAIRS_AT_ONCE].tolist()
+        encoded = processor.encode([texts[a] + texts[b] for a, b in pairs], num_threads=1)
+        for pair, ids in zip(pairs, encoded, strict=True):
+            banned_VV[pair[0], pair[1]] = ids != pair
+    return banned_VV
+
+
+PAIRS_AT_ONCE = 2**16  # encoded in one call, which bounds the memory
+
+
+def merge_sides(piece: str, ranks: Mapping[str, float]) -> tuple[list[Any], list[Any]]:
+    """The symbols at the left and at the right end of a piece while BPE makes it from characters.
+
+    Each with the rank of the merge that ends it. Empty if BPE does not make this piece.
+    """
+    symbols, now, left, right = list(piece), 0.0, list[Any](), list[Any]()
+    while len(symbols) > 1:
+        pairs = enumerate(map("".join, itertools.pairwise(symbols)))
+        merges = [(ranks[pair], place) for place, pair in pairs if pair in ranks]
+        if not merges:
+            return [], []
+        rank, place = min(merges)
+        now = max(now, rank)
+        if place == 0:
+            left.append((symbols[0], now))
+        if place == len(symbols) - 2:
+            right.append((symbols[-1], now))
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+    return [*left, (piece, math.inf)], [*right, (piece, math.inf)]
 
 
 class ByteTable:
@@ -2872,6 +2953,8 @@ class GPT(nn.Module):
         self.long_rotary = nn.Buffer(rotary_table(cfg, longest), persistent=False)
         self.run_block: Callable[..., Lanes] = run_block
         self.blend_skip, self.nll = blend_skip, softcapped_cross_entropy
+        # Pairs of tokens whose logits get a penalty in scores, and the penalty.
+        self.banned: tuple[Tensor, float] | None = None
         # Called with logits, targets, scores and mixer of each chunk, for an audit.
         self.normalization_check: Callable[..., None] | None = None
         # Adapters of each layer call, each with the module that it is attached to.
@@ -3116,10 +3199,12 @@ class GPT(nn.Module):
         """
         B, head = len(ids_BT), self.head_VD.to(self.dtype)
         x_BTD, target_BT = self(ids_BT, past)[:, first:], target_BT[:, first:]
+        ids_BT = ids_BT[:, first:]
         if mixer_inputs is not None:
             mixer_inputs = mixer_inputs.at(slice(first, None))
         if self.head.adapter is None:  # without one, rows need not be kept apart
             x_BTD, target_BT = x_BTD.flatten(0, 1)[None], target_BT.flatten()[None]
+            ids_BT = ids_BT.flatten()[None]
             if mixer_inputs is not None:
                 mixer_inputs = mixer_inputs.as_one_row()
         num_rows, T = target_BT.shape
@@ -3128,34 +3213,55 @@ class GPT(nn.Module):
         for start in range(0, max(1, T), chunk_len):
             positions = slice(start, start + chunk_len)
             mixer_chunk = None if mixer_inputs is None else mixer_inputs.at(positions)
-            chunk = (x_BTD[:, positions], target_BT[:, positions], mixer_chunk)
-            nll_BT, recorded_BT = self.chunk_nll(head, *chunk)
+            chunk = (x_BTD[:, positions], ids_BT[:, positions], target_BT[:, positions])
+            nll_BT, recorded_BT = self.chunk_nll(head, *chunk, mixer_chunk)
             nll_parts.append(nll_BT)
             recorded_parts.append(recorded_BT)
         return torch.cat(nll_parts, dim=1).view(B, -1), torch.cat(recorded_parts, dim=1).view(B, -1)
 
     def chunk_nll(
-        self, head_VD: Tensor, x_BTD: Tensor, target_BT: Tensor, mixer_inputs: MixerInputs | None
+        self,
+        head_VD: Tensor,
+        x_BTD: Tensor,
+        ids_BT: Tensor,
+        target_BT: Tensor,
+        mixer_inputs: MixerInputs | None,
     ) -> tuple[Tensor, Tensor]:
         """What token_nll returns, for one chunk whose logits exist at the same time."""
         z_BTV = x_BTD @ head_VD.T
         if self.head.adapter is not None:
             z_BTV = self.head.adapter(x_BTD, z_BTV)
-        z_NV, target_N = z_BTV.flatten(0, 1), target_BT.flatten()
+        z_NV, ids_N, target_N = z_BTV.flatten(0, 1), ids_BT.flatten(), target_BT.flatten()
         nll_N = recorded_N = self.nll(z_NV, target_N, None, self.cap)[0]
         if mixer_inputs is not None:
-            recorded_N = self.mixed_nll(z_NV, target_N, nll_N, mixer_inputs)
+            recorded_N = self.mixed_nll(z_NV, ids_N, target_N, nll_N, mixer_inputs)
+        elif self.banned is not None:
+            logits_NV = self.scored_logits(z_NV.detach(), ids_N)
+            recorded_N = F.cross_entropy(logits_NV, target_N, reduction="none")
         if self.normalization_check is not None:
-            logits_NV = softcap_logits(z_NV, self.cap)[0]
+            logits_NV = self.scored_logits(z_NV, ids_N)
             self.normalization_check(logits_NV, target_N, recorded_N, mixer_inputs)
         return nll_N.view(target_BT.shape), recorded_N.view(target_BT.shape)
 
+    def scored_logits(self, z_NV: Tensor, ids_N: Tensor) -> Tensor:
+        """Logits (N, V) in float32 that scores come from, of tokens after `ids_N`."""
+        logits_NV = softcap_logits(z_NV, self.cap)[0]
+        if self.banned is None:
+            return logits_NV
+        banned_VV, penalty = self.banned
+        return torch.where(banned_VV[ids_N], logits_NV + penalty, logits_NV)
+
     def mixed_nll(
-        self, z_NV: Tensor, target_N: Tensor, nll_N: Tensor, mixer_inputs: MixerInputs
+        self,
+        z_NV: Tensor,
+        ids_N: Tensor,
+        target_N: Tensor,
+        nll_N: Tensor,
+        mixer_inputs: MixerInputs,
     ) -> Tensor:
         """The mixer's nll of the targets that are recorded, the softmax's of the others."""
         keep_N, context_NK = mixer_inputs.keep_BT.flatten(), mixer_inputs.context_BTK.flatten(0, 1)
-        logits_NV = softcap_logits(z_NV[keep_N], self.cap)[0]
+        logits_NV = self.scored_logits(z_NV[keep_N], ids_N[keep_N])
         recorded_N = nll_N.detach().clone()
         recorded_N[keep_N] = mixer_inputs.mixer.nll(logits_NV, context_NK[keep_N], target_N[keep_N])
         return recorded_N
@@ -6548,6 +6654,10 @@ class EvalRunner:
         if adaptive and run.cfg.needs_mixer and not run.cfg.mixes_afterwards:
             self.mixer = Mixer(run)
         self.text_mixer: TextMixer | None = None
+        model.banned = None
+        if validation.banned_VV is not None:
+            banned_VV = torch.from_numpy(validation.banned_VV).to(run.device)
+            model.banned = banned_VV, math.log(run.cfg.noncanonical_factor)
         self.bounds = document_bounds(validation.ids)
         self.all_targets = (0, validation.num_targets)
         self.rows = max((len(step.windows) for step in plan if step.action == "score"), default=0)
@@ -6594,7 +6704,7 @@ class EvalRunner:
 
     def batch(self, windows: Sequence[Window], rows: int, seq_len: int) -> Batch:
         """The windows as tensors of `rows` x `seq_len`."""
-        device, (ids, target_bytes, _), mixer_inputs = self.run.device, self.validation, None
+        device, (ids, target_bytes, *_), mixer_inputs = self.run.device, self.validation, None
         padded = [*windows, *[Window(0, -1, seq_len)] * (rows - len(windows))]
         start_B1, end_B1, first_B1 = np.array(padded).T[..., None]
         position_BT = start_B1 + np.arange(seq_len + 1)

@@ -182,9 +182,8 @@ def audit(run: Run, model: GPT, validation: Validation, script: Any = train_gpt)
     # A few rounds of training are enough. No clock decides what is trained: passes must be equal.
     run.cfg = dataclasses.replace(run.cfg, eval_max_seconds=0.0)
     count = min(validation.num_targets, max(MIN_TARGETS, 4 * run.cfg.ttt_chunk_tokens))
-    text = script.Validation(
-        validation.ids[: count + 1], validation.target_bytes[:count], partial=True
-    )
+    ids, target_bytes = validation.ids[: count + 1], validation.target_bytes[:count]
+    text = validation._replace(ids=ids, target_bytes=target_bytes, partial=True)
     by_condition = find_problems(script, run, model, text)
     for condition, problems in by_condition.items():
         run.log(

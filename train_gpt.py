@@ -5868,6 +5868,7 @@ PAYLOAD_ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r", '"': '\\"', "\\": "\\
 PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 
 
+@functools.cache
 def pack_source(source: str) -> bytes:
     """The file of a script that runs as `source` does, minified and compressed; idempotent.
 

@@ -32,7 +32,6 @@ from train_gpt import GPT, Config, Run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Packing the script takes a second, and every run does it.
-train_gpt.pack_source = functools.cache(train_gpt.pack_source)
 
 VOCAB_SIZE = 320
 MakeRun = Callable[..., Run]

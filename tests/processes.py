@@ -30,7 +30,7 @@ SCRIPT = Path(train_gpt.__file__).resolve()
 TIMEOUT_S = 1200.0  # no process of these tests needs a hundredth of it on an idle machine
 
 HELPER = """
-import ast, atexit, gc, json, lzma, os, runpy, sys, threading, tokenize, traceback
+import ast, atexit, functools, gc, json, lzma, os, runpy, sys, threading, tokenize, traceback
 import numpy, safetensors.torch, sentencepiece, torch, torch._dynamo, torch.distributed
 
 def remember(module, name, key):
@@ -55,9 +55,19 @@ remember(lzma, "compress", lambda *args, **options: (args, repr(options)))
 remember(tokenize, "generate_tokens", text_of_lines)
 sys.path.insert(0, sys.argv[1])
 import train_gpt
-train_gpt.pack_source(train_gpt.script_source())
+source = train_gpt.script_source()
+packed = train_gpt.pack_source(source)
 del sys.path[0], sys.modules["train_gpt"]
 is_warm = True
+cache = functools.cache
+
+def cache_of_packing(function):
+    cached = cache(function)
+    if function.__name__ != "pack_source":
+        return cached
+    return lambda text: packed if text == source else cached(text)
+
+functools.cache = cache_of_packing
 
 def serve():
     gc.freeze()

@@ -125,7 +125,12 @@ def test_scores_are_those_of_the_renormalized_distribution(make_run: MakeRun, da
 
 
 @pytest.mark.parametrize(
-    "name", ["lora_mixer", pytest.param("lora_tilt", marks=pytest.mark.slow), "chunk_hedge"]
+    "name",
+    [
+        "chunk_hedge",
+        pytest.param("lora_mixer", marks=pytest.mark.slow),
+        pytest.param("lora_tilt", marks=pytest.mark.slow),
+    ],
 )
 def test_the_audit_passes_with_every_kind_of_mixer(make_run: MakeRun, data: TinyData, name: str):
     run = make_run(**METHODS[name], noncanonical_factor=FACTOR)

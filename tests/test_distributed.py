@@ -472,8 +472,9 @@ def test_clock_stops_all_ranks_after_the_same_step(data: TinyData, work: Path, w
 
 @pytest.mark.parametrize(
     "knobs",
-    [pytest.param({}, marks=pytest.mark.slow), {"num_layers": 3, "grad_clip_norm": 0.1}],
+    [{}, {"num_layers": 3, "grad_clip_norm": 0.1}],
 )
+@pytest.mark.slow
 def test_two_ranks_that_were_killed_go_on_to_the_same_bits(
     data: TinyData, work: Path, worker: Path, knobs: dict[str, Any]
 ):

@@ -268,9 +268,7 @@ OTHER_EXPORTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "export", [pytest.param(e, marks=[pytest.mark.slow] * (e != "default")) for e in OTHER_EXPORTS]
-)
+@pytest.mark.parametrize("export", [pytest.param(e, marks=pytest.mark.slow) for e in OTHER_EXPORTS])
 def test_what_any_export_wrote_scores_to_the_same_bits_without_training_data(
     export: str, data: TinyData, tmp_path: Path
 ):

@@ -807,6 +807,7 @@ DEFAULT_EXPORT = {  # the script's own defaults, which tiny_config replaces by p
 }
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_curvature_that_one_finds(data: TinyData, tmp_path: Path):
     script = tmp_path / "keep.py"
     script.write_text(KEEP)

@@ -627,7 +627,7 @@ def test_the_cuts_are_padded_to_few_lengths_and_always_closed(num_documents: int
     ("mean_len", "expected"),
     [
         pytest.param(1, {64, 128, 256}, marks=pytest.mark.slow),
-        (2, {64, 128}),
+        pytest.param(2, {64, 128}, marks=pytest.mark.slow),
         pytest.param(64, {64}, marks=pytest.mark.slow),
     ],
 )

@@ -362,7 +362,11 @@ def test_importing_the_script_does_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
+    ("given", "policy"),
+    [
+        ({}, "PASSIVE"),
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", marks=pytest.mark.slow),
+    ],
 )
 def test_threads_sleep_while_they_wait_unless_the_user_decides(
     given: dict[str, str], policy: str, tmp_path: Path

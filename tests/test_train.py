@@ -968,7 +968,7 @@ sys.exit(train_gpt.main())
 
 
 @pytest.mark.parametrize(
-    "file", [pytest.param("state.safetensors", marks=pytest.mark.slow), "artifact.bin"]
+    "file", [pytest.param(n, marks=pytest.mark.slow) for n in ("state.safetensors", "artifact.bin")]
 )
 def test_full_disk_ends_the_run_with_one_line_and_can_be_gone_on_from(
     data: TinyData, work: Path, whole: Whole, file: str

@@ -100,7 +100,7 @@ METHODS: dict[str, dict[str, Any]] = {
 PILOT_TARGETS = 120  # three documents of text_of begin before
 LEARNING = [name for name in METHODS if name != "sliding"]
 # The others differ from one of these in a detail, or combine two of them.
-QUICK = ("sliding", "chunk_adamw", "lora_mixer", "lora_choice", "chunk_hedge")
+QUICK = ("sliding", "chunk_adamw", "lora_mixer", "chunk_hedge")
 
 
 def slow_unless_quick(names: Iterable[str], *more: str) -> list[Any]:
@@ -731,9 +731,9 @@ def verdicts_of(run: Run) -> dict[str, str]:
     "name",
     [
         "sliding",
-        "chunk_hedge",
-        "lora_mixer",
         "lora_choice",
+        pytest.param("chunk_hedge", marks=pytest.mark.slow),
+        pytest.param("lora_mixer", marks=pytest.mark.slow),
         pytest.param("lora_incremental", marks=pytest.mark.slow),
         pytest.param("lora_tilt", marks=pytest.mark.slow),
     ],

@@ -1775,9 +1775,14 @@ def noncanonical_pairs(processor: sentencepiece.SentencePieceProcessor) -> np.nd
 
     That is so if it encodes their concatenation otherwise: in a longer text the same merges would
     happen between them. Candidates are pairs between which a merge is possible. InputError if the
-    tokenizer is not BPE or changes the text of its own pieces.
+    tokenizer is not BPE, changes the text of its own pieces, or has too many of them.
     """
     size = processor.get_piece_size()
+    require(
+        size <= MAX_CANONICAL_VOCAB,
+        f"NONCANONICAL_FACTOR: a table of pairs of {size} pieces is too large, the maximum is "
+        f"{MAX_CANONICAL_VOCAB}; set it to 1",
+    )
     kinds = (processor.is_byte, processor.is_control, processor.is_unknown, processor.is_unused)
     plain = [token for token in range(size) if not any(is_kind(token) for is_kind in kinds)]
     pieces = [processor.id_to_piece(token) for token in range(size)]
@@ -1818,6 +1823,7 @@ def noncanonical_pairs(processor: sentencepiece.SentencePieceProcessor) -> np.nd
     return banned_VV
 
 
+MAX_CANONICAL_VOCAB = 16_384  # pieces: a table of 268 MB
 PAIRS_AT_ONCE = 2**16  # encoded in one call, which bounds the memory
 
 
@@ -6119,7 +6125,7 @@ class EvalStep(NamedTuple):
 
     # score: score the windows. adapt: score them, then train each row's adapter on them.
     # train: train the weights on them. update_ngrams: count the n-grams of `text`.
-    # mix: mix n-grams into the scores of the targets `text`, then count its n-grams.
+    # mix: mix n-grams into the scores of the targets `text`, then learn the mixture's weights.
     # choose_lr: choose the learning rate of LoRA by the scores of `text`.
     action: str
     windows: Sequence[Window] = ()
@@ -6774,8 +6780,10 @@ class EvalRunner:
         batch = self.batch(step.windows, len(step.windows), step.shape[1])
         nll_NT = self.adapters.step(batch, step.num_learning_rows)
         nll_BGT = nll_NT.view(len(step.windows), step.num_lrs, -1)
-        self.record(step.windows, nll_BGT[:, 0], batch.first_column)
+        # The last rate is 0: its nats are finite, so that choose_lr can replace them.
+        self.record(step.windows, nll_BGT[:, -1], batch.first_column)
         if step.num_lrs > 1:
+            nll_BGT = nll_BGT.nan_to_num(math.inf)  # the smallest number for argmin is NaN
             for window, nll_GT in zip(step.windows, nll_BGT.cpu(), strict=True):
                 document = bisect.bisect_right(self.bounds, window.first)
                 columns = slice(
@@ -6794,7 +6802,8 @@ class EvalRunner:
         """Choose the learning rate of LoRA with the fewest nats in the documents of `step.text`.
 
         The scores of these documents are those of the rate that was the best one before each chunk:
-        in the documents before, and in the chunks of the same document before.
+        in the documents before, and in the chunks of the same document before; of equal rates the
+        last one, 0.
         """
         lrs, stop = self.run.cfg.lora_lrs, bisect.bisect_right(self.bounds, step.text[1] - 1)
         sums_PG = torch.zeros(stop + 1, len(lrs), dtype=torch.float64)
@@ -6804,7 +6813,8 @@ class EvalRunner:
         for document, chunks in self.pilot_nll.items():
             total_G = sums_PG[:document].sum(0)
             for first, nll_GT in chunks:
-                self.scorer.revise(first, nll_GT[total_G.argmin()].float().numpy())
+                best = -1 - int(total_G.flip(0).argmin())
+                self.scorer.revise(first, nll_GT[best].float().numpy())
                 total_G = total_G + nll_GT.sum(1)
         total_G, self.pilot_nll = sums_PG.sum(0), {}
         self.lora_lr = lrs[int(total_G.argmin())]
@@ -7655,8 +7665,11 @@ def earlier_equals(key_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def count_earlier(context_N: Tensor, token_N: Tensor) -> Tensor:
-    """Counts (3, N) before each position: of its context; then the context with its own token;
-    and with the token that followed most often. Contexts are hashes."""
+    """Counts (3, N) of what came before each position.
+
+    How often its context did, a hash; the context with its own token; and the context with the
+    token that followed it most often.
+    """
     total_N, order_N, first_N = earlier_equals(context_N)
     count_N = earlier_equals(mix_bits(context_N - token_N - 1))[0]
     # Sorted by context, then by position: the largest count so far, within each context.

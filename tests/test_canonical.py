@@ -100,6 +100,12 @@ def test_tokenizers_that_are_not_bpe_or_normalize_are_refused(settings):
         noncanonical_pairs(trained_tokenizer(**settings))
 
 
+def test_a_vocabulary_whose_table_would_be_too_large_is_refused(data: TinyData, monkeypatch):
+    monkeypatch.setattr(train_gpt, "MAX_CANONICAL_VOCAB", len(data.tokenizer) - 1)
+    with pytest.raises(InputError, match="NONCANONICAL_FACTOR: a table of pairs of .* too large"):
+        noncanonical_pairs(data.tokenizer)
+
+
 def validation_with(data: TinyData, num_targets: int, banned_VV: np.ndarray | None) -> Validation:
     ids = data.val[: num_targets + 1]
     return Validation(ids, np.ones(num_targets, np.int64), False, banned_VV)

@@ -406,7 +406,7 @@ def test_the_first_documents_choose_the_learning_rate_by_what_was_scored_before(
     for first, stop in itertools.pairwise(bounds):
         for start in range(first, stop, C):
             chunk = slice(start, min(start + C, stop))
-            leader = train_gpt.LORA_LRS[int(total.argmin())]
+            leader = train_gpt.LORA_LRS[::-1][int(total[::-1].argmin())]  # of equal ones the last
             expected += fixed[leader][chunk].tolist()
             total += [nll[chunk].sum(dtype=np.float64) for nll in fixed.values()]
     np.testing.assert_allclose(found[:141], expected, **TOLERANCE)
@@ -419,6 +419,15 @@ def test_the_first_documents_choose_the_learning_rate_by_what_was_scored_before(
     means = [float(nats) for nats in event["nats_per_token"].split(",")]
     assert means == pytest.approx([nll[:141].mean() for nll in fixed.values()], abs=1e-4)
     assert len({*expected}) > 100 and np.ptp([nll.sum() for nll in fixed.values()]) > 0.1
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(make_run: MakeRun, data, monkeypatch):
+    monkeypatch.setattr(train_gpt, "LORA_LRS", (1e30, 0.02, 0.0))
+    run, ids = make_run(**METHODS["lora_choice"]), text_of(data)
+    assert np.isfinite(nats_of(run, random_model(run.cfg), ids)).all()
+    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+    event = next(e for e in map(json.loads, lines) if e["event"] == "ttt_lora_lr")
+    assert event["nats_per_token"].startswith("inf,") and event["chosen"] == 0.02
 
 
 @pytest.mark.parametrize(

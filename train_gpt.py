@@ -169,6 +169,9 @@ class Config:
         "auto", "dtype of the forward pass; auto = bf16 where supported", choices=PRECISIONS
     )
     compile: bool = knob(True, "compile blocks and loss with torch.compile")
+    compile_forward: bool = knob(
+        True, "on a GPU, compile the whole forward pass of training: faster steps, longer warm-up"
+    )
     attention: str = knob(
         "auto", "attention kernel; auto = the best one installed", choices=KERNEL_CHOICES
     )
@@ -2351,9 +2354,20 @@ class CastedLinear(nn.Linear):
         self.adapter: nn.Module | None = None
         self.zero_init, self.qat_bits = zero_init, 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, fake_quantize(self.weight, self.qat_bits).to(x.dtype))
+    def forward(self, x: Tensor, scale_O: Tensor | None = None) -> Tensor:
+        """W x, and the adapter's output; `scale_O` multiplies the rows of W."""
+        weight_OI = fake_quantize(self.weight, self.qat_bits)
+        weight_OI = weight_OI if scale_O is None else scale_O[:, None] * weight_OI
+        y = F.linear(x, weight_OI.to(x.dtype))
         return y if self.adapter is None else self.adapter(x, y)
+
+
+def is_compiled_for_gpu(x: Tensor) -> bool:
+    """Whether this is compiled for a GPU, where formulas that move less memory are taken.
+
+    Without compilation, hooks of calibration and adapters see every matrix by itself.
+    """
+    return torch.compiler.is_compiling() and x.is_cuda
 
 
 class BatchedLoRA(nn.Module):
@@ -2519,10 +2533,11 @@ def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
 
     Source: arXiv:2603.09078. With grouped queries, all G heads of a group share that vector.
     """
-    y_BTKGE = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3))
-    unit_BTK1E = F.normalize(v_BTKE, dim=-1)[:, :, :, None]
-    projection_BTKG1 = (y_BTKGE * unit_BTK1E).sum(dim=-1, keepdim=True)
-    return (y_BTKGE - projection_BTKG1 * unit_BTK1E).view_as(y_BTHE)
+    y_BTKGE, v_BTK1E = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3)), v_BTKE[:, :, :, None]
+    product_BTKG1 = (y_BTKGE * v_BTK1E).sum(dim=-1, keepdim=True, dtype=torch.float32)
+    square_BTK11 = v_BTK1E.square().sum(dim=-1, keepdim=True, dtype=torch.float32)
+    factor_BTKG1 = (product_BTKG1 / square_BTK11.clamp(min=1e-24)).to(y_BTHE.dtype)
+    return (y_BTKGE - factor_BTKG1 * v_BTK1E).view_as(y_BTHE)
 
 
 # Tokens before a position that its embedding depends on: SmearGate reads the previous token's
@@ -2610,9 +2625,16 @@ class CausalSelfAttention(nn.Module):
         self.head_dim, self.use_xsa, self.attend = E, layer in cfg.xsa_blocks, attention.attend
         self.adapter: nn.Module | None = None  # parallel to the whole module
 
-    def forward(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
-        """Attention output (B, T, D) for the normalized stream n."""
-        heads = (self.c_q(n_BTD), self.c_k(n_BTD), self.values(n_BTD, inputs, scalars))
+    def forward(
+        self,
+        n_BTD: Tensor,
+        inputs: BlockInputs,
+        scalars: BlockScalars,
+        scale_D: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output (B, T, D), scaled, for the normalized stream n."""
+        q_BTD, k_BTC, v_BTC = self.project(n_BTD)
+        heads = (q_BTD, k_BTC, self.values(v_BTC, inputs, scalars))
         q_BTHE, k_BTKE, v_BTKE = [x.unflatten(-1, (-1, self.head_dim)) for x in heads]
         q_BTHE, k_BTKE, all_v_BTKE = rms_norm(q_BTHE), rms_norm(k_BTKE), v_BTKE
         q_BTHE = apply_rotary_emb(q_BTHE, inputs.rotary_2TE)
@@ -2625,17 +2647,29 @@ class CausalSelfAttention(nn.Module):
             y_BTHE = exclusive_self_attention(y_BTHE, v_BTKE)
         if self.gate is not None:
             y_BTHE = self.gate(y_BTHE, n_BTD)
-        y_BTD = self.proj(y_BTHE.flatten(2))
+        y_BTD = self.proj(y_BTHE.flatten(2), scale_D)
         return y_BTD if self.adapter is None else self.adapter(n_BTD, y_BTD)
 
-    def values(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
-        """Values (B, T, K * E), with the value residual and the shared value embedding added.
+    def project(self, n_BTD: Tensor) -> Sequence[Tensor]:
+        """Queries (B, T, D), keys and values (B, T, K * E).
+
+        Compiled for a GPU, this is one product, which reads n once and not three times.
+        """
+        linears = (self.c_q, self.c_k, self.c_v)
+        if not is_compiled_for_gpu(n_BTD):
+            return [linear(n_BTD) for linear in linears]
+        assert all(linear.adapter is None for linear in linears), "adapters in a compiled graph"
+        weights = [fake_quantize(linear.weight, linear.qat_bits) for linear in linears]
+        sizes = [len(weight) for weight in weights]
+        return F.linear(n_BTD, torch.cat(weights).to(n_BTD.dtype)).split(sizes, dim=-1)
+
+    def values(self, v_BTC: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
+        """Values (B, T, K * E) with the value residual and the shared value embedding added.
 
         The value residual comes first: own * v + first * (values of block 0), by ResFormer
         (arXiv:2410.17897); VRL (openai/parameter-golf#457) has no factor `own`. Then the shared
         value embedding (openai/parameter-golf#414) is added with its own factor.
         """
-        v_BTC = self.c_v(n_BTD)
         if scalars.value is not None and inputs.first_block_v_BTC is not None:
             factor = scalars.value.to(v_BTC.dtype)
             if len(factor) == 2:
@@ -2656,10 +2690,10 @@ class MLP(nn.Module):
         self.slope = cfg.leaky_slope
         self.adapter: nn.Module | None = None  # parallel to the whole module
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, scale_D: Tensor | None = None) -> Tensor:
         h_BTF = self.fc(x_BTD)
         h_BTF = F.leaky_relu(h_BTF, self.slope) if self.slope else F.relu(h_BTF)
-        y_BTD = self.proj(h_BTF.square())
+        y_BTD = self.proj(h_BTF.square(), scale_D)
         return y_BTD if self.adapter is None else self.adapter(x_BTD, y_BTD)
 
 
@@ -2741,9 +2775,13 @@ class Block(nn.Module):
         return keep * x_BTD + inject * inputs.x0_BTD
 
     def attn_update(self, x_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
+        if is_compiled_for_gpu(x_BTD):
+            return self.attn(self.norm(x_BTD), inputs, scalars, self.attn_scale)
         return self.attn_scale.to(x_BTD.dtype) * self.attn(self.norm(x_BTD), inputs, scalars)
 
     def mlp_update(self, x_BTD: Tensor) -> Tensor:
+        if is_compiled_for_gpu(x_BTD):
+            return self.mlp(self.norm(x_BTD), self.mlp_scale)
         return self.mlp_scale.to(x_BTD.dtype) * self.mlp(self.norm(x_BTD))
 
 
@@ -2959,6 +2997,7 @@ class GPT(nn.Module):
         self.long_rotary = nn.Buffer(rotary_table(cfg, longest), persistent=False)
         self.run_block: Callable[..., Lanes] = run_block
         self.blend_skip, self.nll = blend_skip, softcapped_cross_entropy
+        self.train_forward: Callable[..., Tensor] | None = None  # compiled
         # Pairs of tokens whose logits get a penalty in scores, and the penalty.
         self.banned: tuple[Tensor, float] | None = None
         # Called with logits, targets, scores and mixer of each chunk, for an audit.
@@ -3033,7 +3072,11 @@ class GPT(nn.Module):
         return self.cfg.logit_softcap if self.caps is None else self.caps
 
     def compile_(self) -> None:
-        """Compile the blocks, the skips and the loss; weights and formulas do not change."""
+        """Compile the blocks, the skips and the loss; on a GPU, also the forward pass as a whole.
+
+        One graph has no eager operations between blocks, and fuses across them. Training uses it;
+        evaluation has other shapes, for which compiling blocks takes less time.
+        """
         # Graphs: structures of blocks x shapes x with and without gradients.
         torch._dynamo.config.recompile_limit = 128
         # Late QAT needs scales rounded to fp16 as stored; Inductor would keep them in float32.
@@ -3041,6 +3084,9 @@ class GPT(nn.Module):
         self.run_block = torch.compile(run_block, dynamic=False)
         self.blend_skip = torch.compile(blend_skip, dynamic=False)
         self.nll = torch.compile(softcapped_cross_entropy, dynamic=False)
+        if self.cfg.compile_forward and self.skip_weights.is_cuda:
+            whole = torch.compile(GPT.forward, dynamic=False)
+            self.train_forward = functools.partial(whole, self)
 
     def set_adapters(self, adapters: list[list[tuple[AdaptedModule, BatchedLoRA]]]) -> None:
         """Replace the adapters of all layer calls; an empty list removes them."""
@@ -3179,9 +3225,14 @@ class GPT(nn.Module):
         weight_BT: Tensor | None = None,
         *,
         mask: Any = None,
+        forward: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """Training loss: the sum of weight * nll over all targets, or the mean nll."""
-        x_ND, target_N = self(ids_BT, mask=mask).flatten(0, 1), target_BT.flatten()
+        """Training loss: the sum of weight * nll over all targets, or the mean nll.
+
+        `forward` is called in place of this model, if it is given.
+        """
+        x_ND = (forward or self)(ids_BT, mask=mask).flatten(0, 1)
+        target_N = target_BT.flatten()
         if weight_BT is None:
             weight_N = torch.full_like(target_N, 1 / len(target_N), dtype=torch.float32)
         else:
@@ -3459,7 +3510,7 @@ def flash_cu_seqlens(ids_BT: Tensor, isolate: bool, past: int = 0) -> Any:
 def cu_seqlens_capacities(num_tokens: int) -> Iterator[int]:
     """Lengths to which the cumulative sequence lengths of a batch are padded, in doubling steps.
 
-    The blocks are compiled once for each length, so there must be few of them.
+    Kernels that read the length are compiled once for each, so there must be few of them.
     """
     capacity = max(64, num_tokens // 256)
     while True:
@@ -4164,8 +4215,10 @@ class Trainer:
         for rows_BT in window_BT.chunk(num_micro):
             if self.uses_cu_seqlens:  # counted on the host, which need not wait for the GPU
                 mask = flash_cu_seqlens(rows_BT[:, :-1], True).to(device, non_blocking=True)
+                torch._dynamo.maybe_mark_dynamic(mask, 0)  # one graph for all lengths
             rows_BT = rows_BT.to(device, non_blocking=True)
-            loss = self.model.loss(rows_BT[:, :-1], rows_BT[:, 1:], mask=mask) / num_micro
+            ids_BT, target_BT, forward = rows_BT[:, :-1], rows_BT[:, 1:], self.model.train_forward
+            loss = self.model.loss(ids_BT, target_BT, mask=mask, forward=forward) / num_micro
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total

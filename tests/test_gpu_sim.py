@@ -137,6 +137,43 @@ def test_every_block_is_one_graph(module: str):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("form", ["none", "stream", "merge", "routed", "lanes"])
+def test_the_forward_pass_of_training_is_one_graph_for_all_numbers_of_documents(form: str):
+    cfg = tiny_config(
+        num_layers=4, isolate_documents=True, xsa_last_n=1, model_dim=64, attn_gate="head",
+        num_loops=1, loop_start=1, loop_end=2, parallel_residual=form, parallel_start_layer=2,
+    )  # fmt: skip
+    model = GPT(cfg, stub_backend("flash_attn_interface"), torch.bfloat16)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    whole = torch.compile(GPT.forward, backend="eager", dynamic=False, fullgraph=True)
+    model.train_forward = functools.partial(whole, model)
+    ids_BT = torch.randint(2, cfg.vocab_size, (2, 16))
+    for length in (64, 128, 256):
+        mask = torch.full((length,), 32, dtype=torch.int32)
+        torch._dynamo.maybe_mark_dynamic(mask, 0)  # as Trainer.accumulate_gradients does
+        model.loss(ids_BT, ids_BT, mask=mask, forward=model.train_forward).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_only_training_calls_the_forward_pass_that_is_compiled_as_a_whole(make_run: MakeRun):
+    run, calls = make_run(num_layers=1, quantizer="gptq"), list[Any]()
+    model = GPT(run.cfg, train_gpt.sdpa_backend(), torch.float32)
+
+    def whole(ids_BT: Tensor, mask: Any) -> Tensor:
+        calls.append(mask)
+        return model(ids_BT, mask=mask)
+
+    model.train_forward = whole
+    window_BT = torch.randint(run.cfg.vocab_size, (2, 33))
+    train_gpt.CalibrationStats(model).accumulate(window_BT)
+    model.eval_nll(window_BT[:, :-1], window_BT[:, 1:])
+    assert calls == []
+    train_gpt.Trainer(run, model).accumulate_gradients(window_BT)
+    assert calls == [None]
+
+
 def test_adapters_do_not_compile_flex_attention_for_each_length(make_run: MakeRun):
     run = make_run(ttt_method="lora", ttt_chunk_size=8, num_layers=1)
     flex = train_gpt.ATTENTION_BACKENDS["flex"]()

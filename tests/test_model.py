@@ -401,6 +401,48 @@ def test_xsa_with_a_value_of_zero_changes_nothing():
     assert torch.equal(exclusive_self_attention(y_BTHE, torch.zeros(1, 3, 2, 8)), y_BTHE)
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"xsa_last_n": 3, "attn_gate": "head", "ln_scale": True, "value_residual": "resformer"},
+        {"value_residual": "vrl", "ve_layers": "1,2", "ve_dim": 8, "leaky_slope": 0.5},
+        {"parallel_residual": "lanes", "parallel_start_layer": 1, "num_kv_heads": 4},
+    ],
+)
+@pytest.mark.parametrize("bits", [0, 6])
+def test_the_formulas_of_compiled_gpu_graphs_are_those_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any], bits: int
+):
+    model = random_model(tiny_config(**knobs))
+    for block in model.blocks:
+        for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+            linear.qat_bits = bits
+    ids_BT = torch.randint(2, model.cfg.vocab_size, (2, 16))
+    results = []
+    for is_gpu in (False, True):
+        monkeypatch.setattr(train_gpt, "is_compiled_for_gpu", lambda x, is_gpu=is_gpu: is_gpu)
+        model.zero_grad(set_to_none=True)
+        loss = model.loss(ids_BT, ids_BT.roll(-1, 1))
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), grads))
+    (loss, grads), (gpu_loss, gpu_grads) = results
+    torch.testing.assert_close(gpu_loss, loss)
+    assert grads.keys() == gpu_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(gpu_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_adapters_cannot_be_in_a_graph_of_one_product(monkeypatch: pytest.MonkeyPatch):
+    model = random_model(tiny_config())
+    monkeypatch.setattr(train_gpt, "is_compiled_for_gpu", lambda x: True)
+    model.blocks[0].attn.c_q.adapter = torch.nn.Identity()
+    ids_BT = torch.randint(2, model.cfg.vocab_size, (1, 4))
+    with pytest.raises(AssertionError, match="adapters in a compiled graph"):
+        model(ids_BT)
+
+
 def test_under_xsa_the_first_position_of_a_document_gets_nothing_from_attention():
     cfg = config_of("all", xsa_last_n=2)  # layers 3 and 4
     model = random_model(cfg)

@@ -33,17 +33,21 @@ help:
 run: $(READY)
 	@$(RUN) records/records.py demo
 
+LINT := $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+
+# The linters run beside the tests; their output comes last.
 test: $(READY)
-	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
-	@$(MAKE) --no-print-directory lint
+	@log=$$(mktemp); { $(LINT); } >$$log 2>&1 & lint=$$!; \
+	trap 'kill $$lint; rm -f $$log; exit 130' INT TERM; \
+	$(RUN) -m pytest -n 2 $(PYTEST_ARGS); tests=$$?; \
+	wait $$lint; linters=$$?; cat $$log; rm -f $$log; \
+	exit $$((tests | linters))
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m "slow or gpu" $(PYTEST_ARGS)
 
 lint: $(READY)
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	$(LINT)
 
 bench: $(READY)
 	@$(RUN) tests/bench.py

@@ -565,6 +565,7 @@ def test_the_schedule_of_a_run_is_the_one_that_the_trainer_follows(
     assert len(stages) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
 def test_every_variant_of_the_grids_in_the_repository_can_be_timed(path: Path) -> None:
     short_runs = ablations.list_short_runs(read_grid(path), 12, 1, train_gpt)

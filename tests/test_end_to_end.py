@@ -245,6 +245,7 @@ def final_scores(folder: Path) -> dict[str, tuple[float, float]]:
     return {event: (r["val_loss"], r["val_bpb"]) for event, r in records.items()}
 
 
+@pytest.mark.slow
 def test_packed_script_alone_scores_the_artifact_to_the_same_bits(done: Done, shipped: Path):
     env = {**base_environment(), **EVALUATE, "VOCAB_SIZE": str(VOCAB_SIZE)}
     result = python_process(["train_gpt.py"], env, shipped)
@@ -292,6 +293,7 @@ def test_what_any_export_wrote_scores_to_the_same_bits_without_training_data(
     assert not {"step", "calibrated", "quantized"} & set(events)
 
 
+@pytest.mark.slow
 def test_artifact_alone_says_what_shape_its_model_has(done: Done, shipped: Path):
     result = run_script({**base_environment(), **EVALUATE}, shipped, shipped / "train_gpt.py")
     assert result.status == 0, result.err

@@ -567,11 +567,11 @@ CODE_BYTES = 777
     ("grid", "compressor", "budget"),
     [
         pytest.param("uniform", "ans", 9_000, marks=pytest.mark.slow),
-        ("uniform", "ans", 16_000),
+        pytest.param("uniform", "ans", 16_000, marks=pytest.mark.slow),
         pytest.param("uniform", "ans", 22_000, marks=pytest.mark.slow),
         ("uniform", "brotli", 16_000),
         pytest.param("trellis", "ans", 12_000, marks=pytest.mark.slow),
-        ("trellis", "ans", 18_000),
+        pytest.param("trellis", "ans", 18_000, marks=pytest.mark.slow),
     ],
 )
 def test_solved_steps_fill_the_budget_with_code_and_artifact(

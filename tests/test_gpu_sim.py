@@ -24,6 +24,7 @@ from tests.flash_stubs import flash_module
 from train_gpt import GPT, AttentionBackend, Run, softcapped_cross_entropy
 
 ROOT = Path(train_gpt.__file__).parent
+slow = pytest.mark.slow
 RECIPES = ["default", *sorted(path.parent.name for path in TRACK.glob("*/run.env"))]
 TINY = ("NUM_LAYERS=2", "XSA_LAST_N=1", "LOOP_START=0", "LOOP_END=1", "PARALLEL_START_LAYER=1")
 
@@ -137,7 +138,10 @@ def test_every_block_is_one_graph(module: str):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("form", ["none", "stream", "merge", "routed", "lanes"])
+@pytest.mark.parametrize(
+    "form",
+    ["lanes", *(pytest.param(f, marks=slow) for f in ("none", "stream", "merge", "routed"))],
+)
 def test_the_forward_pass_of_training_is_one_graph_for_all_numbers_of_documents(form: str):
     cfg = tiny_config(
         num_layers=4, isolate_documents=True, xsa_last_n=1, model_dim=64, attn_gate="head",

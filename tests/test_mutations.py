@@ -275,7 +275,7 @@ def test_the_artifact_that_is_mutated_is_sound_and_uses_every_part(
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 )
 def test_mutated_artifacts_are_refused_or_models(
     seed: int, whole: Whole, make_run: MakeRun, tmp_path: Path

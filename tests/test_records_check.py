@@ -315,9 +315,8 @@ def test_check_refuses_a_source_that_is_larger_than_the_counted_code(
     assert "the source packs into" in problems_of(record)
 
 
-@pytest.mark.parametrize(
-    "more", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (-1, 1000))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [-1, 1, 1000])
 def test_the_size_of_the_packed_script_is_exact_if_it_packs_as_this_one(more: int) -> None:
     source = train_gpt.script_source()
     size = len(train_gpt.pack_source(source))

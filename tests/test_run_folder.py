@@ -363,6 +363,7 @@ def test_score_that_breaks_a_rule_is_not_compliant(flags: dict[str, bool], reaso
     assert len(verdict.reasons) == 1 and reason in verdict.reasons[0] and not verdict.overruns
 
 
+@pytest.mark.slow
 def test_submission_and_log_say_which_rule_of_the_track_was_not_kept(data: TinyData, work: Path):
     env = run_environment(data, track="track_10min_16mb", eval_max_seconds=600.0)
     result = run_script(env, work)
@@ -386,6 +387,7 @@ def test_a_name_stays_one_value_of_one_line(name: str):
     assert len(f"x{format_line(name)}".splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_names_with_line_breaks_add_no_lines_to_the_logs(data: TinyData, work: Path):
     forged = "x\nfinal_ttt val_loss:0.1 val_bpb:0.1"
     env = run_environment(data, mode="train", submission_name=forged, run_id=forged, track=forged)

@@ -485,9 +485,8 @@ def permuted(ids: np.ndarray, order: list[int]) -> np.ndarray:
     return np.concatenate([*pieces, [BOS_ID]])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("lora_window", marks=pytest.mark.slow), "lora_incremental"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora_window", "lora_incremental"])
 def test_the_order_of_documents_does_not_matter_where_they_are_independent(
     make_run: MakeRun, data, name
 ):
@@ -740,7 +739,7 @@ def verdicts_of(run: Run) -> dict[str, str]:
     "name",
     [
         "sliding",
-        "lora_choice",
+        pytest.param("lora_choice", marks=pytest.mark.slow),
         pytest.param("chunk_hedge", marks=pytest.mark.slow),
         pytest.param("lora_mixer", marks=pytest.mark.slow),
         pytest.param("lora_incremental", marks=pytest.mark.slow),

@@ -2634,8 +2634,9 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """Attention output (B, T, D), scaled, for the normalized stream n."""
         q_BTD, k_BTC, v_BTC = self.project(n_BTD)
-        heads = (q_BTD, k_BTC, self.values(v_BTC, inputs, scalars))
-        q_BTHE, k_BTKE, v_BTKE = [x.unflatten(-1, (-1, self.head_dim)) for x in heads]
+        v_BTC = self.values(v_BTC, inputs, scalars)
+        heads = (-1, self.head_dim)
+        q_BTHE, k_BTKE, v_BTKE = [torch.unflatten(x, -1, heads) for x in (q_BTD, k_BTC, v_BTC)]
         q_BTHE, k_BTKE, all_v_BTKE = rms_norm(q_BTHE), rms_norm(k_BTKE), v_BTKE
         q_BTHE = apply_rotary_emb(q_BTHE, inputs.rotary_2TE)
         q_BTHE = q_BTHE * self.q_gain.to(n_BTD.dtype)[:, None]
@@ -2650,7 +2651,7 @@ class CausalSelfAttention(nn.Module):
         y_BTD = self.proj(y_BTHE.flatten(2), scale_D)
         return y_BTD if self.adapter is None else self.adapter(n_BTD, y_BTD)
 
-    def project(self, n_BTD: Tensor) -> Sequence[Tensor]:
+    def project(self, n_BTD: Tensor) -> list[Tensor]:
         """Queries (B, T, D), keys and values (B, T, K * E).
 
         Compiled for a GPU, this is one product, which reads n once and not three times.
@@ -2660,8 +2661,8 @@ class CausalSelfAttention(nn.Module):
             return [linear(n_BTD) for linear in linears]
         assert all(linear.adapter is None for linear in linears), "adapters in a compiled graph"
         weights = [fake_quantize(linear.weight, linear.qat_bits) for linear in linears]
-        sizes = [len(weight) for weight in weights]
-        return F.linear(n_BTD, torch.cat(weights).to(n_BTD.dtype)).split(sizes, dim=-1)
+        qkv_BTC = F.linear(n_BTD, torch.cat(weights).to(n_BTD.dtype))
+        return list(torch.split(qkv_BTC, [len(weight) for weight in weights], dim=-1))
 
     def values(self, v_BTC: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
         """Values (B, T, K * E) with the value residual and the shared value embedding added.

@@ -415,9 +415,9 @@ def test_the_formulas_of_compiled_gpu_graphs_are_those_of_the_model(
     monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any], bits: int
 ):
     model = random_model(tiny_config(**knobs))
-    for block in model.blocks:
-        for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
-            linear.qat_bits = bits
+    for name, module in model.named_modules():
+        if isinstance(module, train_gpt.CastedLinear) and ".attn.c_" in name:
+            module.qat_bits = bits
     ids_BT = torch.randint(2, model.cfg.vocab_size, (2, 16))
     results = []
     for is_gpu in (False, True):
@@ -437,7 +437,7 @@ def test_the_formulas_of_compiled_gpu_graphs_are_those_of_the_model(
 def test_adapters_cannot_be_in_a_graph_of_one_product(monkeypatch: pytest.MonkeyPatch):
     model = random_model(tiny_config())
     monkeypatch.setattr(train_gpt, "is_compiled_for_gpu", lambda x: True)
-    model.blocks[0].attn.c_q.adapter = torch.nn.Identity()
+    model.get_submodule("blocks.0.attn.c_q").adapter = torch.nn.Identity()
     ids_BT = torch.randint(2, model.cfg.vocab_size, (1, 4))
     with pytest.raises(AssertionError, match="adapters in a compiled graph"):
         model(ids_BT)

@@ -164,9 +164,9 @@ def test_micro_batches_are_equal_and_within_the_limit(
     trainer, _ = open_trainer(new_run(micro_batch_tokens=micro_rows * seq_len, num_layers=1))
     loss, shapes = GPT.loss, []
 
-    def noted(self: GPT, *args: torch.Tensor, mask: Any = None) -> torch.Tensor:
+    def noted(self: GPT, *args: torch.Tensor, **options: Any) -> torch.Tensor:
         shapes.append(tuple(args[0].shape))
-        return loss(self, *args, mask=mask)
+        return loss(self, *args, **options)
 
     monkeypatch.setattr(GPT, "loss", noted)
     trainer.accumulate_gradients(torch.randint(320, (rows, seq_len + 1)))
@@ -520,8 +520,8 @@ def test_bad_loss_fails_with_the_step_and_keeps_the_last_checkpoint(
     run = new_run(checkpoint_every_seconds=1e-9, train_log_every=1)
     loss, calls = GPT.loss, iter(range(1, 100))
 
-    def break_step_4(self: GPT, *args: torch.Tensor, mask: Any = None) -> torch.Tensor:
-        value = loss(self, *args, mask=mask)
+    def break_step_4(self: GPT, *args: torch.Tensor, **options: Any) -> torch.Tensor:
+        value = loss(self, *args, **options)
         return value * bad if next(calls) == 4 else value
 
     monkeypatch.setattr(GPT, "loss", break_step_4)

@@ -6,6 +6,7 @@
 #   make lint       ruff and mypy
 #   make bench      tokens/s and utilization of this machine
 #   make gpu-report  a training step on an H100, computed without one; RECIPE=... names a recipe
+#   make gpu-check  on a machine with a GPU: its tests, measured beside computed steps, a short run
 #   make bench-quant  methods of quantization compared, on models that it trains first
 #   make clean      remove .venv and caches; data, logs and records stay
 #
@@ -25,7 +26,7 @@ OWN_TORCH := import os, torch; \
 	version >= (2, 9) and print(os.path.dirname(os.path.dirname(torch.__file__)))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint bench bench-quant gpu-report clean
+.PHONY: help run test test-slow lint bench bench-quant gpu-report gpu-check clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -63,6 +64,9 @@ REPORT ?= logs/gpu_report.md
 gpu-report: $(READY)
 	@$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
 	@$(RUN) -m tests.gpu_report $(RECIPE) --out $(REPORT)
+
+gpu-check: $(READY)
+	@$(RUN) -m tests.gpu_check
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

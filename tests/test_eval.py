@@ -379,7 +379,7 @@ def test_scores_do_not_depend_on_the_size_of_the_loss_chunks(
     run = make_run()
     model, validation = random_model(run.cfg), validation_of(data, 300)
     whole = evaluate(run, model, validation, 8).nats
-    monkeypatch.setattr(train_gpt, "MAX_LOGITS_PER_CHUNK", 7 * run.cfg.vocab_size)
+    monkeypatch.setitem(train_gpt.MAX_LOGITS, "cpu", 7 * run.cfg.vocab_size)
     assert evaluate(run, model, validation, 8).nats == pytest.approx(whole, rel=1e-6)
 
 

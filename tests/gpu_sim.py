@@ -424,8 +424,9 @@ class SimulatedRun:
         self.trainer.load(saved, t.Progress())
 
     def export(self) -> None:
-        self.trainer.averager.count += self.cfg.averaging != "none"
-        self.trainer.averager.export_()
+        if self.cfg.averaging != "none":  # a simulated count is never 0
+            self.trainer.averager.count += 1
+            self.trainer.averager.export_()
         self.trainer.enter_stage(self.trainer.current_stage._replace(qat=False))
 
     def score(self) -> None:

@@ -212,11 +212,16 @@ def run_one_part(part: str, small: bool) -> list[str]:
 def in_a_process(part: str, small: bool) -> tuple[bool, list[str]]:
     """Run a part in a process of its own: whether it passed, and its lines."""
     command = [sys.executable, "-m", "tests.gpu_check", "--one", part, *["--small"] * small]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    *before, last = process.stdout.rstrip("\n").rsplit("\n", 1)
-    passed = process.returncode == 0
-    print("\n".join(before if passed else [*before, last]), flush=True)
-    return passed, json.loads(last) if passed else [f"Exit status {process.returncode}."]
+    last = ""  # of a part that passed: its lines as JSON; all lines before are shown at once
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None, "it was opened as a pipe"
+        for line in process.stdout:
+            print(last, end="", flush=True)
+            last = line
+    if process.returncode:
+        print(last, end="", flush=True)
+        return False, [f"Exit status {process.returncode}."]
+    return True, json.loads(last)
 
 
 def main() -> int:

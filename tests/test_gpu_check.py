@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,31 @@ def test_a_part_that_fails_does_not_stop_the_others_and_is_reported(
     assert check(monkeypatch, "--small", "--parts", "tests,run", "--out", str(out)) == 1
     text = out.read_text()
     assert "## tests: FAILED" in text and "## run: passed" in text and "a score" in text
+
+
+@pytest.mark.parametrize(
+    ("program", "expected", "shown"),
+    [
+        ("print('one'); print('[\"a score\"]')", (True, ["a score"]), "one\n"),
+        ("print('one'); print('two'); exit(3)", (False, ["Exit status 3."]), "one\ntwo\n"),
+        ("exit(1)", (False, ["Exit status 1."]), ""),
+    ],
+)
+def test_lines_of_a_part_are_shown_and_the_last_one_is_its_result(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    expected: tuple[bool, list[str]],
+    shown: str,
+):
+    real = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        return real([sys.executable, "-c", program], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert gpu_check.in_a_process("tests", small=True) == expected
+    assert capsys.readouterr().out == shown
 
 
 def test_a_wrong_gradient_fails_the_comparison(monkeypatch: pytest.MonkeyPatch):

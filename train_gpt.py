@@ -56,6 +56,7 @@ import importlib.util
 import io
 import itertools
 import json
+import keyword
 import lzma
 import math
 import platform
@@ -5937,7 +5938,7 @@ def pack_source(source: str) -> bytes:
 
     Only the standard library is used, so that the counted size depends on no installed package.
     """
-    source = shorten_locals(minify(source))
+    source = shorten_globals(shorten_locals(minify(source)))
     packed = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER])
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
@@ -6081,37 +6082,88 @@ def annotation_spans(source: str, tree: ast.Module, offset: Offset) -> list[Span
 
 
 def shorten_locals(source: str) -> str:
-    """The source with names of one or two characters for the local variables of its functions.
+    """The source with short names for the local variables and arguments of its functions.
 
-    Arguments keep their names. So do variables that an f-string mentions, because the positions of
-    its names are not exact before Python 3.12, and those that share a name with anything else in
-    the function or with a name outside of functions.
+    Arguments keep their names if a call passes one of that name by keyword, if only a keyword can
+    pass them, and if the function has a decorator or takes any keyword. So do variables that an
+    f-string mentions, because the positions of its names are not exact before Python 3.12, and
+    those that share a name with anything else in the function or with a name outside of functions.
     """
-    tree, offset, output, end = ast.parse(source), character_offsets(source), list[str](), 0
-    outside = list[ast.AST]()
-    functions = list(outermost_functions(tree, outside))
+    tree, outside, renamed = ast.parse(source), list[ast.AST](), list[tuple[Any, str]]()
+    functions: list[Any] = list(outermost_functions(tree, outside))
+    keywords = {str(x.arg) for x in ast.walk(tree) if isinstance(x, ast.keyword)} | {"self", "cls"}
     reserved = {node.id for node in outside if isinstance(node, ast.Name)}
     reserved |= bound_names(outside) | {*dir(builtins)}
     for function in functions:
         nodes = list(ast.walk(function))
+        arguments = [node for node in nodes if isinstance(node, ast.arg)]
+        is_fixed = function.decorator_list or any(getattr(x, "kwarg", None) for x in nodes)
+        free = {x.arg for x in arguments if not is_fixed} - keywords
+        free -= {x.arg for node in nodes for x in getattr(node, "kwonlyargs", ())}
         names = [node for node in nodes if isinstance(node, ast.Name)]
-        hidden = [node for node in nodes if isinstance(node, ast.JoinedStr | ast.ClassDef)]
-        fixed = {x.id for node in hidden for x in ast.walk(node) if isinstance(x, ast.Name)}
-        bound = bound_names(nodes)
-        local = {x.id for x in names if isinstance(x.ctx, ast.Store)} - fixed - bound - reserved
+        local = {x.id for x in names if isinstance(x.ctx, ast.Store)} | free
+        bound = bound_names(x for x in nodes if not isinstance(x, ast.arg))
+        bound |= {x.arg for x in arguments} - free
+        local -= mentioned_names(nodes, ast.JoinedStr | ast.ClassDef) | bound | reserved
         taken = bound | {node.id for node in names} - local
-        if not taken.isdisjoint(("locals", "vars", "eval", "exec")):
-            continue
-        letters = string.ascii_letters
-        numbered = (letters[n % 52] + f"{n // 52 or ''}" for n in itertools.count())
-        short_names = (name for name in numbered if name not in taken)
-        short = dict[str, str]()
-        for node in sorted(names, key=lambda node: (node.lineno, node.col_offset)):
-            if node.id in local:
-                short[node.id] = short.get(node.id) or next(short_names)
-                start = offset(node.lineno, node.col_offset)
-                output += [source[end:start], short[node.id]]
-                end = start + len(node.id)
+        if taken.isdisjoint(("locals", "vars", "eval", "exec")):
+            short = (f"{x}{n}" for n in ("", *range(99)) for x in string.ascii_letters)
+            unused = (x for x in short if x not in taken | keywords | reserved)
+            is_local = [x for x in [*names, *arguments] if name_of(x) in local]
+            renamed += give_names(is_local, unused)
+    return replace_names(source, renamed)
+
+
+def shorten_globals(source: str) -> str:
+    """The source with names of two letters for the variables that it assigns outside of functions.
+
+    Those keep their names that a string may mean, and those that share it with anything else.
+    """
+    tree = ast.parse(source)
+    nodes, definitions = list(ast.walk(tree)), ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    texts = [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+    taken = {word for text in texts for word in re.findall(r"\w+", text)} | bound_names(nodes)
+    taken |= mentioned_names(nodes, ast.JoinedStr) | {*keyword.kwlist}
+    assigned: tuple[set[str], set[str]] = set(), set()
+    for statement in tree.body:
+        names = [x for x in ast.walk(statement) if isinstance(x, ast.Name)]
+        stored = {x.id for x in names if isinstance(x.ctx, ast.Store)}
+        assigned[isinstance(statement, definitions)].update(stored)
+    free = {x for x in assigned[0] - assigned[1] - taken if len(x) > 2}
+    names = [x for x in nodes if isinstance(x, ast.Name)]
+    taken |= {x.id for x in names} - free
+    pairs = map("".join, itertools.product(string.ascii_letters, repeat=2))
+    is_free = [x for x in names if x.id in free]
+    return replace_names(source, give_names(is_free, (x for x in pairs if x not in taken)))
+
+
+def name_of(node: Any) -> str:
+    """The name of a variable or an argument."""
+    return str(node.id if isinstance(node, ast.Name) else node.arg)
+
+
+def mentioned_names(nodes: Iterable[ast.AST], kinds: Any) -> set[str]:
+    """Names of variables in those of `nodes` that are of these kinds."""
+    hidden = [node for node in nodes if isinstance(node, kinds)]
+    return {x.id for node in hidden for x in ast.walk(node) if isinstance(x, ast.Name)}
+
+
+def give_names(nodes: Iterable[Any], names: Iterator[str]) -> list[tuple[Any, str]]:
+    """Nodes in the order of the source, each with a new name; equal old names, equal new names."""
+    ordered, new = sorted(nodes, key=lambda node: (node.lineno, node.col_offset)), dict[str, str]()
+    for node in ordered:
+        if name_of(node) not in new:
+            new[name_of(node)] = next(names)
+    return [(node, new[name_of(node)]) for node in ordered]
+
+
+def replace_names(source: str, renamed: Iterable[tuple[Any, str]]) -> str:
+    """The source with the new names of `renamed`."""
+    offset, output, end = character_offsets(source), list[str](), 0
+    for node, name in renamed:
+        start = offset(node.lineno, node.col_offset)
+        output += [source[end:start], name]
+        end = start + len(name_of(node))
     return "".join(output) + source[end:]
 
 

@@ -51,7 +51,9 @@ from train_gpt import (
     parameter_roles,
     quantize_model,
     read_artifact,
+    shorten_globals,
     shorten_locals,
+    source_tokens,
 )
 
 COMPRESSORS = ["zlib", "zstd", "lzma", "brotli"]  # one whole-stream coder each; see GENERAL
@@ -1038,8 +1040,7 @@ def renamed_variables(old: types.CodeType, new: types.CodeType) -> list[dict[str
         elif before.opcode not in dis.hasjrel:
             assert before.argval == after.argval
     assert len({*names.values()}) == len(names), names
-    num_arguments = old.co_argcount + old.co_kwonlyargcount
-    assert old.co_varnames[:num_arguments] == new.co_varnames[:num_arguments]
+    assert old.co_argcount == new.co_argcount and old.co_kwonlyargcount == new.co_kwonlyargcount
     return [names, *inner]
 
 
@@ -1064,6 +1065,11 @@ class C:
     attribute = 3
     def g(self): attribute = self.attribute; attribute += 1; return attribute
 def h(value): result = value; return locals()
+def i(positional, named): return lambda inner_argument: positional + named + inner_argument
+i(1, named=2)(3)
+@wraps
+def j(decorated): return decorated
+def k(mentioned): return f"{mentioned}"
 """
 
 
@@ -1075,7 +1081,32 @@ def test_short_names_of_local_variables_change_nothing_else(source: str):
     assert changed and len(shortened) < len(source)
     assert shorten_locals(shortened) == shortened
     if source == LOCALS:
-        assert changed == {*"other index match kept kept2 each file shown".split()}
+        local = "other index match kept kept2 each file shown"
+        assert changed == {*f"{local} positional inner_argument".split()}
+
+
+GLOBALS = """
+LIMIT, NAMED, field = 3, 4, 5
+SHARED: int = 6
+for number in range(LIMIT): pass
+class C:
+    field = SHARED
+    def g(self, number): return LIMIT + self.field
+def f(): SHOWN = globals()["NAMED"]; return f"{SHARED}"
+SHOWN = [LIMIT, NAMED]
+"""
+
+
+def test_short_names_of_global_variables_change_nothing_else():
+    shortened = shorten_globals(GLOBALS)
+    assert shortened == GLOBALS.replace("LIMIT", "aa")
+    assert shorten_globals(shortened) == shortened
+    source = minify(SOURCE)
+    old, new = (list(source_tokens(x)) for x in (source, shorten_globals(source)))
+    pairs = {(x[1], y[1]) for x, y in zip(old, new, strict=True) if x[1] != y[1]}
+    changed, names = {x for x, _ in pairs}, {y for _, y in pairs}
+    assert len(pairs) == len(changed) == len(names) and names.isdisjoint(x[1] for x in old)
+    assert "MAX_WEIGHTS" in changed and "PACKED_STUB" in changed
 
 
 @pytest.mark.parametrize("name", ODD_SOURCES)
@@ -1128,7 +1159,7 @@ def test_tracebacks_and_inspect_find_the_lines_of_the_packed_script(
     packed_module: types.ModuleType,
 ):
     source = inspect.getsource(packed_module.rms_norm)
-    assert source.startswith("def rms_norm(x):\n")
+    assert source.startswith("def rms_norm(a):\n")
     with pytest.raises(packed_module.InputError) as refusal:
         packed_module.config_from_env({"SEED": "x"})
     assert "raise InputError(" in str(refusal.traceback[-1].statement)

@@ -173,6 +173,11 @@ class Config:
     compile_forward: bool = knob(
         True, "on a GPU, compile the whole forward pass of training: faster steps, longer warm-up"
     )
+    kernels: str = knob(
+        "auto",
+        "auto = on a GPU, measure products with fused epilogues and compare the compiled model",
+        choices=("auto", "off"),
+    )
     attention: str = knob(
         "auto", "attention kernel; auto = the best one installed", choices=KERNEL_CHOICES
     )
@@ -2979,6 +2984,15 @@ MIN_ORTHOGONAL_SIDE = 64  # of a weight matrix; see GPT.init_weights_
 AdaptedModule = CastedLinear | Embedding | CausalSelfAttention | MLP  # modules with an `adapter`
 
 
+# Inductor measures Triton's products, with the operations that it can fuse into them, against the
+# library's, and takes the faster. It would print a table for each.
+AUTOTUNE_OPTIONS: dict[str, Any] = {
+    "max_autotune_gemm": True,
+    "max_autotune_report_choices_stats": False,
+    "autotune_num_choices_displayed": 0,
+}
+
+
 class GPT(nn.Module):
     """The language model: embedding, layer calls, norm, head, softcapped cross-entropy."""
 
@@ -3089,8 +3103,16 @@ class GPT(nn.Module):
         self.blend_skip = torch.compile(blend_skip, dynamic=False)
         self.nll = torch.compile(softcapped_cross_entropy, dynamic=False)
         if self.cfg.compile_forward and self.skip_weights.is_cuda:
-            whole = torch.compile(GPT.forward, dynamic=False)
+            options = AUTOTUNE_OPTIONS if self.cfg.kernels == "auto" else None
+            whole = torch.compile(GPT.forward, dynamic=False, options=options)
             self.train_forward = functools.partial(whole, self)
+
+    def compile_less(self) -> None:
+        """Drop the graph of the whole forward pass, or all graphs if there is none."""
+        if self.train_forward is None:
+            self.run_block, self.blend_skip = run_block, blend_skip
+            self.nll = softcapped_cross_entropy
+        self.train_forward = None
 
     def set_adapters(self, adapters: list[list[tuple[AdaptedModule, BatchedLoRA]]]) -> None:
         """Replace the adapters of all layer calls; an empty list removes them."""
@@ -4170,6 +4192,10 @@ def with_num_documents(window_BT: Tensor, num_documents: int) -> Tensor:
     return window_BT
 
 
+# Relative differences of loss and gradient, by norms, that bf16's rounding explains.
+MAX_LOSS_ERROR, MAX_GRAD_ERROR = 2e-3, 0.05
+
+
 class Trainer:
     """Model, optimizers and weight average; `step` updates them all."""
 
@@ -4211,10 +4237,13 @@ class Trainer:
                     module.qat_bits = 0 if bits == PLAIN_BITS else bits
         self.current_stage = stage
 
-    def accumulate_gradients(self, window_BT: Tensor) -> Tensor:
-        """Add the gradient of the mean loss over this rank's windows (rows, T + 1); returns it."""
+    def accumulate_gradients(self, window_BT: Tensor, max_tokens: int = 0) -> Tensor:
+        """Add the gradient of the mean loss over this rank's windows (rows, T + 1); returns it.
+
+        A forward pass has MICRO_BATCH_TOKENS at most, or `max_tokens`.
+        """
         rows, T = len(window_BT), window_BT.size(1) - 1
-        num_micro = num_micro_batches(rows, T, self.run.cfg.micro_batch_tokens)
+        num_micro = num_micro_batches(rows, T, max_tokens or self.run.cfg.micro_batch_tokens)
         total = torch.zeros((), device=self.run.device)
         device, mask = self.run.device, None
         for rows_BT in window_BT.chunk(num_micro):
@@ -4290,6 +4319,8 @@ class Trainer:
             self.enter_stage(stage)
             rows = stage.batch_tokens // stage.seq_len // self.run.world_size
             shape = (rows, stage.seq_len + 1)
+            if cfg.kernels == "auto" and cfg.compile and self.run.device.type == "cuda":
+                self.check_compiled(torch.randint(cfg.vocab_size, shape, generator=generator))
             for _ in range(cfg.warmup_steps):
                 self.run.check_signal()
                 self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
@@ -4297,6 +4328,58 @@ class Trainer:
                 self.warm_up_capacities(torch.randint(cfg.vocab_size, shape, generator=generator))
         self.load(before, Progress())
         self.run.synchronize()
+
+    def check_compiled(self, window_BT: Tensor) -> None:
+        """Compile less until loss and gradient are those without compilation, and sooner known.
+
+        So a kernel that is wrong on this machine costs time, not the run. All ranks decide alike.
+        The weights change: at first many are zero, which would hide errors.
+        """
+        run, model, limit = self.run, self.model, self.run.cfg.micro_batch_tokens
+        rows, T = window_BT[:, 1:].shape
+        window_BT = window_BT.chunk(num_micro_batches(rows, T, limit))[0]
+        generator = torch.Generator().manual_seed(1)
+        for param in self.params:
+            param.data += 0.02 * torch.randn(param.shape, generator=generator).to(param)
+        with torch.compiler.set_stance("force_eager"):  # an eighth at a time: it takes more memory
+            expected, eager_s = self.loss_and_gradient(window_BT, limit // 8)
+        while model.run_block is not run_block:
+            form, reason, is_good = "whole" if model.train_forward else "blocks", "", False
+            try:
+                actual, compiled_s = self.loss_and_gradient(window_BT, limit)
+                loss_error, grad_error = (
+                    ((a - b).norm() / b.norm()).item()
+                    for a, b in zip(actual, expected, strict=True)
+                )
+                run.log(
+                    "kernels", form=form, loss_error=loss_error, grad_error=grad_error,
+                    compiled_ms=1e3 * compiled_s, eager_ms=1e3 * eager_s,
+                )  # fmt: skip
+                is_good = loss_error <= MAX_LOSS_ERROR and grad_error <= MAX_GRAD_ERROR
+                is_good = is_good and compiled_s < eager_s
+            except (Interrupted, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of a compiler
+                reason = format_line(f"{type(error).__name__}: {error}")[:300]
+            if not max_over_ranks(run, not is_good):
+                return
+            text = f"the compiled model ({form}) is wrong, slow or does not compile on some GPU"
+            run.log("warning", text=f"{text}; training compiles less and is slower. {reason}")
+            model.compile_less()
+
+    def loss_and_gradient(
+        self, window_BT: Tensor, max_tokens: int
+    ) -> tuple[tuple[Tensor, Tensor], float]:
+        """Mean loss of windows and its whole gradient, and the seconds of a second time."""
+        for _ in range(2):
+            self.model.zero_grad(set_to_none=True)
+            self.run.synchronize()
+            started_s = time.perf_counter()
+            loss = self.accumulate_gradients(window_BT, max_tokens)
+            self.run.synchronize()
+        gradients = [x.grad.flatten().float() for x in self.params if x.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return (loss, torch.cat(gradients)), time.perf_counter() - started_s
 
     def warm_up_capacities(self, window_BT: Tensor) -> None:
         """Run a step for each length of `cu_seqlens` that the training data can need.
@@ -4325,6 +4408,8 @@ RESUME_IGNORED_KNOBS = {
     "resume",
     "checkpoint_every_seconds",
     "compile",
+    "compile_forward",
+    "kernels",
     "attention",
     "target_val_bpb",
     "train_log_every",

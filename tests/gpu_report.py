@@ -12,10 +12,12 @@ from __future__ import annotations  # noqa: I001
 import argparse
 import collections
 import dataclasses
+import itertools
 import sys
 import tempfile
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from tests import gpu_sim  # before torch, because of its guard
 
 import torch
 from torch._inductor import ir
+from torch._inductor.choices import InductorChoices
 from torch._inductor.graph import GraphLowering
+from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplateCaller
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as t
@@ -51,7 +55,7 @@ H100 = types.SimpleNamespace(
 class Kernel:
     """One launch inside a compiled graph."""
 
-    kind: str  # pointwise, product, flash forward or flash backward
+    kind: str  # pointwise, product, product with epilogue, flash forward or flash backward
     name: str
     bytes: float
     flops: float
@@ -119,9 +123,29 @@ def simulate_triton() -> None:
     inductor_config.shape_padding = False
     inductor_config.joint_graph_constant_folding = False
     inductor_config.fx_graph_cache = False
+    # Instead of measuring: every product is a template of Triton's, into which Inductor fuses what
+    # follows it, but not what precedes it, which each of its blocks would compute again.
+    inductor_config.benchmark_epilogue_fusion = inductor_config.prologue_fusion = False
+    InductorChoices._finalize_template_configs = first_of_each  # type: ignore[method-assign, assignment]
+    AlgorithmSelectorCache.__call__ = take_template  # type: ignore[method-assign, assignment]
     inductor_config.compile_threads = 1
     functorch_config.enable_autograd_cache = False
     GraphLowering.compile_to_module = compile_without_gpu  # type: ignore[method-assign, assignment]
+
+
+def first_of_each(
+    _: Any, choices: dict[str, Iterator[Any]], *args: Any, **kwargs: Any
+) -> list[Any]:
+    """In place of InductorChoices._finalize_template_configs: one size of each template."""
+    return [choice for sizes in choices.values() for choice in itertools.islice(sizes, 1)]
+
+
+def take_template(
+    _: Any, name: str, choices: list[Any], *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
+    """In place of AlgorithmSelectorCache.__call__: Triton's template, or else the library."""
+    choice = next((x for x in choices if isinstance(x, TritonTemplateCaller)), choices[0])
+    return choice.output_node(), choice
 
 
 def compile_without_gpu(lowering: Any) -> Any:
@@ -162,10 +186,13 @@ def kernel_of(node: Any, num_bytes: float) -> Kernel | None:
         tokens = int(q[0]) if len(q) == 3 else int(q[0]) * int(q[1])
         pass_name = "forward" if "forward" in name else "backward"
         return Kernel(f"flash {pass_name}", name, num_bytes, flash_flops(tokens, H * E, pass_name))
-    if "extern_kernels" in name:
-        a, b = ([*map(int, x.get_size())] for x in inner.inputs[-2:])
+    template = node.get_template_node()
+    if template is not None or "extern_kernels" in name:
+        a, b = ([*map(int, x.get_size())] for x in (template or inner).inputs[-2:])
         flops = 2.0 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == 3 else 1)
-        return Kernel("product", f"{a} x {b}", num_bytes, flops)
+        fused = "" if len(node.get_nodes()) == 1 else " with " + origins(node)
+        kind = "product with epilogue" if fused else "product"
+        return Kernel(kind, f"{a} x {b}{fused}", num_bytes, flops)
     return Kernel("pointwise", origins(node), num_bytes, 0.0)
 
 
@@ -291,7 +318,9 @@ def render(recipe: str, cfg: t.Config, reports: list[StageReport], picture: str)
         f"{reports[0].tokens:,} tokens. Rates: products {MATMUL_FLOPS / 1e12:.0f} TFLOP/s, "
         f"memory {BYTES_PER_S / 1e12:.1f} TB/s, FlashAttention-3 {FLASH_FORWARD_FLOPS / 1e12:.0f} "
         f"and {FLASH_BACKWARD_FLOPS / 1e12:.0f} TFLOP/s (forward, backward), {KERNEL_S * 1e6:.1f} "
-        f"us a launch; {DOCUMENT_FRAC:.0%} of the attention lies inside documents. Communication "
+        f"us a launch; {DOCUMENT_FRAC:.0%} of the attention lies inside documents. Products with "
+        "an epilogue are Inductor's templates (`KERNELS=auto`) and have the same rate; on a GPU "
+        "Inductor measures them and takes the library's where that is faster. Communication "
         "and idle time are not included; MFU is against "
         f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s.", "", f"![milliseconds by kind]({picture})", "",
     ]  # fmt: skip

@@ -215,6 +215,73 @@ def test_warm_up_leaves_no_trace(new_run: MakeRun, averaging):
     assert same_bits(cold, warm)
 
 
+class Backend:
+    """A compiler for torch.compile whose graphs multiply what a block returns, or raise."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        if not self.factor:
+            raise ValueError("no such kernel")
+        return lambda *args: tuple(
+            x if x is None else self.factor * x for x in graph.forward(*args)
+        )
+
+
+def compiled_trainer(run: train_gpt.Run, whole: float, blocks: float) -> Trainer:
+    """A trainer whose compiled forms compute with these factors; compiled steps take no time."""
+    trainer = Trainer(run, train_gpt.build_model(run))
+    model, measured = trainer.model, trainer.loss_and_gradient
+
+    def timed(window_BT: torch.Tensor, max_tokens: int) -> Any:
+        is_eager = max_tokens < run.cfg.micro_batch_tokens
+        return measured(window_BT, max_tokens)[0], float(is_eager)
+
+    trainer.loss_and_gradient = timed  # type: ignore[method-assign]
+    model.run_block = torch.compile(train_gpt.run_block, backend=Backend(blocks))
+    forward = torch.compile(train_gpt.GPT.forward, backend=Backend(whole))
+    model.train_forward = functools.partial(forward, model)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "whole, blocks, is_kept",
+    [pytest.param(1, 1, True, marks=pytest.mark.slow), (1.1, 0, False)],
+)
+def test_a_compiled_form_that_is_wrong_or_fails_is_dropped(
+    new_run: MakeRun, whole: float, blocks: float, is_kept: bool
+):
+    torch._dynamo.reset()
+    run = new_run(train_batch_tokens=256, micro_batch_tokens=128)
+    trainer = compiled_trainer(run, whole, blocks)
+    trainer.check_compiled(torch.randint(run.cfg.vocab_size, (16, 17)))
+    model = trainer.model
+    assert is_kept == (model.train_forward is not None)
+    assert is_kept == (model.run_block is not train_gpt.run_block)
+    shown = {
+        x["form"]: (x["loss_error"], x["grad_error"]) for x in metrics(run.directory, "kernels")
+    }
+    assert [*shown] == ["whole"] and (max(shown["whole"]) < 1e-5) == is_kept
+    warnings = [w["text"] for w in metrics(run.directory, "warning")]
+    assert ["no such kernel" in text for text in warnings] == ([] if is_kept else [False, True])
+    assert all(x.grad is None for x in trainer.params)
+
+
+def test_a_compiled_form_that_is_slower_is_dropped(new_run: MakeRun):
+    torch._dynamo.reset()
+    run = new_run()
+    trainer = compiled_trainer(run, 1, 1)
+    values = (torch.ones(()), torch.ones(3))
+    seconds = iter([1.0, 2.0, 0.5])
+    trainer.loss_and_gradient = lambda *_: (values, next(seconds))  # type: ignore[method-assign]
+    trainer.check_compiled(torch.zeros(4, 17, dtype=torch.int64))
+    assert trainer.model.train_forward is None
+    assert trainer.model.run_block is not train_gpt.run_block
+    shown = metrics(run.directory, "kernels")
+    assert [(x["form"], x["compiled_ms"]) for x in shown] == [("whole", 2000), ("blocks", 500)]
+
+
 def test_validation_during_training_does_not_change_the_result(new_run: MakeRun, data: TinyData):
     quiet = train_weights(new_run(iterations=6, val_loss_every=0))
     run = new_run(iterations=6, val_loss_every=2)

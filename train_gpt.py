@@ -8518,8 +8518,11 @@ def describe(cfg: Config) -> str:
     return "\n".join(lines)
 
 
-def estimate_bytes(cfg: Config, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of weights (by quantization group before compression) and code, and the budget."""
+def estimate_bytes(cfg: Config, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bytes of weights (by quantization group before compression) and code, and the budget.
+
+    With solved scales the artifact fills the budget, which gives the bits of a weight.
+    """
     code_bytes = len(pack_source(script_source()))
     bits: dict[str, float] = {**cfg.bits}
     for group in sizes.keys() - {"gate", "control"}:
@@ -8533,6 +8536,7 @@ def estimate_bytes(cfg: Config, sizes: Mapping[str, int]) -> dict[str, int]:
         "code": code_bytes,
         "total": weight_bytes + code_bytes,
         "budget": cfg.artifact_budget_bytes,
+        "bits_per_weight": round(8 * weight_bytes / sum(sizes.values()), 3),
     }
 
 

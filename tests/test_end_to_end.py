@@ -569,6 +569,9 @@ def test_describe_counts_the_parameters_of_the_default_model(work: Path):
     block = 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512 * 2048
     matrices = 17 * block + 8192 * 512  # 11 blocks, 3 of them three times; tied head
     assert events["flops_per_token"]["matrices"] == str(6 * matrices)
+    sizes = {name: float(value) for name, value in events["bytes_before_compression"].items()}
+    assert sizes["bits_per_weight"] == pytest.approx(8 * sizes["weights"] / 35_945_673, abs=1e-3)
+    assert sizes["weights"] + sizes["code"] == sizes["budget"]
 
 
 # --- Dangers -------------------------------------------------------------------------------------

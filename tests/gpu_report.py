@@ -13,6 +13,7 @@ import argparse
 import collections
 import dataclasses
 import itertools
+import math
 import sys
 import tempfile
 import time
@@ -190,6 +191,9 @@ def kernel_of(node: Any, num_bytes: float) -> Kernel | None:
     if template is not None or "extern_kernels" in name:
         a, b = ([*map(int, x.get_size())] for x in (template or inner).inputs[-2:])
         flops = 2.0 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == 3 else 1)
+        # Inductor does not count the transposed inputs of templates.
+        words = math.prod(a) + math.prod(b) + math.prod([*a[:-1], b[-1]])
+        num_bytes = max(num_bytes, 2 * words)
         fused = "" if len(node.get_nodes()) == 1 else " with " + origins(node)
         kind = "product with epilogue" if fused else "product"
         return Kernel(kind, f"{a} x {b}{fused}", num_bytes, flops)

@@ -5103,7 +5103,11 @@ def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict
         std_LI = (group.column_std_LI / scale_factor).clamp_min(MIN_COLUMN_STD)
         largest_code = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
         bits_LIV = gaussian_code_bits(std_LI, largest_code)
-        rounding = functools.partial(round_trellis, bits_LIV=bits_LIV, rate_lambda=RATE_LAMBDA)
+        rounding = as_cuda_graph(
+            functools.partial(round_trellis, bits_LIV=bits_LIV, rate_lambda=RATE_LAMBDA),
+            row_LO.clone(),
+            torch.zeros_like(row_LO[:, 0], dtype=torch.int64),
+        )
     else:
         rounding = functools.partial(round_uniform, qmax=qmax)
     if group.hessian_factor is None:
@@ -5182,10 +5186,11 @@ def gptq(
             target_LO = block_LIO[:, i]
             code_LO, value_LO = round_column(target_LO / scale_LO, order_LI[:, start + i])
             code_LIO[:, start + i] = code_LO
-            error_LO = (target_LO - value_LO * scale_LO) / upper_block_LII[:, i, i, None]
-            block_LIO[:, i] = error_LO  # replaces the weight, which is no longer needed
+            # The error replaces the weight, which is no longer needed.
+            error_LO, diagonal_L1 = target_LO - value_LO * scale_LO, upper_block_LII[:, i, i, None]
+            torch.div(error_LO, diagonal_L1, out=target_LO)
             block_LIO[:, i + 1 :].baddbmm_(
-                upper_block_LII[:, i, i + 1 :, None], error_LO[:, None], alpha=-1
+                upper_block_LII[:, i, i + 1 :, None], target_LO[:, None], alpha=-1
             )
         w_LIO[:, end:].baddbmm_(upper_LII[:, start:end, end:].mT, block_LIO, alpha=-1)
     return code_LIO.take_along_dim(order_LI.argsort(dim=1)[:, :, None], 1).mT.contiguous()
@@ -5241,12 +5246,12 @@ def round_trellis(
     x_LO = F.pad(2 * target_LO.float(), (0, padding))  # in half scales
     x_T1N = x_LO.view(-1, TRELLIS_SEGMENT).T.contiguous()[:, None]
     # A level is within 2 of the number that it rounds, so the codes are within the largest one.
-    offset_41 = torch.from_numpy(SUBSET_OFFSETS).to(device)
+    offset_41 = trellis_tables(device)[0]
     level_T4N = ((x_T1N.clamp(3 - largest, largest - 2) - offset_41) / 4).round() * 4 + offset_41
     first_N = (matrix_L * price_LV.size(1)).repeat_interleave(x_T1N.size(2) // num_matrices)
     cost_T4N = price_LV.take(level_T4N.abs().long() + first_N) + (level_T4N - x_T1N).square()
     # Padding rows cost nothing.
-    cost_T4N.view(len(x_T1N), 4, num_matrices, -1)[len(x_T1N) - padding :, :, :, -1] = 0
+    cost_T4N.view(len(x_T1N), 4, num_matrices, -1)[len(x_T1N) - padding :, :, :, -1].zero_()
     if device.type == "cpu":
         subset_TN = torch.from_numpy(viterbi(cost_T4N.numpy()))
     else:
@@ -5254,6 +5259,21 @@ def round_trellis(
     level_TN = level_T4N.gather(1, subset_TN[:, None])[:, 0]
     value_LO = (level_TN.T.reshape(num_matrices, -1)[:, :num_rows] / 2).to(target_LO)
     return value_LO.floor(), value_LO
+
+
+def as_cuda_graph(function: Callable[..., Any], *buffers: Tensor) -> Callable[..., Any]:
+    """On a GPU, `function` as a CUDA graph, which is one launch; itself where that fails.
+
+    Each call copies its arguments to `buffers` and overwrites the results of the last one. Tensors
+    that `function` holds must live as long as the graph.
+    """
+    if buffers[0].is_cuda:
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves its own
+                return torch.cuda.make_graphed_callables(function, buffers)
+        except RuntimeError as error:
+            warn_once(f"no CUDA graphs, so quantization is slower: {error}")
+    return function
 
 
 def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
@@ -5264,8 +5284,8 @@ def gaussian_code_bits(std_LI: Tensor, largest_code: int) -> Tensor:
     return -(mass_LIV / 2).clamp_min(1e-9).log2()
 
 
-# Two implementations: on the CPU viterbi_on_device takes twice as long as this one (3.8 and 2.0 s
-# for a matrix of 2048 x 512 on one core), and on a GPU this one would launch too many tiny kernels.
+# Two implementations: on the CPU viterbi_on_device takes 20 times as long as this one (39 and 1.8 s
+# for a matrix of 2048 x 512 on one core), and on a GPU this one would launch hundreds of kernels.
 def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
     """Subset of each row on the cheapest path from state 0, for N segments (Viterbi), on the CPU.
 
@@ -5299,47 +5319,55 @@ def viterbi(cost_T4N: np.ndarray) -> np.ndarray:
 
 
 def viterbi_on_device(cost_T4N: Tensor) -> Tensor:
-    """The result of `viterbi`, on a GPU: four rows per step need a quarter of the kernel launches.
+    """The result of `viterbi`, on a GPU: a tree of min-plus products instead of a loop over rows.
 
-    Sums are rounded in another order, so that paths of equal cost may differ. Suffixes: R groups of
-    four rows, P paths through them, S states.
+    Sums are rounded in another order, so that paths of equal cost may differ. Suffixes: G groups of
+    rows; S states, before a group and after it; P pairs of them.
     """
-    device, num_states, num_segments = cost_T4N.device, len(NEXT_STATES) // 2, cost_T4N.size(2)
-    source_P, subset_4P = four_row_paths(device)
-    cost_R44N = cost_T4N.view(-1, 4, 4, num_segments)
-    cost_RPN = cost_R44N[:, 0].index_select(1, subset_4P[0])
-    for i in range(1, 4):
-        cost_RPN += cost_R44N[:, i].index_select(1, subset_4P[i])
-    total_SN = torch.full((num_states, num_segments), math.inf, device=device)
-    total_SN[0] = 0
-    choices, paths = [], list[Tensor]()
-    for cost_PN in cost_RPN.unbind():
-        cost_PN += total_SN.index_select(0, source_P)
-        total_SN, choice_SN = cost_PN.view(16, num_states, num_segments).min(dim=0)
-        choices.append(choice_SN)
-    state_1N = total_SN.argmin(dim=0, keepdim=True)
-    for choice_SN in reversed(choices):
-        paths.append(choice_SN.gather(0, state_1N) * num_states + state_1N)
-        state_1N = source_P[paths[-1]]
-    return subset_4P[:, torch.cat(paths[::-1])].transpose(0, 1).flatten(0, 1)
+    num_states, num_segments = len(NEXT_STATES) // 2, cost_T4N.size(2)
+    _, place_4P, barrier_P1 = trellis_tables(cost_T4N.device)
+    cost_GXN = cost_T4N.view(-1, 16, num_segments).index_select(1, place_4P.flatten())
+    cost_GPN = cost_GXN.view(len(cost_GXN), *place_4P.shape, -1).sum(1) + barrier_P1
+    # The cheapest paths from state to state through 4 rows, through 8, ... and through the segment.
+    tree = [cost_GPN.view(-1, num_states, num_states, num_segments)]
+    while len(tree[-1]) > 1:
+        first_GSSN, second_GSSN = tree[-1][::2], tree[-1][1::2]
+        tree.append((first_GSSN[:, :, :, None] + second_GSSN[:, None]).amin(2))
+    end_1N = tree.pop()[:, 0].argmin(1)
+    start_1N = torch.zeros_like(end_1N)
+    state_G2N = torch.stack([start_1N, end_1N], 1)
+    for cost_GSSN in reversed(tree):
+        start_GN, end_GN = state_G2N.unbind(1)
+        to_G1SN = start_GN[:, None, None].expand(-1, 1, num_states, -1)
+        from_GS1N = end_GN[:, None, None].expand(-1, num_states, 1, -1)
+        first_GSN = cost_GSSN[::2].gather(1, to_G1SN)[:, 0]
+        second_GSN = cost_GSSN[1::2].gather(2, from_GS1N)[:, :, 0]
+        middle_GN = (first_GSN + second_GSN).argmin(1)
+        states = torch.stack([start_GN, middle_GN, middle_GN, end_GN], 1)
+        state_G2N = states.view(-1, 2, num_segments)
+    pair_GN = num_states * state_G2N[:, 0] + state_G2N[:, 1]
+    return (place_4P[:, pair_GN] % 4).transpose(0, 1).flatten(0, 1)
 
 
 @functools.cache
-def four_row_paths(device: torch.device) -> tuple[Tensor, Tensor]:
-    """First state (P) and subsets (4 x P) of all paths through four rows.
+def trellis_tables(device: torch.device) -> tuple[Tensor, ...]:
+    """SUBSET_OFFSETS; the paths through four rows; and infinity where none joins two states.
 
-    Sixteen paths end in each state; the first one of every state comes first, then the second, ...
+    A path has a pair P of states, and in each row a place in the 4 x 4 costs of rows and subsets.
     """
     num_states = len(NEXT_STATES) // 2
-    path_P = np.arange(16 * num_states)  # first state, and the parities of four codes
-    state_P, subsets = path_P >> 4, []
-    for i in range(4):
-        parity_P = path_P >> (3 - i) & 1
-        subsets.append(2 * (state_P & 1) + parity_P)
-        state_P = NEXT_STATES[2 * state_P + parity_P]
-    order_P = state_P.argsort(kind="stable").reshape(num_states, 16).T.ravel()
-    source_P, subset_4P = (x[..., order_P] for x in (path_P >> 4, np.stack(subsets)))
-    return torch.from_numpy(source_P).to(device), torch.from_numpy(subset_4P).to(device)
+    path_X = np.arange(16 * num_states)  # first state, and the parities of four codes
+    state_X, places = path_X >> 4, []
+    for row in range(4):
+        parity_X = path_X >> row & 1
+        places.append(4 * row + 2 * (state_X & 1) + parity_X)
+        state_X = NEXT_STATES[2 * state_X + parity_X]
+    pair_X = (path_X >> 4) * num_states + state_X
+    place_4P = np.zeros((4, num_states**2), np.int64)
+    barrier_P1 = np.full((num_states**2, 1), np.inf, np.float32)
+    place_4P[:, pair_X], barrier_P1[pair_X] = places, 0
+    tables = SUBSET_OFFSETS, place_4P, barrier_P1
+    return tuple(torch.from_numpy(table).to(device) for table in tables)
 
 
 # --- 8. Artifact ---------------------------------------------------------------------------------

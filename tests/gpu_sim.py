@@ -92,6 +92,10 @@ def is_on_gpu(x: Any) -> bool:
     return isinstance(x, FakeTensor) and x.device.type == "cuda"
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    return [x for x in tree_iter(values) if isinstance(x, Tensor)]
+
+
 def is_view(function: Any) -> bool:
     return bool(getattr(function, "is_view", False)) or function in OTHER_VIEWS
 
@@ -103,6 +107,7 @@ class SimulatedGpu(TorchDispatchMode):
         super().__init__()
         self.sizes: dict[int, tuple[Any, int]] = {}  # by id of a storage: weak reference, bytes
         self.live, self.by_line = 0, by_line
+        self.capturing = False  # a CUDA graph
         self.reset()
 
     @classmethod
@@ -112,6 +117,7 @@ class SimulatedGpu(TorchDispatchMode):
     def reset(self) -> None:
         """Start to count again; tensors that exist stay in memory."""
         self.launches, self.peak = 0, self.live
+        self.graph_kernels = 0  # of CUDA graphs, each of which is one launch
         self.waits: collections.Counter[str] = collections.Counter()
         # By operation and line of the script, if `by_line`: bytes, FLOPs of products, launches.
         self.traffic: collections.Counter[str] = collections.Counter()
@@ -120,6 +126,8 @@ class SimulatedGpu(TorchDispatchMode):
         self.collectives: list[str] = []
 
     def wait(self, kind: str) -> None:
+        if self.capturing:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {kind}")
         self.waits[f"{kind} {script_line()}"] += 1
 
     def release(self, key: int) -> None:
@@ -136,6 +144,24 @@ class SimulatedGpu(TorchDispatchMode):
                 weakref.finalize(storage, self.release, id(storage))
                 self.live += size
                 self.peak = max(self.peak, self.live)
+
+    def make_graphed_callables(self, function: Any, buffers: tuple[Tensor, ...]) -> Any:
+        """In place of PyTorch's: a call copies its arguments, and is one launch."""
+
+        def replay(*args: Tensor) -> Any:
+            for buffer, x in zip(buffers, args, strict=True):
+                assert buffer.shape == x.shape and buffer.dtype == x.dtype
+                buffer.copy_(x)
+            before, self.capturing = self.launches, True
+            try:
+                return function(*buffers)
+            finally:
+                self.capturing = False
+                self.graph_kernels += self.launches - before
+                self.launches = before + 1
+
+        function(*buffers)  # warm-up, which may fill caches
+        return replay
 
     def data_dependent(self, function: Any, args: Any, kwargs: Any) -> Any:
         """A stand-in for the result of an operation whose result depends on data, or None."""
@@ -169,8 +195,11 @@ class SimulatedGpu(TorchDispatchMode):
             self.wait("copy to host")
         if function is aten.copy_.default and is_on_gpu(args[1]) and not is_on_gpu(args[0]):
             self.wait("copy to host")
+        is_copy = function in (aten._to_copy.default, aten.copy_.default)
+        if self.capturing and is_copy and any(x.device.type == "cpu" for x in tensors_of(args)):
+            self.wait("copy from host")
         if function.namespace == "c10d":
-            tensors = [x for x in tree_iter(args) if isinstance(x, Tensor)]
+            tensors = tensors_of(args)
             shapes = [(*x.shape,) for x in tensors if x.dim() or len(tensors) == 1]
             dtype = str(tensors[0].dtype).removeprefix("torch.")
             self.collectives.append(f"{function.overloadpacket.__name__} {dtype} {shapes}")
@@ -290,6 +319,9 @@ def simulated_gpu(
         (nn.Module, "_apply", replace_tensors),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "current_stream", lambda *_: None),
+        (torch.cuda, "stream", contextlib.nullcontext),
+        (torch.cuda, "make_graphed_callables", gpu.make_graphed_callables),
         (torch.cuda, "max_memory_allocated", lambda *_: gpu.peak),
         (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
     ]
@@ -443,12 +475,17 @@ class SimulatedRun:
     def quantize(self) -> None:
         """Quantization, with GPTQ on the first columns only; then reading back."""
         groups = t.group_matrices(self.cfg, self.model, self.hessians)
-        with patched((t, "gptq", functools.partial(gptq_of_some_columns, t.gptq))):
+        with patched((t, "gptq", functools.partial(gptq_of_some_columns, t.gptq, 2))):
             tensors = t.quantize_model(self.cfg, self.model, groups)
         shapes = {name: x.shape for name, x in self.model.state_dict().items()}
         assert shapes.keys() == tensors.keys()
         weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
         self.model = t.build_model(self.run, weights)
+
+    def columns(self) -> None:
+        """A column of GPTQ, which must take few launches."""
+        for cost in column_costs(self):
+            assert cost.launches <= MAX_COLUMN_LAUNCHES, cost
 
     def adapt(self) -> None:
         """The adaptive pass: chunks with weights that train, or documents with adapters."""
@@ -473,7 +510,7 @@ class SimulatedRun:
 
 PARTS = (
     "build", "step", "stages", "warm_up", "checkpoint", "export", "score", "calibrate", "quantize",
-    "adapt", "step_cost",
+    "columns", "adapt", "step_cost",
 )  # fmt: skip
 
 
@@ -488,10 +525,10 @@ def where_raised(error: BaseException) -> str:
 
 
 def gptq_of_some_columns(
-    gptq: Any, weight: Tensor, factor: Any, row: Tensor, column: Tensor, rounding: Any
+    gptq: Any, n: int, weight: Tensor, factor: Any, row: Tensor, column: Tensor, rounding: Any
 ) -> Tensor:
-    """GPTQ on the first two columns: every operation, and few of the same columns."""
-    n, L = 2, len(weight)
+    """GPTQ on the first n columns: every operation, and few of the same columns."""
+    L = len(weight)
     order_LI = torch.arange(n, device=weight.device).expand(L, n)
     some = t.HessianFactor(
         order_LI,
@@ -501,6 +538,39 @@ def gptq_of_some_columns(
     )
     codes = gptq(weight[:, :, :n], some, row, column[:, :n], rounding)
     return nn.functional.pad(codes, (0, weight.size(2) - n))
+
+
+MAX_COLUMN_LAUNCHES = 10
+
+
+@dataclasses.dataclass
+class ColumnCost:
+    """What GPTQ does for one more column of a group of matrices."""
+
+    shape: tuple[int, ...]  # L, O, I
+    launches: float
+    graph_kernels: float  # inside of the launches that are CUDA graphs
+    num_bytes: float  # counted if the GPU counts by line
+
+
+def column_costs(simulated: SimulatedRun) -> Iterator[ColumnCost]:
+    """The difference between six columns and two, for each group of matrices."""
+    gpu, cfg, (few, many) = simulated.gpu, simulated.cfg, (2, 6)
+    hessians = {
+        name: t.KroneckerHessian(weight.new_zeros(weight.size(1), weight.size(1)), weight[:, 0])
+        for name, weight in simulated.model.named_parameters()
+        if weight.dim() == 2
+    }
+    for group in t.group_matrices(cfg, simulated.model, hessians):
+        counts = []
+        for n in (few, many):
+            gpu.reset()
+            some = functools.partial(gptq_of_some_columns, t.gptq, n)
+            with patched((t, "gptq", some)):
+                t.quantize_group(cfg, group, 1.0)
+            counts.append((gpu.launches, gpu.graph_kernels, sum(gpu.traffic.values())))
+        rise = [(b - a) / (many - few) for a, b in zip(*counts, strict=True)]
+        yield ColumnCost(tuple(group.weight_LOI.shape), *rise)
 
 
 def finish_without_numbers(scorer: Any, eval_s: float) -> t.Score:

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_training_step_waits_once_and_ranks_agree_on_collectives():
 
 
 def test_a_small_model_is_quantized_and_evaluated_on_the_gpu():
-    parts = ["build", "calibrate", "quantize", "score", "adapt"]
+    parts = ["build", "calibrate", "quantize", "columns", "score", "adapt"]
     results = simulate("default", *TINY, "MIXER=backoff", "--parts", ",".join(parts))
     assert sorted(r["name"] for r in results) == sorted(parts)
 
@@ -67,7 +68,7 @@ def test_a_small_model_is_quantized_and_evaluated_on_the_gpu():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_path_of_a_recipe_runs_on_the_gpu(recipe: str):
     names = [r["name"] for r in simulate(recipe)]
-    assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 11
+    assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 12
 
 
 @pytest.mark.slow
@@ -94,6 +95,28 @@ def test_the_report_of_a_small_step(tmp_path: Path):
     for kind in ("pointwise", "product", "flash forward", "flash backward", "optimizer"):
         assert f"\n| {kind} |" in text
     assert "computed" in text.lower() and (tmp_path / "report.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_quantization_runs_without_a_cuda_graph_where_it_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *, fails: bool
+):
+    buffer: Any = types.SimpleNamespace(is_cuda=True)
+
+    def make_graphed_callables(function: Any, buffers: Any) -> Any:
+        assert buffers == (buffer,)
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return abs
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    train_gpt.warn_once.cache_clear()
+    made = [train_gpt.as_cuda_graph(max, buffer) for _ in range(2)]
+    assert made == [max if fails else abs] * 2
+    assert capfd.readouterr().err.count("no CUDA graphs") == fails
+    assert train_gpt.as_cuda_graph(max, torch.zeros(1)) is max
 
 
 # --- FlashAttention's calling conventions --------------------------------------------------------

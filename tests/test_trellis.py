@@ -14,6 +14,7 @@ from train_gpt import (
     NEXT_STATES,
     RATE_LAMBDA,
     TRELLIS_SEGMENT,
+    as_cuda_graph,
     factor_hessians,
     gaussian_code_bits,
     gptq,
@@ -188,6 +189,20 @@ def test_the_trellis_s_codes_are_the_host_s_on_a_gpu():
     on_gpu = trellis(bits_LIV.cuda(), RATE_LAMBDA)(target_LO.cuda(), column_L.cuda())
     for found, expected in zip(on_gpu, on_host, strict=True):
         assert (found.cpu() == expected).float().mean() > 0.999  # ties may break another way
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_the_search_finds_what_the_search_finds():
+    bits_LIV = gaussian_code_bits(0.5 + torch.rand(3, 5), 30).cuda()
+    search = trellis(bits_LIV, RATE_LAMBDA)
+    column_L = torch.tensor([0, 4, 2]).cuda()
+    graph = as_cuda_graph(search, torch.zeros(3, 700).cuda(), torch.zeros_like(column_L))
+    assert graph is not search
+    for _ in range(3):
+        target_LO = 4 * torch.randn(3, 700).cuda()
+        both = graph(target_LO, column_L), search(target_LO, column_L)
+        for found, expected in zip(*both, strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 40, 64])

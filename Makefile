@@ -5,7 +5,8 @@
 #   make test-slow  the tests that take longer, and those that need a GPU where there is one
 #   make lint       ruff and mypy
 #   make bench      tokens/s and utilization of this machine
-#   make gpu-report  a training step on an H100, computed without one; RECIPE=... names a recipe
+#   make gpu-report  a training step on an H100 and the memory of all stages, computed without one;
+#                    RECIPE=... names a recipe
 #   make gpu-check  on a machine with a GPU: its tests, measured beside computed steps, a short run
 #   make bench-quant  methods of quantization compared, on models that it trains first
 #   make clean      remove .venv and caches; data, logs and records stay
@@ -64,6 +65,7 @@ REPORT ?= logs/gpu_report.md
 gpu-report: $(READY)
 	@$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
 	@$(RUN) -m tests.gpu_report $(RECIPE) --out $(REPORT)
+	@$(RUN) -m tests.gpu_stages $(RECIPE) | tee -a $(REPORT)
 
 gpu-check: $(READY)
 	@$(RUN) -m tests.gpu_check

@@ -411,7 +411,11 @@ class Config:
         64, "targets scored per sliding window; 0 = no sliding pass", unit="tokens", low=0
     )
     val_batch_size: int = knob(
-        524_288, "tokens per evaluation step, over all ranks", unit="tokens", low=1, high=2**30
+        524_288,
+        "tokens per evaluation step, over all ranks; each takes at most 4 * MICRO_BATCH_TOKENS",
+        unit="tokens",
+        low=1,
+        high=2**30,
     )
     val_tokens_limit: int = knob(
         0, "score only the first tokens (marked partial); 0 = all", unit="tokens", low=0
@@ -4838,12 +4842,13 @@ CALIBRATION_COST = 4.0
 def calibration_rows(run: Run, loader: BatchLoader, trained: Progress) -> Iterator[Tensor]:
     """This rank's windows of calibration text (rows, T + 1), in pieces for one pass.
 
-    A piece is a batch of training or a micro-batch, but on a slow machine no more rows than are
-    expected to take half of the time left, by the pace of training.
+    A piece is a batch of training or a micro-batch (on a GPU half of one, because this pass is not
+    compiled), but on a slow machine no more rows than are expected to take half of the time left,
+    by the pace of training.
     """
     cfg, T = run.cfg, run.cfg.train_seq_len
     token_s = CALIBRATION_COST * run.world_size * trained.train_s / max(1, trained.tokens)
-    num_rows = max(1, cfg.micro_batch_tokens // T)
+    num_rows = max(1, cfg.micro_batch_tokens // T >> (run.device.type == "cuda"))
     if cfg.max_wallclock_seconds and token_s:
         left_s = max(0.0, cfg.max_wallclock_seconds - trained.train_s)
         num_rows = int(min(num_rows, max(1, left_s / (2 * token_s * T))))
@@ -6406,7 +6411,10 @@ class EvalPlanner:
 
     def split_over_ranks(self, step: EvalStep, windows: Sequence[Window]) -> list[EvalStep]:
         """Copies of `step` over this rank's windows; every rank gets the same number of steps."""
-        rows = max(1, self.cfg.val_batch_size // self.world_size // self.seq_len)
+        # Without gradients, a token takes a twentieth of the memory that it takes in training.
+        limit = 4 * self.cfg.micro_batch_tokens
+        tokens = min(self.cfg.val_batch_size // self.world_size, limit)
+        rows = max(1, tokens // self.seq_len)
         if step.action == "train":
             rows = self.cfg.ttt_batch_seqs
         local_windows = rank_slice(windows, self.rank, self.world_size)

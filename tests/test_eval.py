@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 import train_gpt
 from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
 from tests.processes import log_events, run_script, submission
-from train_gpt import GPT, Run, Scorer, Validation, evaluate, plan_windows, rank_slice
+from train_gpt import (
+    GPT,
+    EvalPlanner,
+    EvalStep,
+    Run,
+    Scorer,
+    Validation,
+    Window,
+    evaluate,
+    plan_windows,
+    rank_slice,
+)
 
 SEQ_LEN = 32
 
@@ -311,6 +322,16 @@ def test_batch_size_of_the_evaluation_does_not_change_the_score(
         scores.append(evaluate(run, random_model(run.cfg), validation, stride).nats)
     # Each nat differs by float32 rounding (1e-6) of either sign; the sum by less.
     assert scores == pytest.approx([scores[0]] * 4, rel=1e-6)
+
+
+def test_the_batch_of_the_evaluation_fits_where_a_micro_batch_fits(make_run: MakeRun):
+    windows = [Window(SEQ_LEN * i, SEQ_LEN * (i + 1), SEQ_LEN * i) for i in range(30)]
+    for micro_rows, world_size, rows in ((2, 1, 8), (3, 1, 10), (1, 2, 4), (0, 1, 2)):
+        cfg = make_run(
+            val_batch_size=10 * SEQ_LEN, micro_batch_tokens=max(SEQ_LEN // 2, micro_rows * SEQ_LEN)
+        ).cfg
+        steps = EvalPlanner(cfg, 0, world_size).split_over_ranks(EvalStep("score"), windows)
+        assert max(len(step.windows) for step in steps) == rows
 
 
 def test_a_batch_smaller_than_one_window_still_scores_all(make_run: MakeRun, data: TinyData):

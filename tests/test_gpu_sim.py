@@ -62,6 +62,9 @@ def test_a_small_model_is_quantized_and_evaluated_on_the_gpu():
     parts = ["build", "calibrate", "quantize", "columns", "score", "adapt"]
     results = simulate("default", *TINY, "MIXER=backoff", "--parts", ",".join(parts))
     assert sorted(r["name"] for r in results) == sorted(parts)
+    # Calibration takes twice as many pieces as a compiled pass over the same tokens.
+    (waits,) = [r["waits"] for r in results if r["name"] == "calibrate"]
+    assert [n for wait, n in waits.items() if wait.startswith("bincount")] == [2]
 
 
 @pytest.mark.slow
@@ -80,7 +83,8 @@ def test_every_path_runs_with_other_kernels(flash: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains_at_full_shape_in_the_memory_of_its_gpu(recipe: str):
-    results = simulate(recipe, "--full", "--parts", "build,step,calibrate,score")
+    knobs = ["GPTQ_CALIBRATION_BATCHES=1", "--full"]
+    results = simulate(recipe, *knobs, "--parts", "build,step,calibrate,score")
     assert max(r["peak_mib"] for r in results) < 78 * 1024
     (step,) = [r for r in results if r["name"] == "step"]
     assert sum(step["waits"].values()) == 1
@@ -117,6 +121,15 @@ def test_quantization_runs_without_a_cuda_graph_where_it_cannot_be_captured(
     assert made == [max if fails else abs] * 2
     assert capfd.readouterr().err.count("no CUDA graphs") == fails
     assert train_gpt.as_cuda_graph(max, torch.zeros(1)) is max
+
+
+@pytest.mark.slow
+def test_the_memory_of_all_stages_of_a_small_run():
+    command = [sys.executable, "-m", "tests.gpu_stages", "default", *TINY, "--small"]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for stage in ("training, not compiled", "calibration", "quantization, trellis", "adapters"):
+        assert f"\n| {stage}" in output
+    assert "| 1 x 512 x 64 | 10 |" in output and "| GPU memory, GiB | 80 | 24 | 16 | 8 |" in output
 
 
 # --- FlashAttention's calling conventions --------------------------------------------------------

@@ -504,7 +504,7 @@ class Config:
     mixer_orders: str = knob(
         "",
         "context lengths of the mixed n-grams; empty = 0-2 (Hedge), 1-6,8,12,16 (back-off after "
-        "LoRA) or 2-6,8 (other back-off)",
+        "LoRA) or 2-6,8 (other back-off); back-off adds 1-3 within the document",
     )
     hedge_eta: float = knob(0.1, "Hedge: step size of the log weights per nat", low=0)
     hedge_min_tokens: int = knob(
@@ -579,10 +579,11 @@ class Config:
 
     @property
     def mixer_contexts(self) -> list[int]:
-        """Lengths of the contexts whose n-grams are mixed in."""
+        """Lengths of the contexts whose n-grams are mixed in; negative: within the document."""
         backoff = "1-6,8,12,16" if self.mixes_afterwards else "2-6,8"
         usual = {"none": "", "backoff": backoff}.get(self.mixer, "0-2")
-        return parse_int_list(self.mixer_orders or usual) if usual else []
+        within_document = [*range(-3, 0)] if self.mixer == "backoff" else []
+        return within_document + parse_int_list(self.mixer_orders or usual) if usual else []
 
     @property
     def tilt_contexts(self) -> list[int]:
@@ -6896,6 +6897,7 @@ class EvalRunner:
             banned_VV = torch.from_numpy(validation.banned_VV).to(run.device)
             model.banned = banned_VV, math.log(run.cfg.noncanonical_factor)
         self.bounds = document_bounds(validation.ids)
+        self.document_T = run.cfg.vocab_size + np.cumsum(validation.ids == BOS_ID)
         self.all_targets = (0, validation.num_targets)
         self.rows = max((len(step.windows) for step in plan if step.action == "score"), default=0)
         self.weights: WeightTrainer | None = None
@@ -6953,9 +6955,11 @@ class EvalRunner:
         if self.mixer is not None:  # the last tokens up to each input, zeros before the text
             past_BTK = position_BT[:, :-1, None] + np.arange(1 - self.mixer.num_context, 1)
             context_BTK = np.where(past_BTK < 0, 0, ids.take(past_BTK, mode="clip"))
+            context_BTK = context_BTK.astype(np.int64)
+            context_BTK[..., 0] = self.document_T.take(past_BTK[..., -1], mode="clip")
             mixer_inputs = MixerInputs(
                 self.mixer,
-                torch.tensor(context_BTK, dtype=torch.int64, device=device),
+                torch.from_numpy(context_BTK).to(device),
                 torch.tensor(keep_BT, device=device),
             )
         text_BT = torch.tensor(ids_BT, dtype=torch.int64, device=device)
@@ -7648,6 +7652,9 @@ def mix_bits(bits: Tensor) -> Tensor:
 class NgramCounts:
     """Counts of n-grams: how often each token followed each context of the lengths `orders`.
 
+    The n-grams of a negative order are counted in each document by itself. A context is its last
+    tokens, after a number of its document that is larger than any token.
+
     An open-addressing hash table holds contexts, and contexts with their continuation. A row stores
     its full 63-bit key, so that two n-grams are never confused. A table that is half full is
     emptied.
@@ -7655,12 +7662,14 @@ class NgramCounts:
 
     def __init__(self, orders: Sequence[int], vocab_size: int, bits: int, device: torch.device):
         self.orders, self.vocab_size, self.mask = orders, vocab_size, 2**bits - 1
-        self.history_K = torch.zeros(max(1, *orders), dtype=torch.int64, device=device)
-        self.num_tokens = 0
+        longest = max(1, *map(abs, orders))
+        self.history_K = torch.zeros(longest, dtype=torch.int64, device=device)
+        self.num_tokens, self.document = 0, self.history_K.new_tensor(vocab_size)
         self.max_keys_used = 0  # upper bound of the rows in use
-        self.table = self.history_K.new_zeros(3, 2**bits)
-        # A best successor is count * vocab_size + token: the maximum is the most frequent token.
-        self.keys, self.counts, self.best_successors = self.table
+        self.table = self.history_K.new_zeros(4, 2**bits)
+        # A successor is count or position * vocab_size + token; the maximum is kept: the most
+        # frequent one, and the last one.
+        self.keys, self.counts, self.best_successors, self.last_successors = self.table
 
     def find(self, key_N: Tensor, claim: bool = False) -> Tensor:
         """The row of each key, or the empty row where it belongs; claim=True inserts it."""
@@ -7682,9 +7691,12 @@ class NgramCounts:
     def hashes(self, context_NK: Tensor) -> Tensor:
         """Hashes (N, O) of the last tokens of each context, for each order."""
         hashes = [torch.zeros_like(context_NK[:, 0])]
-        for k in range(1, max(self.orders) + 1):
+        for k in range(1, len(self.history_K) + 1):
             hashes.append(mix_bits(hashes[-1] + context_NK[:, -k] + 1))
-        return torch.stack([hashes[order] for order in self.orders], 1)
+        document_N = context_NK[:, 0] + 1
+        return torch.stack(
+            [hashes[n] if n >= 0 else mix_bits(hashes[-n] + document_N) for n in self.orders], 1
+        )
 
     def row_keys(self, hash_: Tensor, token: Tensor | None = None) -> Tensor:
         """Keys (positive int64) of contexts, or of contexts followed by `token`."""
@@ -7696,7 +7708,9 @@ class NgramCounts:
         for piece in torch.split(ids_N, min(16_384, len(self.keys) // (16 * len(self.orders)))):
             text = torch.cat([self.history_K, piece])
             window, self.history_K = text.unfold(0, len(self.history_K) + 1, 1), text[len(piece) :]
-            hash_NO = self.hashes(window[:, :-1])
+            document_M = self.document + F.pad((piece == BOS_ID).cumsum(0), (1, 0))
+            self.document = document_M[-1]
+            hash_NO = self.hashes(torch.cat([document_M[:-1, None], window[:, :-1]], 1))
             token_NO = window[:, -1:].expand_as(hash_NO)
             key_M = torch.cat([self.row_keys(hash_NO), self.row_keys(hash_NO, token_NO)]).flatten()
             self.max_keys_used += len(key_M)
@@ -7711,22 +7725,29 @@ class NgramCounts:
             context, pair = row_M.chunk(2)
             best = self.counts[pair] * self.vocab_size + token_NO.flatten()
             self.best_successors.scatter_reduce_(0, context, best, "amax")
+            position_N = self.num_tokens + torch.arange(len(piece), device=piece.device)
+            last_NO = (position_N * self.vocab_size)[:, None] + token_NO
+            self.last_successors.scatter_reduce_(0, context, last_NO.flatten(), "amax")
             self.num_tokens += len(piece)
 
     def look_up(self, context_NK: Tensor) -> Tensor:
-        """(4, N, O): hash and count of contexts, count and id of their most frequent successors."""
+        """What is known of contexts: hash, count, and their successors, (6, N, O).
+
+        Count and id of the most frequent one; id and age, in tokens, of the last one.
+        """
         hash_NO = self.hashes(context_NK)
         row_NO = self.find(self.row_keys(hash_NO).flatten()).view_as(hash_NO)
-        top_NO, token_NO = (
-            self.best_successors[row_NO] // self.vocab_size,
-            self.best_successors[row_NO] % self.vocab_size,
+        top_NO, last_NO = self.best_successors[row_NO], self.last_successors[row_NO]
+        size, age_NO = self.vocab_size, self.num_tokens - last_NO // self.vocab_size
+        return torch.stack(
+            [hash_NO, self.counts[row_NO], top_NO // size, top_NO % size, last_NO % size, age_NO]
         )
-        return torch.stack([hash_NO, self.counts[row_NO], top_NO, token_NO])
 
-    def count(self, hash_NO: Tensor, token_NC: Tensor) -> Tensor:
-        """Counts (N, C, O) of each candidate token after each context."""
-        key_NCO = self.row_keys(hash_NO[:, None], token_NC[..., None])
-        return self.counts[self.find(key_NCO.flatten())].view_as(key_NCO)
+    def count(self, seen_6NO: Tensor, token_NC: Tensor) -> Tensor:
+        """Counts (2, N, C, O) of each candidate after each context: all, and of the last token."""
+        key_NCO = self.row_keys(seen_6NO[0][:, None], token_NC[..., None])
+        count_NCO = self.counts[self.find(key_NCO.flatten())].view_as(key_NCO)
+        return torch.stack([count_NCO, (token_NC[..., None] == seen_6NO[4][:, None]).long()])
 
 
 # Sums over tokens are integers in units of 2^-24, so that they do not depend on the order of
@@ -7749,13 +7770,15 @@ class Hedge:
         self.log_weight_E[0] = 2.0  # the model's weight is e^2 times that of an n-gram at first
         self.statistics = torch.zeros(1 + num_experts, dtype=torch.int64, device=device)
 
-    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(
+        self, p_NCM: Tensor, count_2NCO: Tensor, seen_3NO: Tensor, _before_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Mixed probabilities (N, C); statistics (1 + E): tokens, and each expert's loss on them.
 
         The loss is that of candidate 0, the target.
         """
-        total_NO = seen_4NO[1] + self.delta_O * self.cfg.vocab_size
-        p_NCE = torch.cat([p_NCM, (count_NCO + self.delta_O) / total_NO[:, None]], 2)
+        total_NO = seen_3NO[0] + self.delta_O * self.cfg.vocab_size
+        p_NCE = torch.cat([p_NCM, (count_2NCO[0] + self.delta_O) / total_NO[:, None]], 2)
         loss_NE = (-p_NCE[:, 0].log() * FIXED_POINT_ONE).long()
         return p_NCE @ self.log_weight_E.softmax(0).double(), F.pad(loss_NE, (1, 0), value=1).sum(0)
 
@@ -7766,44 +7789,57 @@ class Hedge:
 
 
 class Backoff:
-    """Interpolated back-off: for each order, p <- (1 - w) * p + w * count / total if it was seen.
+    """Interpolated back-off: for each order, p <- (1 - w) * p + w * q if its context was seen.
 
-    The weight w depends on the class of the context: its order, how often it was seen and how
-    deterministic its continuation is. It is the mean posterior probability that the n-gram produced
-    the scored tokens of that class (online EM). Suffix S: classes.
+    In q, the share of each continuation, the last one counts twice. The weight w depends on what is
+    known before the target: on the class of the context, which is its order, how long ago it was
+    seen, whether more than once, and how deterministic its continuation is; and on the model's nats
+    of the target before. A class has weights for G values of these nats, between which w is
+    interpolated. They are mean posterior probabilities that the n-gram produced the scored tokens
+    (online EM). Suffix S: classes.
     """
 
-    # Classes of one order: by the share of the most frequent continuation, and by the total count.
-    SHARES, TOTALS, CLASSES = (0.25, 0.5, 0.75, 0.95), (1, 2), 15
+    # Classes of one order: by the share of the most frequent continuation, by age, by count.
+    SHARES, AGES, CLASSES = (0.25, 0.5, 0.75, 0.95), (128, 1024), 30
+    GATE_NATS = 3.0  # from one of the G values to the next; the first is 0
 
     def __init__(self, cfg: Config, device: torch.device):
-        size = self.CLASSES * len(cfg.mixer_contexts)
-        self.shares = torch.tensor(self.SHARES, dtype=torch.float64, device=device)
-        self.totals = torch.tensor(self.TOTALS, device=device)
-        self.sums_2S, self.statistics = torch.zeros(2, 2, size, dtype=torch.int64, device=device)
+        shape = 2, 2, 3, self.CLASSES * len(cfg.mixer_contexts)
+        self.sums_2GS, self.statistics = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.num_updates = 0
         self.update_weights(self.statistics)
 
-    def mix(self, p_NCM: Tensor, count_NCO: Tensor, seen_4NO: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed probabilities (N, C); statistics (2, S): posteriors and contexts seen by class."""
-        p_NC, (_, total_NO, top_NO, _), posteriors = p_NCM[..., 0], seen_4NO, list[Tensor]()
-        share_NO = torch.bucketize(top_NO / total_NO.clamp_min(1).double(), self.shares)
-        class_NO = torch.bucketize(total_NO, self.totals) + 3 * share_NO
+    def mix(
+        self, p_NCM: Tensor, count_2NCO: Tensor, seen_3NO: Tensor, before_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed probabilities (N, C); statistics (2, G, S): posteriors and contexts seen."""
+        p_NC, (total_NO, top_NO, age_NO), steps = p_NCM[..., 0], seen_3NO, list[Tensor]()
+        share_NO = top_NO / total_NO.clamp_min(1).double()
+        class_NO = 15 * (total_NO > 1) + 5 * sum(age_NO > age for age in self.AGES)
+        class_NO += sum(share_NO > share for share in self.SHARES)
         class_NO += self.CLASSES * torch.arange(total_NO.size(1), device=total_NO.device)
-        ngram_weight_NO = torch.where(total_NO > 0, self.ngram_weight_S[class_NO], 0.0)
-        weighted_NCO = count_NCO * (ngram_weight_NO / total_NO.clamp_min(1))[:, None]
-        for weighted_NC, weight_N in zip(
-            weighted_NCO.unbind(2), ngram_weight_NO.unbind(1), strict=True
-        ):
-            p_NC = weighted_NC + (1 - weight_N[:, None]) * p_NC
-            posteriors.append(weighted_NC[:, 0] / p_NC[:, 0] * FIXED_POINT_ONE)
-        sums = torch.stack([torch.stack(posteriors, 1).long(), (total_NO > 0).long()]).flatten(1)
-        return p_NC, torch.zeros_like(self.sums_2S).index_add_(1, class_NO.flatten(), sums)
+        ngram_NCO = count_2NCO.sum(0) / (total_NO + 1).double()[:, None]
+        gate_N = (before_N / self.GATE_NATS).clamp_max(2)
+        near_GN = torch.stack([1 - (gate_N - gate).abs() for gate in range(3)]).clamp_min(0)
+        near_GNO = near_GN[..., None] * (total_NO > 0)
+        gated_GNO = self.ngram_weight_GS[:, class_NO] * near_GNO
+        for weight_N, ngram_NC in zip(gated_GNO.sum(0).unbind(1), ngram_NCO.unbind(2), strict=True):
+            mixed_NC = torch.lerp(p_NC, ngram_NC, weight_N[:, None])
+            steps.append(torch.stack([p_NC[:, 0], mixed_NC[:, 0]]))
+            p_NC = mixed_NC
+        before_NO, after_NO = torch.stack(steps, 2)
+        posterior_GNO = gated_GNO * ngram_NCO[:, 0] / after_NO
+        seen_GNO = posterior_GNO + (near_GNO - gated_GNO) * before_NO / after_NO
+        sums = (torch.stack([posterior_GNO, seen_GNO]) * FIXED_POINT_ONE).long().flatten(2)
+        return p_NC, torch.zeros_like(self.statistics).index_add_(2, class_NO.flatten(), sums)
 
     def update_weights(self, statistics: Tensor) -> None:
-        self.sums_2S += statistics
-        posterior_S, number_S = self.sums_2S.double()
+        self.num_updates += 1
+        decay = (1 - 1 / self.num_updates) ** 4  # later posteriors come from better weights
+        self.sums_2GS = decay * self.sums_2GS + statistics.double() / FIXED_POINT_ONE
+        posterior_GS, number_GS = self.sums_2GS
         # Prior: the n-gram produced 0.2 of 4.2 tokens.
-        self.ngram_weight_S = (posterior_S / FIXED_POINT_ONE + 0.2) / (number_S + 4.2)
+        self.ngram_weight_GS = (posterior_GS + 0.2) / (number_GS + 4.2)
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
@@ -7822,7 +7858,7 @@ class Mixer:
         self.tilting = [orders.index(order) for order in cfg.tilt_contexts]
         bits = cfg.ngram_table_bits if orders else 4
         self.counts = NgramCounts(orders or [0], cfg.vocab_size, bits, run.device)
-        self.num_context = len(self.counts.history_K)
+        self.num_context = 1 + len(self.counts.history_K)
         self.weights: Hedge | Backoff | None = None
         if cfg.mixer != "none":
             self.weights = (Backoff if cfg.mixer == "backoff" else Hedge)(cfg, run.device)
@@ -7832,14 +7868,14 @@ class Mixer:
         self, logits_NV: Tensor, context_NK: Tensor, token_NC: Tensor
     ) -> tuple[Tensor, Tensor]:
         """log p (N, C) of candidates, float64, and the mixture's statistics on candidate 0."""
-        cfg, seen_4NO = self.cfg, self.counts.look_up(context_NK)
+        cfg, seen_6NO = self.cfg, self.counts.look_up(context_NK)
         if (temperature := cfg.adaptive_temperature) != 1:  # it acts fully at zero entropy
             relative_entropy_N1 = entropy(logits_NV) / math.log(cfg.vocab_size)
             logits_NV = logits_NV / (1 - (1 - temperature) * (1 - relative_entropy_N1))
         norm_N1 = logits_NV.logsumexp(1, keepdim=True)
         logp_NC = (logits_NV.gather(1, token_NC) - norm_N1).double()
         if self.tilting:
-            _, total_NO, top_NO, token_NO = seen_4NO[..., self.tilting]
+            _, total_NO, top_NO, token_NO, *_ = seen_6NO[..., self.tilting]
             # The offset because of rounding: 0.8 * 5 is 4.
             is_active_NO = top_NO >= cfg.ngram_tilt_min_frac * total_NO.double() - 1e-9
             is_active_NO &= total_NO >= cfg.ngram_tilt_min_count
@@ -7855,9 +7891,10 @@ class Mixer:
         if cfg.mixer == "hedge_entropy":  # one number for every token: not a distribution
             entropy_expert_N1 = torch.exp(-entropy(logits_NV).double())
             p_NCM = torch.cat([p_NCM, entropy_expert_N1[..., None].expand_as(p_NCM)], 2)
-        seen_4NO = seen_4NO[..., self.mixed]
-        count_NCO = self.counts.count(seen_4NO[0], token_NC)
-        p_NC, statistics = self.weights.mix(p_NCM, count_NCO, seen_4NO)
+        seen_6NO = seen_6NO[..., self.mixed]
+        count_2NCO = self.counts.count(seen_6NO, token_NC)
+        unknown_N = torch.zeros_like(p_NCM[:, 0, 0])  # the target before may be in no row
+        p_NC, statistics = self.weights.mix(p_NCM, count_2NCO, seen_6NO[[1, 2, 5]], unknown_N)
         is_early = cfg.mixer != "backoff" and self.counts.num_tokens < cfg.hedge_min_tokens
         return logp_NC if is_early else p_NC.log(), statistics
 
@@ -7895,17 +7932,22 @@ def earlier_equals(key_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def count_earlier(context_N: Tensor, token_N: Tensor) -> Tensor:
-    """Counts (3, N) of what came before each position.
+    """Counts (5, N) of what came before each position, 0 where its context, a hash, is new.
 
-    How often its context did, a hash; the context with its own token; and the context with the
-    token that followed it most often.
+    How often its context did; the context with the token that followed it most often; how long ago
+    the context last did; the context with its own token; and whether that one followed it last.
     """
     total_N, order_N, first_N = earlier_equals(context_N)
     count_N = earlier_equals(mix_bits(context_N - token_N - 1))[0]
     # Sorted by context, then by position: the largest count so far, within each context.
     best_N = (first_N << 32 | count_N[order_N] + 1).cummax(0).values & (2**32 - 1)
-    top_N = torch.empty_like(total_N).index_put_((order_N,), F.pad(best_N, (1, -1)))
-    return torch.stack([total_N, count_N, torch.where(total_N > 0, top_N, 0)])
+    top_N, last_N = (
+        torch.empty_like(total_N).index_put_((order_N,), F.pad(x, (1, -1)))
+        for x in (best_N, order_N)
+    )
+    age_N = torch.arange(len(last_N), device=last_N.device) - last_N
+    is_last_N = (token_N[last_N] == token_N).long()
+    return torch.stack([total_N, top_N, age_N, count_N, is_last_N]) * (total_N > 0)
 
 
 class TextMixer:
@@ -7920,36 +7962,47 @@ class TextMixer:
         self.ids = torch.from_numpy(ids.astype(np.int64)).to(run.device)
         self.weights: Any = (Backoff if run.cfg.mixer == "backoff" else Hedge)(run.cfg, run.device)
         rows, target_N = torch.from_numpy(index_N).to(run.device), self.ids[1:]
-        counts = [count_earlier(hash_N, target_N)[:, rows] for hash_N in self.context_hashes()]
-        self.seen_3NO = torch.stack(counts, 2).int()
+        counts = {
+            order: count_earlier(hash_N, target_N)[:, rows].int()
+            for order, hash_N in self.context_hashes()
+        }
+        self.seen_5NO = torch.stack([counts[order] for order in self.cfg.mixer_contexts], 2)
+        # The model's nats of the row before each row; it counts within the document.
+        self.before_M = torch.zeros(len(rows) + 1, dtype=torch.float64, device=run.device)
+        self.has_before_N = self.ids[rows] != BOS_ID
 
-    def context_hashes(self) -> Iterator[Tensor]:
+    def context_hashes(self) -> Iterator[tuple[int, Tensor]]:
         """Hashes (N,) of the tokens before each target, for each order; zeros before the text."""
         hash_N, orders = torch.zeros_like(self.ids[1:]), self.cfg.mixer_contexts
-        for length in range(max(orders) + 1):
+        document_N = self.cfg.vocab_size + (self.ids[:-1] == BOS_ID).cumsum(0)
+        for length in range(max(map(abs, orders)) + 1):
             if length:
                 past_N = F.pad(self.ids, (length - 1, 0))[: len(hash_N)]
                 hash_N = mix_bits(hash_N + past_N + 1)
             if length in orders:
-                yield hash_N
+                yield length, hash_N
+            if length and -length in orders:
+                yield -length, mix_bits(hash_N + document_N + 1)
 
     def rows_of(self, text: Span) -> slice:
         """The rows of `index_N` whose targets are in `text`."""
         return slice(*np.searchsorted(self.index_N, text))
 
-    def mix(self, p_NC: Tensor, count_NCO: Tensor, seen_2NO: Tensor, first: int) -> Any:
+    def mix(
+        self, p_NC: Tensor, count_2NCO: Tensor, seen_3NO: Tensor, rows: Any, first: int
+    ) -> tuple[Tensor, Tensor]:
         """Mixed probabilities (N, C) and statistics of candidates that the model gives `p_NC`."""
-        seen_4NO = F.pad(seen_2NO, (0, 0, 0, 0, 1, 1))  # neither hashes nor tokens are needed
-        mixed_NC, statistics = self.weights.mix(p_NC[..., None], count_NCO, seen_4NO)
+        before_N = self.before_M[:-1][rows] * self.has_before_N[rows]
+        mixed_NC, statistics = self.weights.mix(p_NC[..., None], count_2NCO, seen_3NO, before_N)
         if self.cfg.mixer == "hedge" and first < self.cfg.hedge_min_tokens:
             return p_NC, statistics
         return mixed_NC, statistics
 
     def nll(self, rows: slice, nll_N: Tensor, first: int) -> Tensor:
         """Mixed nats, float32, from the model's; the text chunk begins at target `first`."""
-        total_NO, count_NO, top_NO = self.seen_3NO[:, rows].long()
-        p_N1 = (-nll_N.double()).exp()[:, None]
-        p_N1, statistics = self.mix(p_N1, count_NO[:, None], torch.stack([total_NO, top_NO]), first)
+        self.before_M[1:][rows] = nll_N.double()
+        p_N1, seen_5NO = (-nll_N.double()).exp()[:, None], self.seen_5NO[:, rows].long()
+        p_N1, statistics = self.mix(p_N1, seen_5NO[3:, :, None], seen_5NO[:3], rows, first)
         self.weights.statistics += statistics
         return -p_N1[:, 0].log().float()
 
@@ -7973,20 +8026,18 @@ class TextMixer:
 
     def log_probs(self, logits_NV: Tensor, index_N1: Tensor) -> Tensor:
         """Log-probabilities (N, V) of all tokens as targets of these indices, by plain counting."""
-        hashes, size = list(self.context_hashes()), logits_NV.size(1)
-        count_NOV = [
-            [
-                torch.bincount(
-                    self.ids[1 : index + 1][hash_N[:index] == hash_N[index]], minlength=size
-                )
-                for hash_N in hashes
-            ]
-            for index in index_N1[:, 0].tolist()
-        ]
-        count_NVO = torch.stack([torch.stack(row, 1) for row in count_NOV])
-        seen_2NO = torch.stack([count_NVO.sum(1), count_NVO.amax(1)])
-        first = int(index_N1.min())
-        return self.mix(logits_NV.double().softmax(1), count_NVO, seen_2NO, first)[0].log()
+        hashes, (N, V), counts, ages = dict(self.context_hashes()), logits_NV.shape, [], []
+        for index, order in itertools.product(index_N1[:, 0].tolist(), self.cfg.mixer_contexts):
+            place_M = (hashes[order][:index] == hashes[order][index]).nonzero()[:, 0]
+            token_M = self.ids[1 + place_M]
+            counts += [torch.bincount(x, minlength=V) for x in (token_M, token_M[-1:])]
+            ages.append((index - place_M[-1:]).sum())
+        count_2NVO = torch.stack(counts).view(N, -1, 2, V).permute(2, 0, 3, 1)
+        total_NO, top_NO = count_2NVO[0].sum(1), count_2NVO[0].amax(1)
+        seen_3NO = torch.stack([total_NO, top_NO, torch.stack(ages).view_as(total_NO)])
+        rows = np.searchsorted(self.index_N, index_N1[:, 0].cpu().numpy())
+        p_NV, first = logits_NV.double().softmax(1), int(index_N1.min())
+        return self.mix(p_NV, count_2NVO, seen_3NO, rows, first)[0].log()
 
 
 # --- 13. Generation ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import MakeRun
-from train_gpt import Config, Hedge, Mixer, NgramCounts, Run
+from tests.plain_backoff import PlainBackoff
+from train_gpt import BOS_ID, Backoff, Config, Hedge, Mixer, NgramCounts, Run
 
 V, NUM_TOKENS = 12, 700
 HEDGE = {"mixer": "hedge", "hedge_min_tokens": 50}
@@ -37,8 +39,10 @@ class Text(NamedTuple):
     logits_NV: Tensor  # row i predicts ids[i + 1]
 
     def context(self, width: int) -> Tensor:
-        padded = torch.cat([torch.zeros(width - 1, dtype=torch.int64), self.ids])
-        return padded.unfold(0, width, 1)
+        """The number of each token's document, then the last tokens up to it."""
+        padded = torch.cat([torch.zeros(width - 2, dtype=torch.int64), self.ids])
+        document = V + (self.ids == BOS_ID).cumsum(0)
+        return torch.cat([document[:, None], padded.unfold(0, width - 1, 1)], 1)
 
 
 def make_text(num_tokens: int = NUM_TOKENS, seed: int = 0) -> Text:
@@ -201,23 +205,27 @@ def reference_counts(ids: list[int], order: int) -> dict[tuple[int, ...], Counte
 
 
 def check_counts(counts: NgramCounts, ids: list[int], text: Text) -> None:
-    context_NK = text.context(len(counts.history_K))
-    hash_NO, total_NO, top_NO, token_NO = counts.look_up(context_NK)
+    seen_6NO = counts.look_up(context_NK := text.context(len(counts.history_K) + 1))
+    _, total_NO, top_NO, token_NO, last_NO, age_NO = seen_6NO
     every = torch.arange(V).expand(len(context_NK), -1)
-    count_NCO = counts.count(hash_NO, every)
-    for column, order in enumerate(counts.orders):
-        reference = reference_counts(ids, order)
-        for row, context in enumerate(context_NK.tolist()):
-            expected = reference.get(tuple(context[len(context) - order :]), Counter())
-            assert count_NCO[row, :, column].tolist() == [expected[token] for token in range(V)]
-            assert total_NO[row, column] == expected.total()
-            if expected:  # of the most frequent ones, the largest token
-                top, token = max((count, token) for token, count in expected.items())
-                assert int(top_NO[row, column]) == top
-                assert int(token_NO[row, column]) == token
+    count_NCO, is_last_NCO = counts.count(seen_6NO, every)
+    plain = PlainBackoff([*counts.orders], max(ids, text.ids.tolist(), key=len))
+    for place in range(len(ids)):
+        plain.count(place)
+    for row, column in itertools.product(range(len(context_NK)), range(len(counts.orders))):
+        followers = plain.followers[plain.context(counts.orders[column], row + 1)]
+        expected = Counter(token for _, token in followers)
+        assert count_NCO[row, :, column].tolist() == [expected[token] for token in range(V)]
+        assert total_NO[row, column] == expected.total()
+        if expected:  # of the most frequent ones, the largest token
+            top, token = max((count, token) for token, count in expected.items())
+            assert (int(top_NO[row, column]), int(token_NO[row, column])) == (top, token)
+            place, last = followers[-1]
+            assert (int(age_NO[row, column]), int(last_NO[row, column])) == (len(ids) - place, last)
+            assert is_last_NCO[row, :, column].nonzero().tolist() == [[last]]
 
 
-def some_counts(bits: int = 16, orders: tuple[int, ...] = (0, 1, 2, 5)) -> NgramCounts:
+def some_counts(bits: int = 16, orders: tuple[int, ...] = (-3, -1, 0, 1, 2, 5)) -> NgramCounts:
     return NgramCounts(orders, V, bits, torch.device("cpu"))
 
 
@@ -250,10 +258,10 @@ def test_a_table_that_fills_up_begins_anew(make_run: MakeRun):
         starts += [start] if int(counts.keys.count_nonzero()) < before else []
         assert int(counts.keys.count_nonzero()) <= 512
     assert len(starts) > 1
-    hash_NO, total_NO, *_ = counts.look_up(text.context(5))
-    total = counts.count(hash_NO, torch.arange(V).expand(3000, -1)).sum(1)
-    assert torch.equal(total, total_NO)
-    assert int(total_NO[0, 0]) == 3000 - starts[-1]
+    seen_6NO = counts.look_up(text.context(6))
+    total = counts.count(seen_6NO, torch.arange(V).expand(3000, -1))[0].sum(1)
+    assert torch.equal(total, seen_6NO[1])
+    assert int(seen_6NO[1, 0, counts.orders.index(0)]) == 3000 - starts[-1]
     mixer = make_mixer(make_run, **METHODS["all"], ngram_table_bits=10)
     stream(mixer, text, 2900, chunk=20)
     logp = mixer.log_probs(text.logits_NV[2900:], text.context(mixer.num_context)[2900:2999])
@@ -328,31 +336,20 @@ def test_hedge_is_the_published_mixture(make_run: MakeRun):
     torch.testing.assert_close(learned, torch.tensor(log_weights), rtol=0, atol=1e-5)
 
 
-def kind_of(counts: Counter[int]) -> tuple[int, int]:
-    share = max(counts.values()) / counts.total()
-    return min(counts.total(), 3), sum(share > bound for bound in (0.25, 0.5, 0.75, 0.95))
-
-
-def test_backoff_is_a_chain_of_two_way_mixtures(make_run: MakeRun):
+def test_backoff_is_a_chain_of_two_way_mixtures(make_run: MakeRun, monkeypatch):
+    monkeypatch.setattr(Backoff, "AGES", (20, 60))
     text, mixer, chunk = make_text(), make_mixer(make_run, **BACKOFF), 100
     nll, p_NV = stream(mixer, text, 500, chunk), plain_probabilities(text)
-    posterior, number = Counter[Any](), Counter[Any]()
+    plain = PlainBackoff([-3, -2, -1, 1, 2, 3, 5], text.ids.tolist())
     for i in range(500):
-        if i % chunk == 0:  # tables and shares are those of the last update
-            scored = text.ids[: i + 1].tolist()
-            by_order = {n: reference_counts(scored, n) for n in (1, 2, 3, 5)}
-            learned = {kind: (0.2 + posterior[kind]) / (4.2 + number[kind]) for kind in number}
-        p, target = float(p_NV[i, text.ids[i + 1]]), int(text.ids[i + 1])
-        for order, contexts in by_order.items():
-            context = tuple(([0] * 5 + text.ids[: i + 1].tolist())[-order:])
-            if counts := contexts.get(context):
-                kind = (order, kind_of(counts))
-                part = learned.get(kind, 1 / 21) * counts[target] / counts.total()
-                p = (1 - learned.get(kind, 1 / 21)) * p + part
-                posterior[kind] += part / p  # type: ignore[assignment]
-                number[kind] += 1
+        if i % chunk == 0:  # tables and weights are those of the last update
+            for place in range(max(0, i - chunk + 1), i + 1):
+                plain.count(place)
+            plain.update()
+            counted = i + 1
+        p = plain.mix(float(p_NV[i, text.ids[i + 1]]), i + 1, counted, 0.0)
         assert float(nll[i]) == pytest.approx(-math.log(p), abs=1e-5)
-    assert len(number) > 12
+    assert len(plain.sums) > 60
 
 
 @pytest.mark.parametrize("share, min_count", [(0.6, 1), (0.8, 3), (1.0, 2)])

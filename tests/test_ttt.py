@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import math
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 import train_gpt
 from records import audit
 from tests.conftest import MakeRun, TinyData, environment, random_model, tiny_config
+from tests.plain_backoff import PlainBackoff
 from tests.processes import (
     SCRIPT,
     Result,
@@ -36,12 +36,14 @@ from tests.processes import (
 from train_gpt import (
     BOS_ID,
     GPT,
+    Backoff,
     EvalPlanner,
     EvalRunner,
     EvalStep,
     Run,
     Scorer,
     StateUpdate,
+    TextMixer,
     Validation,
     Window,
     document_bounds,
@@ -357,39 +359,87 @@ def test_ngrams_may_not_be_mixed_in_twice_or_before_the_model_has_scored(make_ru
 
 
 def test_mixing_afterwards_scores_as_the_formula_does_in_the_order_of_the_text(
-    make_run: MakeRun, data
+    make_run: MakeRun, data, monkeypatch
 ):
+    monkeypatch.setattr(Backoff, "AGES", (10, 40))
     run, ids = make_run(**METHODS["lora_mixer"] | {"mixer_orders": "2"}), text_of(data)
     assert run.cfg.mixes_afterwards
     model = random_model(run.cfg)
     mixed = nats_of(run, model, ids)
     run.cfg = dataclasses.replace(run.cfg, mixer="none")
-    model_T = nats_of(run, model, ids)
-    # One order: p <- (1 - w) * p + w * count / total, w by class of the context.
-    counts: dict[tuple[int, int], Counter[int]] = {}
-    expected, produced, seen = [], defaultdict[Any, float](float), Counter[Any]()
-    for start in range(0, len(model_T), T):
-        chunk = range(start, min(start + T, len(model_T)))
-        gained, met = defaultdict[Any, float](float), Counter[Any]()
-        for target in chunk:
-            p = math.exp(-model_T[target])
-            context = (int(ids[target - 1]) if target else 0, int(ids[target]))
-            if found := counts.get(context):
-                total, top = sum(found.values()), max(found.values())
-                share = sum(top / total > bound for bound in (0.25, 0.5, 0.75, 0.95))
-                kind = (share, min(total, 3))
-                w = (produced[kind] + 0.2) / (seen[kind] + 4.2)
-                part = w * found[int(ids[target + 1])] / total
-                p = part + (1 - w) * p
-                gained[kind] += part / p
-                met[kind] += 1
-            expected.append(-math.log(p))
-            counts.setdefault(context, Counter())[int(ids[target + 1])] += 1
-        for kind, part in gained.items():
-            produced[kind] += part
-        seen.update(met)
+    model_T, expected = nats_of(run, model, ids), []
+    plain = PlainBackoff([-3, -2, -1, 2], ids.tolist())
+    for target in range(len(model_T)):
+        if target and target % T == 0:
+            plain.update()
+        before = model_T[target - 1] if ids[target] != BOS_ID else 0.0
+        p = plain.mix(math.exp(-model_T[target]), target + 1, target + 1, before)
+        expected.append(-math.log(p))
+        plain.count(target + 1)
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     assert np.abs(mixed - model_T).max() > 0.01
+    assert len(plain.sums) > 40
+
+
+def text_mixers(make_run: MakeRun, ids: np.ndarray, world_size: int = 1) -> list[Any]:
+    """A TextMixer for each rank, which has every so many of the documents of `ids`."""
+    document_T = np.cumsum(ids[:-1] == BOS_ID)
+    mixers = []
+    for rank in range(world_size):
+        run = make_run(**METHODS["lora_mixer"] | {"mixer_orders": "1-3,6"})
+        mixers.append(TextMixer(run, ids, np.flatnonzero(document_T % world_size == rank)))
+    return mixers
+
+
+def mix_text(mixers: list[Any], model_T: np.ndarray) -> np.ndarray:
+    """The mixed nats of a text from the model's, in chunks of T targets."""
+    mixed_T = np.zeros_like(model_T)
+    for first in range(0, len(model_T), T):
+        for mixer in mixers:
+            rows = mixer.rows_of((first, first + T))
+            index_N = mixer.index_N[rows]
+            mixed_T[index_N] = mixer.nll(rows, torch.from_numpy(model_T[index_N]), first)
+        statistics = sum(mixer.weights.statistics for mixer in mixers)
+        for mixer in mixers:
+            mixer.weights.update_weights(statistics)
+            mixer.weights.statistics = torch.zeros_like(statistics)
+    return mixed_T
+
+
+def repetitive_text(num_tokens: int = 1500) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of documents that repeat themselves and each other, and nats of a model."""
+    generator = np.random.default_rng(0)
+    phrases = generator.integers(2, 30, size=(9, 8))
+    ids = phrases[generator.integers(9, size=num_tokens // 8 + 1)].flatten()[: num_tokens + 1]
+    ids[generator.random(num_tokens + 1) < 0.1] = 7
+    ids[[0, 90, 500, 501, 800]] = BOS_ID
+    return ids, (4 * generator.random(num_tokens)).astype(np.float32)
+
+
+def test_mixing_afterwards_is_the_same_to_the_bit_on_any_number_of_ranks(make_run: MakeRun):
+    ids, model_T = repetitive_text()
+    one = mix_text(text_mixers(make_run, ids), model_T)
+    assert one[700:].mean() < model_T[700:].mean() - 0.5
+    for world_size in (2, 3):
+        several = mix_text(text_mixers(make_run, ids, world_size), model_T)
+        np.testing.assert_array_equal(several, one)
+
+
+def test_the_mixed_distribution_depends_on_the_text_before_the_target_alone(make_run: MakeRun):
+    ids, model_T = repetitive_text()
+    index_N1 = torch.tensor([[5], [90], [600], [601], [1203]])
+    logits_NV = torch.randn(5, tiny_config().vocab_size, generator=torch.Generator().manual_seed(1))
+    (mixer,) = text_mixers(make_run, ids)
+    mixed_T = mix_text([mixer], model_T)
+    before_NV = mixer.log_probs(logits_NV, index_N1)
+    assert (before_NV.exp().sum(1) - 1).abs().max() < 1e-12
+    for row, index in enumerate(index_N1[:, 0].tolist()):
+        (changed,) = text_mixers(make_run, np.r_[ids[: index + 1], ids[index + 1 :][::-1]])
+        other_T = np.r_[model_T[:index], model_T[index:][::-1]]
+        np.testing.assert_array_equal(mix_text([changed], other_T)[:index], mixed_T[:index])
+        changed.weights = mixer.weights
+        after_NV = changed.log_probs(logits_NV[row : row + 1], index_N1[row : row + 1])
+        torch.testing.assert_close(after_NV[0], before_NV[row], rtol=0, atol=0)
 
 
 def test_the_first_documents_choose_the_learning_rate_by_what_was_scored_before(

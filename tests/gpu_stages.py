@@ -112,7 +112,7 @@ def peaks_of(cfg: t.Config, *, whole: bool) -> dict[str, tuple[float, float]]:
 def memory_section(recipe: str, knobs: dict[str, str], *, small: bool) -> list[str]:
     """The peak of each stage, and what fits in cards."""
     cfg = gpu_sim.simulated_config(recipe, small, GPTQ_CALIBRATION_BATCHES="1", **knobs)
-    micro = 32 if small else SMALL_MICRO_BATCH
+    micro = 128 if small else SMALL_MICRO_BATCH
     fewer = {"micro_batch_tokens": micro, "train_batch_tokens": gpu_sim.WORLD_SIZE * micro}
     peaks = peaks_of(cfg, whole=True)
     low = peaks_of(dataclasses.replace(cfg, **fewer), whole=False)  # type: ignore[arg-type]

@@ -503,6 +503,18 @@ class SimulatedRun:
         stride = self.cfg.eval_stride or self.cfg.score_seq_len
         t.evaluate(self.run, self.model, text, stride, adaptive=True)
 
+    def adapter_step(self) -> None:
+        """The second chunk of all documents that are adapted side by side."""
+        shape = self.cfg.ttt_batch_size, self.cfg.ttt_chunk_size
+        ids_BT = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+        batch = t.Batch(ids_BT, ids_BT, 0, None, torch.ones(shape, device=DEVICE))
+        self.model.schedule = self.model.schedules[-1]
+        with t.restore_model_after(self.cfg, self.model):
+            trainer = t.AdapterTrainer(self.run, self.model, len(ids_BT))
+            trainer.step(batch, len(ids_BT))
+            self.gpu.reset()
+            trainer.step(batch, len(ids_BT))
+
     def step_cost(self) -> None:
         """The measurement of a step's cost before the passes."""
         if not self.cfg.adapts:

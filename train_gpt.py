@@ -566,7 +566,7 @@ class Config:
     def rotary_bytes(self) -> int:
         """Memory of the two float32 rotary tables, for training and for the longest context."""
         longest = max(self.train_seq_len, self.score_seq_len)
-        return 4 * self.rotary_dims * (self.train_seq_len + longest)
+        return 6 * self.rotary_dims * (self.train_seq_len + longest)
 
     @property
     def score_seq_len(self) -> int:
@@ -2310,7 +2310,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotary_table(cfg: Config, num_positions: int, span: Span | None = None) -> Tensor:
-    """Cosines and sines of RoPE, (2, num_positions, ROPE_DIMS / 2), float32 (arXiv:2104.09864).
+    """Cosines, sines and negative sines of RoPE, float32 (arXiv:2104.09864).
+
+    The shape is (3, num_positions, ROPE_DIMS / 2).
 
     With `span`, those of the positions from span[0] to span[1], which may lie beyond the table.
     """
@@ -2324,18 +2326,21 @@ def rotary_table(cfg: Config, num_positions: int, span: Span | None = None) -> T
     dtype = torch.float64 if span else torch.float32
     position_T = torch.arange(*span or (0, num_positions), dtype=dtype, device="cpu")
     angle_TE = torch.outer(position_T, frequency.to(dtype))
-    return torch.stack([angle_TE.cos(), angle_TE.sin()]).float()
+    return torch.stack([angle_TE.cos(), angle_TE.sin(), -angle_TE.sin()]).float()
 
 
-def apply_rotary_emb(x_BTHE: Tensor, rotary_2TE: Tensor) -> Tensor:
+def apply_rotary_emb(x_BTHE: Tensor, rotary_3TE: Tensor) -> Tensor:
     """Rotate the first R = ROPE_DIMS channels of each head; channel i is paired with i + R / 2.
 
-    rotary_2TE holds cosines and sines, with E = R / 2.
+    rotary_3TE is that of rotary_table, with E = R / 2.
     """
-    half = rotary_2TE.size(-1)
-    cos, sin = rotary_2TE[:, :, None].to(x_BTHE.dtype)
-    first, second, rest = torch.split(x_BTHE, [half, half, x_BTHE.size(-1) - 2 * half], dim=-1)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
+    half = rotary_3TE.size(-1)
+    rotary_3T1E = rotary_3TE[:, :, None].to(x_BTHE.dtype)
+    cos_T11E, sin_T12E = rotary_3T1E[0, :, None], rotary_3T1E[1:].permute(1, 2, 0, 3)
+    turned, rest = torch.split(x_BTHE, [2 * half, x_BTHE.size(-1) - 2 * half], dim=-1)
+    pair_BTH2E = torch.unflatten(turned, -1, (2, half))
+    pair_BTH2E = pair_BTH2E * cos_T11E + pair_BTH2E.flip(-2) * sin_T12E
+    return torch.cat([pair_BTH2E.flatten(-2), rest], dim=-1)
 
 
 def fake_quantize(weight_OI: Tensor, bits: int) -> Tensor:
@@ -2369,8 +2374,12 @@ class CastedLinear(nn.Linear):
         """W x, and the adapter's output; `scale_O` multiplies the rows of W."""
         weight_OI = fake_quantize(self.weight, self.qat_bits)
         weight_OI = weight_OI if scale_O is None else scale_O[:, None] * weight_OI
-        y = F.linear(x, weight_OI.to(x.dtype))
-        return y if self.adapter is None else self.adapter(x, y)
+        weight_OI = weight_OI.to(x.dtype)
+        if self.adapter is None:
+            return F.linear(x, weight_OI)
+        if is_eager_on_gpu(x) and isinstance(self.adapter, BatchedLoRA):
+            return self.adapter(x, None, weight_OI)
+        return self.adapter(x, F.linear(x, weight_OI))
 
 
 def is_compiled_for_gpu(x: Tensor) -> bool:
@@ -2381,11 +2390,17 @@ def is_compiled_for_gpu(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.is_cuda
 
 
+def is_eager_on_gpu(x: Tensor) -> bool:
+    """Whether x is on a GPU without compilation, where few launches of kernels matter."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
 class BatchedLoRA(nn.Module):
     """LoRA with its own matrices A, B for each batch row: y_b + alpha / R * x_b A_b^T B_b^T.
 
     B starts at zero. The transposes are stored, because autograd computes their gradients without
-    copies. Rows of a batch use the pairs from `first_row` on. Source: arXiv:2106.09685.
+    copies. Rows of a batch use the pairs from `first_row` on. Both have the dtype of x: see
+    AdapterTrainer. Source: arXiv:2106.09685.
     """
 
     first_row = 0
@@ -2396,12 +2411,38 @@ class BatchedLoRA(nn.Module):
         self.down_BIR = nn.Parameter(down_RI.T.repeat(num_rows, 1, 1))
         self.up_BRO = nn.Parameter(down_RI.new_zeros(num_rows, R, num_outputs))
 
-    def forward(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+    def forward(
+        self, x_BTI: Tensor, y_BTO: Tensor | None, weight_OI: Tensor | None = None
+    ) -> Tensor:
+        """The adapted y, or the adapted product of the frozen weight and x."""
         weights: list[Tensor] = [self.down_BIR, self.up_BRO]
         if len(x_BTI) < len(self.down_BIR):  # the gradient of a slice is a copy of the whole
             weights = [w[self.first_row : self.first_row + len(x_BTI)] for w in weights]
-        down_BIR, up_BRO = (w.to(x_BTI.dtype) for w in weights)
+        if y_BTO is None:
+            args = (x_BTI, weight_OI, *weights, self.scale)
+            return AdaptedProduct.apply(*args)  # type: ignore[no-untyped-call]
+        down_BIR, up_BRO = weights
         return torch.baddbmm(y_BTO, torch.bmm(x_BTI, down_BIR), up_BRO, alpha=self.scale)
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """A frozen linear layer with LoRA; its backward pass adds gradients up inside of products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, *lora: Any) -> Tensor:
+        down, up, ctx.scale = lora
+        h_BTR = torch.bmm(x, down)
+        ctx.save_for_backward(x, weight_OI, down, up, h_BTR)
+        return torch.baddbmm(F.linear(x, weight_OI), h_BTR, up, alpha=ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight_OI, down, up, h_BTR = ctx.saved_tensors
+        product = functools.partial(torch.baddbmm, alpha=ctx.scale)
+        grad_h_BTR = torch.bmm(grad, up.mT)
+        grad_x = product(grad @ weight_OI, grad_h_BTR, down.mT)
+        grad_down = product(down, x.mT, grad_h_BTR, beta=0)
+        return grad_x, None, grad_down, product(up, h_BTR.mT, grad, beta=0), None
 
 
 class Embedding(nn.Embedding):
@@ -2545,10 +2586,38 @@ def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     Source: arXiv:2603.09078. With grouped queries, all G heads of a group share that vector.
     """
     y_BTKGE, v_BTK1E = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3)), v_BTKE[:, :, :, None]
-    product_BTKG1 = (y_BTKGE * v_BTK1E).sum(dim=-1, keepdim=True, dtype=torch.float32)
-    square_BTK11 = v_BTK1E.square().sum(dim=-1, keepdim=True, dtype=torch.float32)
-    factor_BTKG1 = (product_BTKG1 / square_BTK11.clamp(min=1e-24)).to(y_BTHE.dtype)
-    return (y_BTKGE - factor_BTKG1 * v_BTK1E).view_as(y_BTHE)
+    if is_eager_on_gpu(y_BTHE):
+        rest_BTKGE = Rejection.apply(y_BTKGE, v_BTK1E)  # type: ignore[no-untyped-call]
+    else:
+        rest_BTKGE, *_ = reject(y_BTKGE, v_BTK1E)
+    return rest_BTKGE.view_as(y_BTHE)
+
+
+def reject(y: Tensor, v: Tensor, square: Tensor | None = None) -> tuple[Tensor, ...]:
+    """y without its component along v, that component, its factor of v, and |v|^2."""
+    product = (y * v).sum(dim=-1, keepdim=True, dtype=torch.float32)
+    if square is None:
+        square = v.square().sum(dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-24)
+    factor = (product / square).to(y.dtype)
+    along = factor * v
+    return y - along, along, factor, square
+
+
+class Rejection(torch.autograd.Function):
+    """`reject` with a backward pass of half as many operations, for a GPU without compilation."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, v: Tensor) -> Tensor:
+        rest, *parts = reject(y, v)
+        ctx.save_for_backward(v, rest, *parts)
+        return rest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        v, rest, along, factor, square = ctx.saved_tensors
+        grad_y, _, grad_factor, _ = reject(grad, v, square)
+        by_v = torch.addcmul(grad_factor * (along - rest), factor, grad, value=-1)
+        return grad_y, by_v.sum(dim=-2, keepdim=True)
 
 
 # Tokens before a position that its embedding depends on: SmearGate reads the previous token's
@@ -2606,7 +2675,7 @@ class BlockInputs(NamedTuple):
     """Inputs of a block besides the residual stream; C = K * E."""
 
     x0_BTD: Tensor  # normalized embedding
-    rotary_2TE: Tensor
+    rotary_3TE: Tensor
     mask: Any  # result of the attention backend's `prepare`
     first_block_v_BTC: Tensor | None  # values of block 0, for VALUE_RESIDUAL=resformer or vrl
     shared_v_BTC: Tensor | None  # shared value embedding
@@ -2648,10 +2717,12 @@ class CausalSelfAttention(nn.Module):
         v_BTC = self.values(v_BTC, inputs, scalars)
         heads = (-1, self.head_dim)
         q_BTHE, k_BTKE, v_BTKE = [torch.unflatten(x, -1, heads) for x in (q_BTD, k_BTC, v_BTC)]
-        q_BTHE, k_BTKE, all_v_BTKE = rms_norm(q_BTHE), rms_norm(k_BTKE), v_BTKE
-        q_BTHE = apply_rotary_emb(q_BTHE, inputs.rotary_2TE)
+        qk, sizes, all_v_BTKE = [q_BTHE, k_BTKE], [q_BTHE.size(2), k_BTKE.size(2)], v_BTKE
+        if not torch.compiler.is_compiling():  # half as many operations
+            qk = [torch.cat(qk, dim=2)]
+        qk = [apply_rotary_emb(rms_norm(x), inputs.rotary_3TE) for x in qk]
+        q_BTHE, k_BTKE = qk if len(qk) == 2 else torch.split(qk[0], sizes, dim=2)
         q_BTHE = q_BTHE * self.q_gain.to(n_BTD.dtype)[:, None]
-        k_BTKE = apply_rotary_emb(k_BTKE, inputs.rotary_2TE)
         if inputs.kv_cache is not None:
             k_BTKE, all_v_BTKE = inputs.kv_cache.append(k_BTKE, v_BTKE)
         y_BTHE = self.attend(q_BTHE, k_BTKE, all_v_BTKE, inputs.mask)
@@ -3194,18 +3265,18 @@ class GPT(nn.Module):
         T = ids_BT.size(1)
         length, capacity = (T, T) if past is None else (past.length, past.capacity)
         # The capacity chooses the table of P positions: angles must not change as the cache grows.
-        table_2PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
-        assert capacity <= table_2PE.size(1), "longer than EVAL_SEQ_LEN"
+        table_3PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
+        assert capacity <= table_3PE.size(1), "longer than EVAL_SEQ_LEN"
         if mask is None:
             mask = self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T)
-        rotary_2TE = table_2PE[:, :T]
+        rotary_3TE = table_3PE[:, :T]
         if past is not None and past.num_dropped + length > T:
             stop = past.num_dropped + length
-            table = rotary_table(self.cfg, table_2PE.size(1), (stop - T, stop))
-            rotary_2TE = table.to(x0_BTD.device)
+            table = rotary_table(self.cfg, table_3PE.size(1), (stop - T, stop))
+            rotary_3TE = table.to(table_3PE)
         inputs = BlockInputs(
             x0_BTD=x0_BTD,
-            rotary_2TE=rotary_2TE,
+            rotary_3TE=rotary_3TE,
             mask=mask,
             first_block_v_BTC=None,
             shared_v_BTC=self.shared_values(ids_BT),
@@ -7085,8 +7156,16 @@ class EvalRunner:
 
 @contextlib.contextmanager
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
-    """Context in which a pass may change the model; afterwards it is restored to the bit."""
-    before = [(param, param.detach().clone()) for param in model.parameters()]
+    """Context in which a pass may change the model; afterwards it is restored to the bit.
+
+    LoRA without global phases leaves the weights as they are: they are cast once and not at each
+    use. Caps and gates are used in float32.
+    """
+    before = [(x, x.data) for x in (*model.parameters(), *model.buffers())]
+    casts = cfg.ttt_method == "lora" and not cfg.ttt_phases
+    for x, value in before:
+        narrow = casts and x is not model.caps and x is not model.skip_gates
+        x.data = value.to(model.dtype if narrow else x.dtype, copy=True)
     hashes = model.hashes
     compiled = (model.run_block, model.blend_skip, model.nll, model.prepare_mask)
     if cfg.ttt_method == "lora":  # chunks have too many different lengths for compilation
@@ -7105,8 +7184,8 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
         model.hashes = hashes
         model.run_block, model.blend_skip, model.nll, model.prepare_mask = compiled
         model.requires_grad_(True).zero_grad()
-        for param, value in before:
-            param.data.copy_(value)
+        for x, value in before:
+            x.data = value
 
 
 def fill_cache(model: GPT, cache: KVCache, rows: int) -> None:
@@ -7552,7 +7631,11 @@ class AdapterTrainer:
         # The (module, adapter) pairs of each layer call.
         self.call_adapters = [[(module, next(adapters)) for module in row] for row in modules]
         self.finished_a_sums = [torch.zeros_like(start_RI) for start_RI in self.initial_a]
-        self.params = [param for adapter in self.adapters for param in adapter.parameters()]
+        # The float32 parameters are A and B in turn. The model computes with copies in its own
+        # dtype; in float32 these are the parameters themselves.
+        both = nn.ModuleList(self.adapters)
+        self.params = [param.detach() for param in both.parameters()]
+        self.copies = [*both.to(model.dtype).parameters()]
         self.optimizer = torch.optim.AdamW(
             self.params,
             lr=max(self.lrs),
@@ -7571,10 +7654,10 @@ class AdapterTrainer:
 
     def drop_finished_rows(self, rows: int) -> None:
         """Keep the first rows of adapters and optimizer; the other documents have ended."""
-        for adapter, sum_RI in zip(self.adapters, self.finished_a_sums, strict=True):
-            sum_RI += adapter.down_BIR.detach()[rows:].sum(dim=0).T
-        for param in self.params:
-            param.data = param.data[:rows]
+        for down_BIR, sum_RI in zip(self.params[::2], self.finished_a_sums, strict=True):
+            sum_RI += down_BIR[rows:].sum(dim=0).T
+        for param, copy in zip(self.params, self.copies, strict=True):
+            param.data, copy.data = param[:rows], copy.data[:rows]
             state = self.optimizer.state[param]
             state.update({k: x[:rows] for k, x in state.items() if x.dim() == 3})
         self.rows = rows
@@ -7586,14 +7669,22 @@ class AdapterTrainer:
 
     def update(self) -> None:
         """An optimizer step; a row's update is proportional to its learning rate."""
-        before = [param.detach().clone() for param in self.params if len(self.lrs) > 1]
+        before = [param.clone() for param in self.params if len(self.lrs) > 1]
+        grads: list[Any] = [copy.grad for copy in self.copies]
+        if mixed := self.model.dtype != torch.float32:
+            narrow, grads = grads, [torch.empty_like(param) for param in self.params]
+            torch._foreach_copy_(grads, narrow)
+        for param, copy, grad in zip(self.params, self.copies, grads, strict=True):
+            param.grad, copy.grad = grad, None
         self.optimizer.step()
         self.optimizer.zero_grad()
         if before:
             frac_G = torch.tensor(self.lrs, device=before[0].device) / max(self.lrs)
             frac_B11 = frac_G.repeat(self.rows // len(self.lrs))[:, None, None]
             for param, old in zip(self.params, before, strict=True):
-                param.data = torch.lerp(old, param.data, frac_B11)
+                torch.lerp(old, param, frac_B11, out=param)
+        if mixed:
+            torch._foreach_copy_([copy.detach() for copy in self.copies], self.params)
 
     def step(self, batch: Batch, num_learning_rows: int) -> Tensor:
         """Nats of the batch before any update (B * G, T - first), then train the first rows.

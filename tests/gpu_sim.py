@@ -287,6 +287,47 @@ def replace_tensors(module: nn.Module, function: Callable[[Tensor], Tensor]) -> 
     return module
 
 
+real_rms_norm = nn.functional.rms_norm
+
+
+class FusedRmsNorm(torch.autograd.Function):
+    """RMSNorm in one kernel forward and one backward, as CUDA builds of PyTorch have it.
+
+    FakeTensors would take the formula, which is many kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y, rstd = rms_norm_forward(x)
+        ctx.save_for_backward(x, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return rms_norm_backward(grad, *ctx.saved_tensors)
+
+
+@torch.library.custom_op("gpu_sim::rms_norm_forward", mutates_args=())
+def rms_norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("gpu_sim::rms_norm_backward", mutates_args=())
+def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+rms_norm_forward.register_fake(rms_norm_forward._init_fn)
+rms_norm_backward.register_fake(rms_norm_backward._init_fn)
+
+
+def fused_rms_norm(x: Tensor, shape: Any) -> Tensor:
+    """F.rms_norm; compiled graphs have the formula, which Inductor fuses."""
+    if torch.compiler.is_compiling() or not is_on_gpu(x):
+        return real_rms_norm(x, shape)
+    return FusedRmsNorm.apply(x)
+
+
 active_gpus: list[SimulatedGpu] = []
 
 
@@ -317,6 +358,7 @@ def simulated_gpu(
         (torch.Tensor, "tolist", fake_tolist),
         (FakeTensor, "tolist", fake_tolist),
         (nn.Module, "_apply", replace_tensors),
+        (nn.functional, "rms_norm", fused_rms_norm),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "current_stream", lambda *_: None),
@@ -497,6 +539,18 @@ class SimulatedRun:
         text = self.validation(length, document_len)
         stride = self.cfg.eval_stride or self.cfg.score_seq_len
         t.evaluate(self.run, self.model, text, stride, adaptive=True)
+
+    def adapter_step(self) -> None:
+        """The second chunk of all documents that are adapted side by side."""
+        shape = self.cfg.ttt_batch_size, self.cfg.ttt_chunk_size
+        ids_BT = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+        batch = t.Batch(ids_BT, ids_BT, 0, None, torch.ones(shape, device=DEVICE))
+        self.model.schedule = self.model.schedules[-1]
+        with t.restore_model_after(self.cfg, self.model):
+            trainer = t.AdapterTrainer(self.run, self.model, len(ids_BT))
+            trainer.step(batch, len(ids_BT))
+            self.gpu.reset()
+            trainer.step(batch, len(ids_BT))
 
     def step_cost(self) -> None:
         """The measurement of a step's cost before the passes."""

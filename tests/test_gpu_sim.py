@@ -59,12 +59,21 @@ def test_a_training_step_waits_once_and_ranks_agree_on_collectives():
 
 
 def test_a_small_model_is_quantized_and_evaluated_on_the_gpu():
-    parts = ["build", "calibrate", "quantize", "columns", "score", "adapt"]
+    parts = ["build", "calibrate", "quantize", "columns", "score", "adapt", "adapter_step"]
     results = simulate("default", *TINY, "MIXER=backoff", "--parts", ",".join(parts))
-    assert sorted(r["name"] for r in results) == sorted(parts)
+    by_name = {r["name"]: r for r in results}
+    assert sorted(by_name) == sorted(parts)
     # Calibration takes twice as many pieces as a compiled pass over the same tokens.
-    (waits,) = [r["waits"] for r in results if r["name"] == "calibrate"]
+    waits = by_name["calibrate"]["waits"]
     assert [n for wait, n in waits.items() if wait.startswith("bincount")] == [2]
+    step = by_name["adapter_step"]  # 4 layer calls
+    assert 500 < step["launches"] <= 580 and not step["waits"]
+
+
+@pytest.mark.slow
+def test_an_adapter_step_of_the_default_model_takes_few_launches():
+    *_, step = simulate("default", "--full", "--parts", "build,adapter_step")
+    assert 2_100 < step["launches"] <= 2_400 and not step["waits"]
 
 
 @pytest.mark.slow
@@ -312,6 +321,60 @@ def test_lengths_counted_on_the_host_are_those_of_the_device(
     model.prepare_mask = None  # type: ignore[assignment]  # is not called
     trainer.accumulate_gradients(window_BT)
     assert len(masks) == 2  # micro-batches
+
+
+# --- Adapter steps without compilation ----------------------------------------------------------
+
+
+def gradients(function: Any, *inputs: Tensor) -> list[Tensor]:
+    """The output of a function of tensors, and its gradients by those that have one."""
+    inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+    y, generator = function(*inputs), torch.Generator().manual_seed(1)
+    y.backward(torch.randn(y.shape, generator=generator))
+    return [y, *(x.grad for x in inputs if x.grad is not None)]
+
+
+def test_rejection_has_the_gradients_of_its_formula():
+    y, v = torch.randn(2, 3, 2, 4, 8), torch.randn(2, 3, 2, 1, 8)
+    v[0, 0] = 0
+    inputs = y.requires_grad_(), v.requires_grad_()
+    found = gradients(train_gpt.Rejection.apply, *inputs)
+    expected = gradients(lambda y, v: train_gpt.reject(y, v)[0], *inputs)
+    assert len(found) == 3
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [3, 2])
+def test_the_adapted_product_is_that_of_the_layer_and_its_adapter(rows: int):
+    adapter = train_gpt.BatchedLoRA(torch.randn(2, 6), 3, 5, alpha=3.0)
+    torch.nn.init.normal_(adapter.up_BRO)
+    adapter.first_row = 3 - rows
+    x_BTI, weight_OI, outcomes = torch.randn(rows, 4, 6).requires_grad_(), torch.randn(5, 6), []
+    for function in (
+        lambda x: adapter(x, None, weight_OI),
+        lambda x: adapter(x, torch.nn.functional.linear(x, weight_OI)),
+    ):
+        adapter.zero_grad()
+        outcomes.append(gradients(function, x_BTI) + [p.grad for p in adapter.parameters()])
+    torch.testing.assert_close(*outcomes)
+
+
+@pytest.mark.parametrize("phases", ["", "1"])
+def test_a_pass_with_adapters_casts_the_weights_once(make_run: MakeRun, phases: str):
+    run = make_run(ttt_method="lora", ttt_chunk_size=8, ttt_phases=phases, asym_logit_rescale=True)
+    model = random_model(run.cfg, torch.bfloat16)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    with train_gpt.restore_model_after(run.cfg, model):
+        kept = {name for name, x in model.named_parameters() if x.dtype == torch.float32}
+        assert kept == (before.keys() if phases else {"caps", "skip_gates"} & before.keys())
+        trainer = train_gpt.AdapterTrainer(run, model, 2)
+        ids_BT = torch.randint(run.cfg.vocab_size, (2, 12))
+        trainer.step(train_gpt.Batch(ids_BT, ids_BT, 0, None, torch.ones(2, 12)), 2)
+        for param, copy in zip(trainer.params, trainer.copies, strict=True):
+            assert param.dtype == torch.float32 and torch.equal(copy, param.bfloat16())
+        assert all(param.abs().sum() > 0 for param in trainer.params)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
 @pytest.mark.parametrize("learns", [0, 2, 5])

@@ -361,7 +361,7 @@ def test_rotary_frequencies_fall_from_1_by_powers_of_the_base():
 def test_a_longer_context_slows_the_slowest_frequency_so_that_it_spans_the_text_as_before():
     cfg = tiny_config(model_dim=64, rope_dims=16)  # trained with 32 tokens
     short, long = rotary_table(cfg, 32), rotary_table(cfg, 128)
-    assert long.shape == (2, 128, 8)
+    assert long.shape == (3, 128, 8)
     assert torch.equal(rotary_table(cfg, 20), short[:, :20])  # no rescaling within the context
     assert angles(long)[0] == angles(short)[0]  # the fastest stays
     torch.testing.assert_close(4 * angles(long)[-1], angles(short)[-1])

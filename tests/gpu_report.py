@@ -374,7 +374,7 @@ def draw(reports: list[StageReport], path: Path) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_xlabel("ms a step on an H100 (computed, not measured)")
     axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 

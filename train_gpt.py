@@ -2336,11 +2336,16 @@ def apply_rotary_emb(x_BTHE: Tensor, rotary_3TE: Tensor) -> Tensor:
     """
     half = rotary_3TE.size(-1)
     rotary_3T1E = rotary_3TE[:, :, None].to(x_BTHE.dtype)
-    cos_T11E, sin_T12E = rotary_3T1E[0, :, None], rotary_3T1E[1:].permute(1, 2, 0, 3)
-    turned, rest = torch.split(x_BTHE, [2 * half, x_BTHE.size(-1) - 2 * half], dim=-1)
-    pair_BTH2E = torch.unflatten(turned, -1, (2, half))
-    pair_BTH2E = pair_BTH2E * cos_T11E + pair_BTH2E.flip(-2) * sin_T12E
-    return torch.cat([pair_BTH2E.flatten(-2), rest], dim=-1)
+    parts = [half, half, x_BTHE.size(-1) - 2 * half]
+    if is_eager_on_gpu(x_BTHE):  # the same numbers
+        turned, rest = torch.split(x_BTHE, [2 * half, parts[2]], dim=-1)
+        pair_BTH2E = torch.unflatten(turned, -1, (2, half))
+        sin_T12E = rotary_3T1E[1:].permute(1, 2, 0, 3)
+        pair_BTH2E = pair_BTH2E * rotary_3T1E[0, :, None] + pair_BTH2E.flip(-2) * sin_T12E
+        return torch.cat([pair_BTH2E.flatten(-2), rest], dim=-1)
+    first, second, rest = torch.split(x_BTHE, parts, dim=-1)
+    cos, sin, _ = rotary_3T1E
+    return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
 
 
 def fake_quantize(weight_OI: Tensor, bits: int) -> Tensor:
@@ -2718,7 +2723,7 @@ class CausalSelfAttention(nn.Module):
         heads = (-1, self.head_dim)
         q_BTHE, k_BTKE, v_BTKE = [torch.unflatten(x, -1, heads) for x in (q_BTD, k_BTC, v_BTC)]
         qk, sizes, all_v_BTKE = [q_BTHE, k_BTKE], [q_BTHE.size(2), k_BTKE.size(2)], v_BTKE
-        if not torch.compiler.is_compiling():  # half as many operations
+        if is_eager_on_gpu(n_BTD):  # half as many launches
             qk = [torch.cat(qk, dim=2)]
         qk = [apply_rotary_emb(rms_norm(x), inputs.rotary_3TE) for x in qk]
         q_BTHE, k_BTKE = qk if len(qk) == 2 else torch.split(qk[0], sizes, dim=2)

@@ -326,12 +326,12 @@ def test_lengths_counted_on_the_host_are_those_of_the_device(
 # --- Adapter steps without compilation ----------------------------------------------------------
 
 
-def gradients(function: Any, *inputs: Tensor) -> list[Tensor]:
+def gradients(function: Any, *inputs: Tensor) -> list[Tensor | None]:
     """The output of a function of tensors, and its gradients by those that have one."""
     inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
     y, generator = function(*inputs), torch.Generator().manual_seed(1)
     y.backward(torch.randn(y.shape, generator=generator))
-    return [y, *(x.grad for x in inputs if x.grad is not None)]
+    return [y, *(x.grad for x in inputs)]
 
 
 def test_rejection_has_the_gradients_of_its_formula():
@@ -357,6 +357,21 @@ def test_the_adapted_product_is_that_of_the_layer_and_its_adapter(rows: int):
         adapter.zero_grad()
         outcomes.append(gradients(function, x_BTI) + [p.grad for p in adapter.parameters()])
     torch.testing.assert_close(*outcomes)
+
+
+def test_the_formulas_of_a_gpu_without_compilation_give_the_same_numbers(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run, outcomes = make_run(ttt_method="lora", ttt_chunk_size=8, xsa_last_n=1, rope_dims=4), []
+    ids_BT = torch.randint(run.cfg.vocab_size, (2, 12))
+    batch = train_gpt.Batch(ids_BT, ids_BT, 0, None, torch.ones(2, 12))
+    for on_gpu in (False, True):
+        monkeypatch.setattr(train_gpt, "is_eager_on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
+        trainer = train_gpt.AdapterTrainer(run, random_model(run.cfg), 2)
+        outcomes.append([trainer.step(batch, 2) for _ in range(3)])
+    assert torch.equal(outcomes[0][0], outcomes[1][0])  # before any gradient
+    torch.testing.assert_close(*outcomes, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(outcomes[0][0], outcomes[0][2], atol=0.1)
 
 
 @pytest.mark.parametrize("phases", ["", "1"])

@@ -246,7 +246,7 @@ def difference(scores: Sequence[float], base: Sequence[float]) -> tuple[str, str
 
 
 def draw_budget(axes: Axes, table: Table, num_bytes: int) -> None:
-    """Draw the scores by bits per weight."""
+    """Draw the scores by bits per weight; far worse ones than all of ours are not in view."""
     shapes = table.shapes(num_bytes)
     bits = [table.bits(num_bytes, shape) for shape in shapes]
     titles = {"model": "before quantization", **TITLES}
@@ -256,6 +256,9 @@ def draw_budget(axes: Axes, table: Table, num_bytes: int) -> None:
         axes.plot(bits, [*map(statistics.fmean, scores)], style, color=color, ms=4, label=title)
         for x, values in zip(bits, scores, strict=True):
             axes.plot([x] * len(values), values, ".", color=color, ms=3, alpha=0.5)
+    shown = [s for m in ("model", "ours") for x in shapes for s in table.bpb(m, num_bytes, x)]
+    low, high = min(shown), max(shown)
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.8 * (high - low))
     axes.set_title(f"{num_bytes:,} bytes")
     axes.set_xlabel("bits per weight, whole artifact")
 

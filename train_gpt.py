@@ -7296,7 +7296,7 @@ PLANNING_FACTOR = 1.2
 # An adaptive pass must have time for this part of its training, or scoring by windows is as good.
 MIN_TRAINED_FRAC = 0.5
 # Sliding windows get this part of the time left if an adaptive pass follows.
-SLIDING_FRAC = 0.5
+SLIDING_FRAC = 0.35
 # A later pass is only tried if this many times the seconds of the disjoint windows are left.
 MIN_PASS_COST = 2.0
 

@@ -158,7 +158,8 @@ def test_with_enough_time_all_passes_run_as_configured(make_run: MakeRun, data, 
 
 
 def test_an_adaptive_pass_without_time_for_training_is_skipped(make_run, data, monkeypatch):
-    run = make_run(**{**INCREMENTAL, "ttt_chunk_size": 14}, eval_max_seconds=0.6)
+    knobs = {**INCREMENTAL, "ttt_chunk_size": 14, "ttt_grad_steps": 4}
+    run = make_run(**knobs, eval_max_seconds=0.8)
     outcome = simulate(run, monkeypatch, long_text(data), SPEEDS["constant"])
     assert outcome.last("final")["score"] == "sliding" and outcome.machine.num_trained == 0
     assert outcome.last("final")["notes"].startswith("test-time training skipped: needs")

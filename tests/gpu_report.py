@@ -36,12 +36,9 @@ import train_gpt as t
 # Rates that kernels reach on an H100 SXM, and its peak in bf16.
 MATMUL_FLOPS, PEAK_FLOPS = 650e12, 989e12  # per second
 FLASH_FORWARD_FLOPS, FLASH_BACKWARD_FLOPS = 350e12, 280e12  # FlashAttention-3, heads of 64, causal
-BYTES_PER_S = 2.8e12
 KERNEL_S = 1.5e-6  # start and end of a kernel
 # Part of the causal attention of whole rows that is left inside of FineWeb's documents.
 DOCUMENT_FRAC = 0.6
-CARDS_GB = (80, 24, 16, 8)
-RESERVED_GB = 2.0  # CUDA context, communication buffers, fragmentation
 
 H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
@@ -66,7 +63,7 @@ class Kernel:
         """Time by the roofline."""
         rates = {"flash forward": FLASH_FORWARD_FLOPS, "flash backward": FLASH_BACKWARD_FLOPS}
         rate = rates.get(self.kind, MATMUL_FLOPS)
-        return max(self.flops / rate, self.bytes / BYTES_PER_S) + KERNEL_S
+        return max(self.flops / rate, self.bytes / gpu_sim.BYTES_PER_S) + KERNEL_S
 
 
 @dataclasses.dataclass
@@ -275,7 +272,7 @@ def report_stage(simulated: gpu_sim.SimulatedRun, stage: t.TrainStage) -> StageR
         kind = "optimizer" if is_optimizer else "eager product" if flops else "eager"
         if name.endswith(" outside"):  # autograd's thread has no line of the script
             kind = "eager backward"
-        seconds = max(flops / MATMUL_FLOPS, num_bytes / BYTES_PER_S)
+        seconds = max(flops / MATMUL_FLOPS, num_bytes / gpu_sim.BYTES_PER_S)
         seconds += gpu.launches_of[name] * KERNEL_S
         add(kind, gpu.launches_of[name], flops, num_bytes, seconds)
         text = f"{gpu.launches_of[name]} x {name}, {num_bytes / 1e6:.0f} MB in all"
@@ -301,10 +298,10 @@ def micro_batches(report: StageReport, cfg: t.Config) -> dict[int, int]:
     micro = min(report.tokens, cfg.micro_batch_tokens)
     per_token = (report.peak_gb - report.live_gb) / micro
     return {
-        card: int((card * 2**30 / 1e9 - RESERVED_GB - report.live_gb) / per_token)
+        card: int((card * 2**30 / 1e9 - gpu_sim.RESERVED_GB - report.live_gb) / per_token)
         // report.stage.seq_len
         * report.stage.seq_len
-        for card in CARDS_GB
+        for card in gpu_sim.CARDS_GIB
     }
 
 
@@ -320,7 +317,8 @@ def render(recipe: str, cfg: t.Config, reports: list[StageReport], picture: str)
         "Computed by `make gpu-report`, not measured: FakeTensors, the Triton code that Inductor "
         "generates for sm_90, and a roofline. One rank of 8, "
         f"{reports[0].tokens:,} tokens. Rates: products {MATMUL_FLOPS / 1e12:.0f} TFLOP/s, "
-        f"memory {BYTES_PER_S / 1e12:.1f} TB/s, FlashAttention-3 {FLASH_FORWARD_FLOPS / 1e12:.0f} "
+        f"memory {gpu_sim.BYTES_PER_S / 1e12:.1f} TB/s, "
+        f"FlashAttention-3 {FLASH_FORWARD_FLOPS / 1e12:.0f} "
         f"and {FLASH_BACKWARD_FLOPS / 1e12:.0f} TFLOP/s (forward, backward), {KERNEL_S * 1e6:.1f} "
         f"us a launch; {DOCUMENT_FRAC:.0%} of the attention lies inside documents. Products with "
         "an epilogue are Inductor's templates (`KERNELS=auto`) and have the same rate; on a GPU "
@@ -349,8 +347,8 @@ def render(recipe: str, cfg: t.Config, reports: list[StageReport], picture: str)
     fits = micro_batches(max(reports, key=lambda report: report.peak_gb), cfg)
     lines += [
         "## Micro-batches by card", "",
-        f"The largest MICRO_BATCH_TOKENS for training, with {RESERVED_GB:.0f} GB kept free, from "
-        "the peak of the largest stage:", "",
+        f"The largest MICRO_BATCH_TOKENS for training, with {gpu_sim.RESERVED_GB:.0f} GB kept "
+        "free, from the peak of the largest stage:", "",
         "| GPU memory, GiB | MICRO_BATCH_TOKENS |", "| ---: | ---: |",
         *[f"| {card} | {tokens:,} |" for card, tokens in fits.items()], "",
     ]  # fmt: skip

@@ -72,6 +72,10 @@ from tests.flash_stubs import flash_module  # noqa: E402
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 WORLD_SIZE = 8
+# An H100 and other cards, for what is computed from a simulation.
+BYTES_PER_S = 2.8e12  # that kernels reach
+CARDS_GIB = (80, 24, 16, 8)
+RESERVED_GB = 2.0  # CUDA context, communication buffers, fragmentation
 # Views launch no kernel; most of them are marked as such in the operators' schemas.
 ALLOCATIONS = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default}
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}

@@ -25,9 +25,7 @@ import train_gpt as t
 
 # A second micro-batch, which tells what grows with its tokens.
 SMALL_MICRO_BATCH = 12_288
-CARDS_GIB = (80, 24, 16, 8)
-RESERVED_GB = 2.0  # CUDA context, communication buffers, fragmentation
-LAUNCH_S, GRAPH_KERNEL_S, BYTES_PER_S = 4.5e-6, 2e-6, 2.8e12
+LAUNCH_S, GRAPH_KERNEL_S = 4.5e-6, 2e-6
 FULL_DOCUMENTS = "adapters, documents longer than EVAL_SEQ_LEN"
 
 
@@ -122,10 +120,10 @@ def memory_section(recipe: str, knobs: dict[str, str], *, small: bool) -> list[s
         f"FlashAttention-3, MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} and TTT_BATCH_SIZE="
         f"{cfg.ttt_batch_size}.", "", "| stage | GB |", "| --- | ---: |",
         *[f"| {stage} | {peak:.1f} |" for stage, (_, peak) in peaks.items()], "",
-        f"The largest settings that fit if {RESERVED_GB:.0f} GB are kept free (those of compiled "
-        "training: see above):", "",
-        "| GPU memory, GiB | " + " | ".join(map(str, CARDS_GIB)) + " |",
-        "| --- |" + " ---: |" * len(CARDS_GIB),
+        f"The largest settings that fit if {gpu_sim.RESERVED_GB:.0f} GB are kept free (those of "
+        "compiled training: see above):", "",
+        "| GPU memory, GiB | " + " | ".join(map(str, gpu_sim.CARDS_GIB)) + " |",
+        "| --- |" + " ---: |" * len(gpu_sim.CARDS_GIB),
     ]  # fmt: skip
     for stage, (_, less) in low.items():
         per_token = (peaks[stage][1] - less) / (cfg.micro_batch_tokens - micro)
@@ -141,14 +139,15 @@ def memory_section(recipe: str, knobs: dict[str, str], *, small: bool) -> list[s
 def row_of_cards(name: str, fixed: float, each: float, unit: int) -> str:
     """A row of the table of settings: the multiples of `unit` whose GB fit in each card."""
     counts = [
-        int((card * 2**30 / 1e9 - RESERVED_GB - fixed) / each) // unit * unit for card in CARDS_GIB
+        int((card * 2**30 / 1e9 - gpu_sim.RESERVED_GB - fixed) / each) // unit * unit
+        for card in gpu_sim.CARDS_GIB
     ]
     return f"| {name} | " + " | ".join(f"{max(0, count):,}" for count in counts) + " |"
 
 
 def column_seconds(cost: gpu_sim.ColumnCost) -> float:
     """The time of the host's launches, or that of the kernels if that is longer."""
-    memory_s = cost.num_bytes / BYTES_PER_S
+    memory_s = cost.num_bytes / gpu_sim.BYTES_PER_S
     return max(cost.launches * LAUNCH_S, memory_s + cost.graph_kernels * GRAPH_KERNEL_S)
 
 
@@ -164,7 +163,7 @@ def quantization_section(recipe: str, knobs: dict[str, str], *, small: bool) -> 
         f"## Quantization: {seconds:.1f} s a try", "",
         f"Computed: {1e6 * LAUNCH_S:.1f} us a launch from the host, or, where that is longer, "
         f"{1e6 * GRAPH_KERNEL_S:.0f} us for each kernel in a CUDA graph and "
-        f"{BYTES_PER_S / 1e12:.1f} TB/s. The search for scales takes up to "
+        f"{gpu_sim.BYTES_PER_S / 1e12:.1f} TB/s. The search for scales takes up to "
         f"{t.MAX_BUDGET_TRIES} tries. Of each column:", "",
         "| matrices, rows, columns | launches | kernels in graphs | MB | ms |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -52,7 +52,7 @@ MAX_SCORE_ERROR = 1e-4  # nats between a recorded score and the distribution it 
 ROUNDING = 1e-3  # nats: what a different batch shape may change
 MIN_TARGETS = 4096  # of the text under audit
 CHECKED_PLACES = (1 / 3, 2 / 3)  # of the text, where tokens are changed
-REQUIRED = ("evaluate", "read_artifact", "StepCost", "check_sizes", "prepare_directory")
+REQUIRED = train_gpt.__all__
 
 
 @torch.no_grad()

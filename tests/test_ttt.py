@@ -853,7 +853,7 @@ def test_an_audit_refuses_what_it_cannot_audit(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "other.py").write_text("def evaluate(): ...\n")
     assert audit.main(["--artifact", "x", "--script", str(tmp_path / "other.py")]) == 2
-    assert "has no read_artifact, StepCost" in capsys.readouterr().err
+    assert "has no BOS_ID, Config, InputError" in capsys.readouterr().err
     assert audit.main(["--artifact", str(tmp_path / "none.bin")]) == 2
     assert "none.bin does not exist" in capsys.readouterr().err
 

@@ -331,12 +331,23 @@ class Config:
     muon_momentum_cooldown_frac: float = knob(
         0.0, "final fraction of training in which momentum returns to its start", low=0, high=1
     )
+    muon_fast_weight: float = knob(
+        0.0,
+        "share of a second, faster momentum in Muon's update; 0 = one momentum",
+        low=0,
+        high=0.99,
+    )
+    muon_fast_momentum: float = knob(0.85, "the faster momentum", low=0, high=0.9999)
+    muon_beta2: float = knob(
+        0.0, "NorMuon: decay of the mean squares of an update's rows; 0 = off", low=0, high=0.9999
+    )
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1, high=20)
     muon_coefficients: str = knob(
         "polar", "Newton-Schulz coefficients: classic, or Polar Express", choices=COEFFICIENTS
     )
     muon_row_norm: bool = knob(True, "normalize the update's rows before Newton-Schulz (MuonEq-R)")
     muon_wd: float = knob(0.095, "weight decay of Muon's matrices (decoupled)", low=0)
+    muon_cautious_wd: bool = knob(False, "MUON_WD only where the update also shrinks the weight")
     grad_clip_norm: float = knob(0.3, "maximum global gradient norm; 0 = no clipping", low=0)
     # Schedule
     iterations: int = knob(
@@ -352,6 +363,9 @@ class Config:
     warmdown_iters: int = knob(
         0, "warmdown in steps at the measured pace; 0 = use WARMDOWN_FRAC", unit="steps", low=0
     )
+    warmdown_power: float = knob(
+        1.0, "exponent of the warmdown; 1 = linear, 2 = quadratic", low=0.01, high=100
+    )
     min_lr: float = knob(0.1, "final learning rate as a fraction of the peak", low=0, high=1)
     averaging: str = knob("ema", "weights to export: last or averaged", choices=AVERAGES)
     ema_decay: float = knob(0.9965, "EMA decay per step", low=0, high=0.999999)
@@ -362,6 +376,14 @@ class Config:
         0.1, "final fraction of training whose steps AVERAGING=tail averages", low=0, high=1
     )
     swa_every: int = knob(50, "steps between weights collected by SWA", unit="steps", low=1)
+    deep_supervision: float = knob(
+        0.0,
+        "weight of a second loss, of the stream after half of the layer calls; part of train_loss",
+        low=0,
+    )
+    deep_supervision_frac: float = knob(
+        0.5, "initial fraction of training with that loss", low=0, high=1
+    )
     late_qat_threshold: float = knob(
         0.0,
         "fake quantization while the learning rate multiplier is below this; 0 = off",
@@ -911,7 +933,7 @@ MAX_ITERS=ITERATIONS NUM_STEPS=ITERATIONS NUM_EPOCHS=ITERATIONS,MAX_WALLCLOCK_SE
 MAX_SECONDS=MAX_WALLCLOCK_SECONDS SEQ_LEN=TRAIN_SEQ_LEN BLOCK_SIZE=TRAIN_SEQ_LEN
 CONTEXT_LENGTH=TRAIN_SEQ_LEN ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN ROPE_YARN=ROPE_SCALING
 N_LAYER=NUM_LAYERS N_HEAD=NUM_HEADS N_EMBD=MODEL_DIM WEIGHT_DECAY=MUON_WD,ADAM_WD,EMBED_WD
-GRAD_CLIP=GRAD_CLIP_NORM MIN_LR_FRAC=MIN_LR DROPOUT=- MUON_BETA2=- CROWN_Q_LAMBDA=-
+GRAD_CLIP=GRAD_CLIP_NORM MIN_LR_FRAC=MIN_LR DROPOUT=- CROWN_Q_LAMBDA=-
 CASEOPS_ENABLED=DATA_PATH VAL_BATCH_TOKENS=VAL_BATCH_SIZE MATRIX_BITS=ATTN_BITS,MLP_BITS
 MATRIX_CLIP_SIGMAS=CLIP_SIGMAS ATTN_CLIP_SIGMAS=CLIP_SIGMAS MLP_CLIP_SIGMAS=CLIP_SIGMAS
 EMBED_CLIP_SIGMAS=CLIP_SIGMAS ROW_SCALES=ROW_STEPS GATED_ATTN_ENABLED=ATTN_GATE
@@ -3090,7 +3112,7 @@ class GPT(nn.Module):
         self.tok_emb = Embedding(cfg.vocab_size, D)
         self.blocks = nn.ModuleList(Block(cfg, i, attention) for i in range(cfg.num_layers))
         self.schedules = layer_schedules(cfg)
-        self.schedule = self.schedules[-1]
+        self.schedule, self.deep_supervision = self.schedules[-1], 0.0
         skips = (sum(call.skip is not None for call in self.schedule), D)
         self.skip_weights = nn.Parameter(torch.ones(skips))
         self.skip_gates = nn.Parameter(torch.zeros(skips)) if cfg.skip_gates else None
@@ -3218,6 +3240,7 @@ class GPT(nn.Module):
         """Final residual stream after the norm (B, T, D), of tokens that continue `past`.
 
         `mask` is what the attention backend prepared for these tokens, if it is known already.
+        With deep supervision, further B rows are the stream after half of the layer calls.
 
         Order of skip and lane split, see Block.forward for the lanes themselves: with
         PARALLEL_RESIDUAL=merge the skip is applied first and the stream split afterwards, so that
@@ -3230,6 +3253,8 @@ class GPT(nn.Module):
         form = self.cfg.parallel_residual
         saved: list[Tensor] = []
         for index, call in enumerate(self.schedule):
+            if index == len(self.schedule) // 2:
+                middle_BTD = x_BTD
             if call.split_lanes and form != "merge":
                 side_BTD = x_BTD
             if call.skip is not None:
@@ -3247,7 +3272,8 @@ class GPT(nn.Module):
             x_BTD, side_BTD = self.run_block(block, (x_BTD, side_BTD), inputs, scalars)
             if call.save:
                 saved.append(x_BTD)
-        return rms_norm(x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD))
+        x_BTD = x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD)
+        return rms_norm(torch.cat([x_BTD, middle_BTD]) if self.deep_supervision else x_BTD)
 
     def merge_lanes(self, x_BTD: Tensor, side_BTD: Tensor) -> Tensor:
         """Weighted mean of the lanes: by the learned weight of `merge`, otherwise 1/2."""
@@ -3351,6 +3377,8 @@ class GPT(nn.Module):
             weight_N = torch.full_like(target_N, 1 / len(target_N), dtype=torch.float32)
         else:
             weight_N = weight_BT.flatten().float()
+        if deep := self.deep_supervision:
+            target_N, weight_N = target_N.repeat(2), torch.cat([weight_N, deep * weight_N])
         args = (x_ND, self.head_VD, self.cap, target_N, weight_N, self.nll)
         return ChunkedCrossEntropy.apply(*args)[0]  # type: ignore[no-untyped-call]
 
@@ -3803,13 +3831,15 @@ class Muon:
         for param in params:
             by_shape.setdefault(tuple(param.shape), []).append(param)
         self.stacks = sorted(by_shape.values(), key=lambda stack: -len(stack) * stack[0].numel())
-        # Momentum of each stack, padded to a multiple of the ranks. A rank updates its shard only;
+        # Momentum of each stack, padded to a multiple of the ranks; after them, if used, the fast
+        # momentum of each and the mean squares of the rows of each. A rank updates its shard only;
         # `gather_buffers` fills in the others.
         self.buffers = []
-        for stack in self.stacks:
-            padded_len = math.ceil(len(stack) / world_size) * world_size
-            buffer = torch.zeros(padded_len, *stack[0].shape, device=stack[0].device)
-            self.buffers.append(buffer)
+        kinds = [False] + [False] * (cfg.muon_fast_weight > 0) + [True] * (cfg.muon_beta2 > 0)
+        for is_of_rows, stack in itertools.product(kinds, self.stacks):
+            padded_len, (rows, columns) = math.ceil(len(stack) / world_size), stack[0].shape
+            shape = (padded_len * world_size, rows, 1 if is_of_rows else columns)
+            self.buffers.append(torch.zeros(shape, device=stack[0].device))
         self.coefficients = newton_schulz_coefficients(
             cfg.muon_coefficients, cfg.muon_backend_steps
         )
@@ -3822,7 +3852,7 @@ class Muon:
 
     def start_reduce(self) -> None:
         """Start to average the gradients over the ranks; each rank receives its shard."""
-        for stack, buffer in zip(self.stacks, self.buffers, strict=True):
+        for stack, buffer in zip(self.stacks, self.buffers, strict=False):
             grad_LOI, work = torch.stack([grad_or_zeros(param) for param in stack]), None
             if self.run.world_size > 1:
                 pad_stack = (0, 0, 0, 0, 0, len(buffer) - len(stack))
@@ -3839,20 +3869,29 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float, momentum: float, weight_decay: float) -> None:
         """Update every parameter in place, after `start_reduce`."""
-        updates = []
-        for pair, buffer in zip(self.pending, self.buffers, strict=True):
-            grad_LOI, buffer_LOI = wait_for(*pair), self.local_shard(buffer)
+        cfg, updates = self.run.cfg, []
+        for i, pair in enumerate(self.pending):
+            grad_LOI = wait_for(*pair)
+            buffer_LOI, *more = map(self.local_shard, self.buffers[i :: len(self.stacks)])
             buffer_LOI.mul_(momentum).add_(grad_LOI)
+            if cfg.muon_fast_weight:
+                add_fast_momentum(grad_LOI, more[0], cfg, momentum)
             update_LOI = grad_LOI.add_(buffer_LOI, alpha=momentum)  # Nesterov
-            if self.run.cfg.muon_row_norm:  # MuonEq-R (arXiv:2603.28254)
+            if cfg.muon_row_norm:  # MuonEq-R (arXiv:2603.28254)
                 update_LOI = F.normalize(update_LOI, dim=-1, eps=1e-7)
             update_LOI = orthogonalize(update_LOI, self.coefficients, self.run.dtype)
+            if cfg.muon_beta2:
+                update_LOI = normalize_rows(update_LOI, more[-1], cfg.muon_beta2)
             updates.append(self.gather(update_LOI))
         for stack, pair in zip(self.stacks, updates, strict=True):
             update_LOI, (rows, columns) = wait_for(*pair)[: len(stack)], stack[0].shape
             # Entries of a tall orthogonal matrix are smaller; this keeps the update's RMS equal.
             update_factor = -lr * max(1.0, rows / columns) ** 0.5
-            torch._foreach_mul_(stack, 1 - lr * weight_decay)
+            shrink: Any = 1 - lr * weight_decay
+            if cfg.muon_cautious_wd:  # arXiv:2510.12402
+                pairs = zip(stack, update_LOI, strict=True)
+                shrink = [1 - lr * weight_decay * (p_OI * u_OI > 0) for p_OI, u_OI in pairs]
+            torch._foreach_mul_(stack, shrink)
             torch._foreach_add_(stack, list(update_LOI.float()), alpha=update_factor)
         self.pending = []
 
@@ -3867,6 +3906,28 @@ class Muon:
         """Fill the momentum buffers on every rank, for a checkpoint."""
         for buffer in self.buffers:
             buffer.copy_(wait_for(*self.gather(self.local_shard(buffer))))
+
+
+def add_fast_momentum(grad_LOI: Tensor, fast_LOI: Tensor, cfg: Config, momentum: float) -> None:
+    """Update the fast momentum and add its part of a Nesterov update to the gradient, in place.
+
+    The update is the weighted sum of two exponential averages that look one step ahead
+    (KellerJordan/modded-nanogpt#340): (1 - m) (g + m B) for the rate m, the gradient g and the
+    momentum B. The scale of the sum does not matter, so it is divided by the factor of the slow
+    average, which the caller adds.
+    """
+    fast, weight = cfg.muon_fast_momentum, cfg.muon_fast_weight
+    ratio = weight / (1 - weight) * (1 - fast) / (1 - momentum)
+    fast_LOI.mul_(fast).add_(grad_LOI)
+    grad_LOI.mul_(1 + ratio).add_(fast_LOI, alpha=ratio * fast)
+
+
+def normalize_rows(update_LOI: Tensor, square_LO1: Tensor, beta2: float) -> Tensor:
+    """NorMuon (arXiv:2510.05491): rows by their root mean square over time; the norm stays."""
+    square_LO1.lerp_(update_LOI.float().square().mean(dim=-1, keepdim=True), 1 - beta2)
+    norm_L11 = update_LOI.norm(dim=(-2, -1), keepdim=True)
+    scaled_LOI = update_LOI / (square_LO1.sqrt() + 1e-10)
+    return (F.normalize(scaled_LOI.flatten(1)).view_as(scaled_LOI) * norm_L11).to(update_LOI.dtype)
 
 
 # Coefficients (a, b, c) of the iteration X -> a X + (b X X^T + c (X X^T)^2) X.
@@ -3971,11 +4032,13 @@ def make_optimizers(model: GPT, run: Run) -> tuple[torch.optim.AdamW, Muon]:
     return adam, Muon(members["matrix"], run)
 
 
-def lr_scale(progress: float, *, warmdown_frac: float, floor: float = 0.0) -> float:
-    """Learning rate multiplier at `progress` in [0, 1]: 1, then linear to 0, at least `floor`."""
+def lr_scale(
+    progress: float, *, warmdown_frac: float, floor: float = 0.0, power: float = 1.0
+) -> float:
+    """Learning rate multiplier at `progress` in [0, 1]: 1, then down to 0, at least `floor`."""
     if warmdown_frac == 0 or progress < 1 - warmdown_frac:
         return 1.0
-    return max((1 - progress) / warmdown_frac, floor)
+    return max(((1 - progress) / warmdown_frac) ** power, floor)
 
 
 def momentum_at(step: int, progress: float, cfg: Config) -> float:
@@ -4056,7 +4119,7 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
     run.log("train_end", **run.scores["train_end"])
     warn_about_average(trainer)
     trainer.averager.export_()
-    trainer.enter_stage(trainer.current_stage._replace(qat=False))
+    trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
     return trainer
 
 
@@ -4162,7 +4225,7 @@ def log_step(trainer: Trainer, loss: float, scale: float, is_logged: bool) -> No
 def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Score the current weights without QAT; a signal meanwhile still saves a checkpoint."""
     run, step = trainer.run, trainer.progress.step
-    trainer.enter_stage(trainer.current_stage._replace(qat=False))
+    trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
     # A collective, so before the pass: an interrupted rank would not join it when saving.
     trainer.muon.gather_buffers()
     try:
@@ -4226,6 +4289,7 @@ class TrainStage(NamedTuple):
     batch_tokens: int
     loops: int  # extra passes through the looped blocks
     qat: bool  # whether weights are fake-quantized
+    deep: float = 0.0  # weight of the loss after half of the layer calls
 
 
 def train_stage_at(cfg: Config, progress: float, scale: float) -> TrainStage:
@@ -4238,6 +4302,7 @@ def train_stage_at(cfg: Config, progress: float, scale: float) -> TrainStage:
         batch_tokens=scheduled_value(cfg.train_batch_schedule, progress, cfg.train_batch_tokens),
         loops=sum(progress >= start for start in loop_starts[: cfg.num_loops]),
         qat=scale < cfg.late_qat_threshold,
+        deep=cfg.deep_supervision * (progress < cfg.deep_supervision_frac),
     )
 
 
@@ -4251,7 +4316,7 @@ def scheduled_value(schedule: str, progress: float, final: int) -> int:
 
 def train_stages(cfg: Config) -> list[TrainStage]:
     """Every stage that training can go through, in order."""
-    boundaries = {0.0, *map(float, cfg.enable_looping_at.split(","))}
+    boundaries = {0.0, cfg.deep_supervision_frac, *map(float, cfg.enable_looping_at.split(","))}
     for schedule in (cfg.train_seq_schedule, cfg.train_batch_schedule):
         boundaries |= {until for _, until in parse_schedule(schedule)}
     lr_scales = (1.0, 0.0) if cfg.late_qat_threshold else (1.0,)
@@ -4303,7 +4368,8 @@ class Trainer:
         warmdown_frac = cfg.warmdown_frac
         if cfg.warmdown_iters:  # in steps, at the progress per step so far
             warmdown_frac = cfg.warmdown_iters * done / max(1, self.progress.step)
-        return lr_scale(done, warmdown_frac=warmdown_frac, floor=cfg.min_lr)
+        power, floor = cfg.warmdown_power, cfg.min_lr
+        return lr_scale(done, warmdown_frac=warmdown_frac, floor=floor, power=power)
 
     def next_stage(self) -> TrainStage:
         """Stage of the next step."""
@@ -4317,6 +4383,7 @@ class Trainer:
         """
         cfg, model = self.run.cfg, self.model
         model.schedule = model.schedules[stage.loops]  # always, because evaluation changes it
+        model.deep_supervision = stage.deep
         if stage.qat != self.current_stage.qat:
             for name, role in parameter_roles(model).items():
                 module = model.get_submodule(name.rpartition(".")[0])
@@ -4386,7 +4453,8 @@ class Trainer:
         for i, param in enumerate(self.adam_params):
             for key, tensor in self.adam.state[param].items():
                 tensors[f"adam/{i}/{key}"] = tensor
-        for i, (buffer, stack) in enumerate(zip(self.muon.buffers, self.muon.stacks, strict=True)):
+        buffers, stacks = self.muon.buffers, itertools.cycle(self.muon.stacks)
+        for i, (buffer, stack) in enumerate(zip(buffers, stacks, strict=False)):
             tensors[f"muon/{i}"] = buffer[: len(stack)]  # without the padding
         for i, average in enumerate(self.averager.average):
             tensors[f"average/{i}"] = average

@@ -26,6 +26,7 @@ from train_gpt import (
     lr_scale,
     momentum_at,
     newton_schulz_coefficients,
+    normalize_rows,
     orthogonalize,
     parameter_roles,
 )
@@ -235,6 +236,113 @@ def test_a_matrix_without_a_gradient_counts_as_one_whose_gradient_is_zero(make_r
     for params in (with_none, with_zero):
         muon_step(Muon(params, make_run()), 0.1, 0.9, 0.2)
     assert all(torch.equal(a, b) for a, b in zip(with_none, with_zero, strict=True))
+
+
+def keep_updates(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Let Muon apply its updates as they are, without orthogonalization; they are noted."""
+    noted: list[Tensor] = []
+
+    def keep(g_LOI: Tensor, *args: Any) -> Tensor:
+        noted.append(g_LOI.clone())
+        return g_LOI
+
+    monkeypatch.setattr(train_gpt, "orthogonalize", keep)
+    return noted
+
+
+@pytest.mark.parametrize("weight", [0.44, 0.9])
+@pytest.mark.parametrize(("slow", "fast"), [(0.98, 0.85), (0.9, 0.5), (0.8, 0.0)])
+def test_two_momenta_are_a_weighted_sum_of_exponential_averages_one_step_ahead(
+    weight: float, slow: float, fast: float, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    noted = keep_updates(monkeypatch)
+    params = make_params([(4, 6), (6, 4), (4, 6)])
+    knobs = {"muon_fast_weight": weight, "muon_fast_momentum": fast, "muon_row_norm": False}
+    muon = Muon(params, make_run(**knobs))
+    averages = {rate: [torch.zeros(p.shape).double() for p in params] for rate in (slow, fast)}
+    for _ in range(5):
+        expected = [torch.zeros(p.shape).double() for p in params]
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            for rate, share in ((slow, 1 - weight), (fast, weight)):
+                average = rate * averages[rate][i] + (1 - rate) * p.grad
+                averages[rate][i] = average
+                expected[i] += share * (rate * average + (1 - rate) * p.grad)
+        noted.clear()
+        muon_step(muon, 0.1, slow)
+        updates = {p: u for stack, us in zip(muon.stacks, noted, strict=True)
+                   for p, u in zip(stack, us, strict=True)}  # fmt: skip
+        for p, update in zip(params, expected, strict=True):
+            found = updates[p].double() * (1 - slow) * (1 - weight)  # the scale does not matter
+            torch.testing.assert_close(found, update, rtol=1e-5, atol=1e-6)
+
+
+def test_cautious_decay_shrinks_only_weights_that_the_update_shrinks_too(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    keep_updates(monkeypatch)
+    params = make_params([(3, 5), (5, 3), (3, 5)])
+    muon = Muon(params, make_run(muon_cautious_wd=True, muon_row_norm=False))
+    lr, decay = 0.1, 0.5
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn_like(p)
+        p.grad[0, 0] = 0  # no update: no decay
+    muon_step(muon, lr, 0.0, decay)
+    seen = set()
+    for p, w_OI in zip(params, before, strict=True):
+        assert p.grad is not None
+        u_OI = p.grad * math.sqrt(max(1.0, p.shape[0] / p.shape[1]))
+        for w, u, found in zip(w_OI.flatten(), u_OI.flatten(), p.detach().flatten(), strict=True):
+            agree = bool(w.sign() == u.sign())
+            seen.add(agree)
+            kept = w * (1 - lr * decay) if agree else w
+            assert float(found) == pytest.approx(float(kept - lr * u), abs=1e-6)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normuon_divides_rows_by_their_mean_square_over_time_and_keeps_the_norm(
+    dtype: torch.dtype,
+):
+    square_LO1, expected_LO = torch.zeros(2, 4, 1), torch.zeros(2, 4).double()
+    for _ in range(4):
+        update_LOI = (torch.randn(2, 4, 6) * torch.tensor([0.1, 1, 3, 9])[:, None]).to(dtype)
+        found_LOI = normalize_rows(update_LOI, square_LO1, 0.9)
+        assert found_LOI.dtype == dtype
+        for matrix, found, square in zip(update_LOI.double(), found_LOI, expected_LO, strict=True):
+            square.copy_(0.9 * square + 0.1 * (matrix**2).mean(dim=1))
+            scaled = matrix / square.sqrt()[:, None]
+            scaled *= matrix.norm() / scaled.norm()
+            tolerance = 1e-5 if dtype == torch.float32 else 0.02
+            torch.testing.assert_close(found.double(), scaled, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(square_LO1[..., 0].double(), expected_LO, rtol=1e-5, atol=1e-7)
+
+
+def test_muon_normalizes_the_rows_after_the_orthogonalization(make_run: MakeRun):
+    gradients = torch.randn(3, 2, 6, 4)
+    found = []
+    for beta2 in (0.0, 0.9):
+        params = [nn.Parameter(torch.zeros(6, 4)) for _ in range(2)]
+        muon = Muon(params, make_run(muon_beta2=beta2))
+        for step in gradients:
+            before = torch.stack([p.detach().clone() for p in params])
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.clone()
+            muon_step(muon, 1.0, 0.9)
+            found.append(torch.stack([p.detach().clone() for p in params]) - before)
+    square = torch.zeros(2, 6, 1)
+    for plain, normalized in zip(found[:3], found[3:], strict=True):
+        expected = normalize_rows(plain / 1.5**0.5, square, 0.9) * 1.5**0.5
+        torch.testing.assert_close(normalized, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(plain, normalized, atol=1e-3)
+
+
+def test_normuon_of_a_matrix_without_gradient_is_zero(make_run: MakeRun):
+    params = make_params([(4, 6)])
+    before = params[0].detach().clone()
+    muon_step(Muon(params, make_run(muon_beta2=0.9)), 0.1, 0.9)
+    assert torch.equal(params[0], before)
 
 
 # --- Several ranks -------------------------------------------------------------------------------
@@ -467,8 +575,11 @@ def test_a_step_is_torch_s_adamw_and_plain_muon_with_the_schedule_s_rates(
     assert all(p.grad is None for p in trainer.params)
 
 
-def test_training_goes_on_from_saved_tensors_to_the_same_bits(make_run: MakeRun):
-    run = make_run(averaging="ema", num_layers=2, adam_wd=0.1)
+@pytest.mark.parametrize("knobs", [{}, {"muon_fast_weight": 0.4}, {"muon_beta2": 0.9}])
+def test_training_goes_on_from_saved_tensors_to_the_same_bits(
+    knobs: dict[str, Any], make_run: MakeRun
+):
+    run = make_run(averaging="ema", num_layers=2, adam_wd=0.1, **knobs)
     first = Trainer(run, random_model(run.cfg, seed=1))
     windows = torch.randint(1, 320, (6, 8, 33))
     for window in windows[:3]:
@@ -513,6 +624,17 @@ def test_the_rate_is_full_then_falls_linearly_to_its_floor(frac: float, floor: f
     assert lr_scale(1 - frac, warmdown_frac=frac) == 1
     assert lr_scale(1 - frac / 2, warmdown_frac=frac) == pytest.approx(0.5)
     assert lr_scale(1.0, warmdown_frac=frac, floor=floor) == floor
+
+
+@pytest.mark.parametrize("power", [0.5, 1.2, 2.0])
+def test_the_warmdown_falls_with_a_power_of_what_remains(power: float, make_run: MakeRun):
+    for step in (0, 50, 59, 60, 61, 80, 99):
+        progress, knobs = Progress(step, 0.1), {"iterations": 100, "warmdown_frac": 0.4}
+        scale = scale_at(progress, make_run, **knobs, warmdown_power=power, min_lr=0.01)
+        expected = max(0.01, min(1.0, ((100 - step) / 40) ** power))
+        assert scale == pytest.approx(expected, abs=1e-12)
+        linear = scale_at(progress, make_run, **knobs, warmdown_power=1.0)
+        assert linear == scale_at(progress, make_run, **knobs)
 
 
 def test_without_warmdown_the_rate_stays_full_to_the_end():

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt
@@ -94,10 +95,17 @@ def test_qat_begins_when_the_multiplier_falls_below_the_threshold():
         assert not phase_of(0.9, scale).qat  # a threshold of 0 never lets it begin
 
 
+def test_deep_supervision_ends_at_its_share():
+    knobs = {"deep_supervision": 0.3, "deep_supervision_frac": 0.4}
+    assert [phase_of(x, 1.0, **knobs).deep for x in (0, 0.39, 0.4, 1)] == [0.3, 0.3, 0, 0]
+    assert phase_of(0, 1.0).deep == 0
+
+
 @pytest.mark.parametrize(
     "knobs",
     [
         {},
+        {"deep_supervision": 0.3, "deep_supervision_frac": 0.2, "train_seq_schedule": "8@0.25"},
         {"late_qat_threshold": 0.2},
         {"train_seq_schedule": "8@0.25,16@0.5", "train_batch_schedule": "64@0.3,128@0.4"},
         {**LOOPS, "enable_looping_at": "0.35,0.7", "train_seq_schedule": "16@0.5"},
@@ -209,6 +217,7 @@ def noted_steps(stop_after: int = 0) -> Iterator[list[Note]]:
             name: m.qat_bits for name, m in self.model.named_modules() if hasattr(m, "qat_bits")
         }
         note = {"window": window_BT.clone(), "visits": len(self.model.schedule), "bits": bits}
+        note["deep"] = self.model.deep_supervision
         note |= {"state": copy.deepcopy(self.model.state_dict()), "scale": self.lr_scale()}
         notes.append(note)
         notes[-1]["loss"] = plain(self, window_BT)
@@ -223,7 +232,9 @@ def noted_steps(stop_after: int = 0) -> Iterator[list[Note]]:
 SCHEDULED: dict[str, Any] = {
     **LOOPS, "enable_looping_at": "0.3,0.6", "train_seq_schedule": "8@0.2,16@0.5",
     "train_batch_schedule": "64@0.4,128@0.7", "late_qat_threshold": 0.25, "warmdown_frac": 0.5,
-    "attn_bits": 6, "mlp_bits": 4, "iterations": 10,
+    "attn_bits": 6, "mlp_bits": 4, "iterations": 10, "deep_supervision": 0.3,
+    "deep_supervision_frac": 0.6, "muon_fast_weight": 0.4, "muon_beta2": 0.9,
+    "muon_cautious_wd": True,
 }  # fmt: skip
 
 
@@ -237,6 +248,7 @@ def test_training_runs_each_phase_with_its_shape_its_passes_and_its_bits(new_run
     assert [note["visits"] for note in notes] == [3] * 3 + [4] * 3 + [5] * 4
     assert trainer.progress.step == 10
     assert trainer.progress.tokens == 4 * 64 + 3 * 128 + 3 * 256
+    assert [note["deep"] for note in notes] == [0.3] * 6 + [0.0] * 4
     # Multipliers 1 to step 5, then 1, .8, .6, .4, .2: below 0.25 at the last step only.
     for note in notes[:-1]:
         assert set(note["bits"].values()) == {0}
@@ -275,14 +287,15 @@ def test_the_other_loaders_repeat_no_window_of_a_length_within_an_epoch(
 
 
 def test_warm_up_runs_every_phase_and_leaves_no_trace(new_run: MakeRun):
-    seen: list[tuple[int, int, int, bool]] = []
+    seen: list[tuple[int, int, int, bool, float]] = []
     warm = new_run(**SCHEDULED, warmup_steps=1)
     with noted_steps() as notes:
         trained = train_all(warm)
     for note in notes[: len(train_stages(warm.cfg))]:
         T = note["window"].size(1) - 1
         qat = any(note["bits"].values())
-        seen.append((T, note["window"][:, 1:].numel(), note["visits"] - 3, qat))
+        batch_tokens, loops = note["window"][:, 1:].numel(), note["visits"] - 3
+        seen.append((T, batch_tokens, loops, qat, note["deep"]))
     assert seen == [tuple(phase) for phase in train_stages(warm.cfg)]
     assert len(notes) == len(seen) + 10
     same_bits(trained, train_all(new_run(**SCHEDULED)))
@@ -314,6 +327,63 @@ def test_a_run_stopped_in_the_middle_of_its_schedules_goes_on_to_the_same_bits(
         resumed = train_all(again)
     assert len(notes) == 10 - stop_after
     same_bits(resumed, whole)
+
+
+def middle_and_final(model: GPT, ids_BT: Tensor, middle: int) -> tuple[Tensor, Tensor]:
+    """The normed streams after `middle` layer calls and after all of them."""
+    streams, run_block = [], model.run_block
+
+    def noted(*args: Any) -> Any:
+        lanes = run_block(*args)
+        streams.append(lanes[0])
+        return lanes
+
+    model.run_block = noted
+    final = model(ids_BT)
+    model.run_block = run_block
+    return F.rms_norm(streams[middle - 1], final.shape[-1:]), final
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_of_deep_supervision_is_that_of_the_middle_through_the_same_head(tied: bool):
+    cfg = tiny_config(**LOOPS, tie_embeddings=tied)  # 5 layer calls
+    model = random_model(cfg)
+    ids_BT, target_BT = torch.randint(1, cfg.vocab_size, (2, 3, 32))
+
+    def losses(x_BTD: Tensor) -> Tensor:
+        z = x_BTD @ model.head_VD.T
+        logits_BTV = cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
+        return F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), reduction="none")
+
+    middle, final = map(losses, middle_and_final(model, ids_BT, 2))
+    plain = model.loss(ids_BT, target_BT)
+    weight_BT = torch.rand(3, 32)
+    model.deep_supervision = 0.3
+    torch.testing.assert_close(plain, final.mean())
+    found, weighted = model.loss(ids_BT, target_BT), model.loss(ids_BT, target_BT, weight_BT)
+    torch.testing.assert_close(found, final.mean() + 0.3 * middle.mean())
+    torch.testing.assert_close(weighted, (weight_BT.flatten() * (final + 0.3 * middle)).sum())
+    gradients = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(
+        (final + 0.3 * middle).mean(), list(model.parameters()), allow_unused=True
+    )
+    for g, e in zip(gradients, expected, strict=True):
+        if e is not None:
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_and_the_trained_model_are_without_deep_supervision(new_run: MakeRun):
+    run = new_run(deep_supervision=0.3, deep_supervision_frac=1, val_loss_every=2, iterations=4)
+    model, seen = train_gpt.build_model(run), list[float]()
+
+    def validate() -> Any:
+        seen.append(model.deep_supervision)
+        return train_gpt.Score(1.0, 1, 1, partial=False, eval_s=0.0)
+
+    with noted_steps() as notes:
+        train_gpt.train(run, model, open_loader(run), validate)
+    assert [note["deep"] for note in notes] == [0.3] * 4
+    assert seen == [0] and model.deep_supervision == 0
 
 
 def test_a_step_takes_momentum_and_decay_of_its_own_progress(
@@ -698,12 +768,16 @@ def as_rank_of(run: Run, rank: int, world_size: int) -> Run:
 MATRICES = [(8, 8), (16, 8), (8, 16), (8, 8), (16, 8), (8, 8), (8, 8), (8, 8)]
 
 
+MORE_MUON = {"muon_fast_weight": 0.4, "muon_beta2": 0.9, "muon_cautious_wd": True}
+
+
+@pytest.mark.parametrize("more", [{}, MORE_MUON], ids=["plain", "more"])
 @pytest.mark.parametrize("world_size", [2, 3, 4, 7])
 def test_parallel_muon_is_muon_on_the_averaged_gradients(
-    world_size: int, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    world_size: int, more: dict[str, Any], make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):
     # Stacks of 5, 2 and 1 matrices: shares that are uneven, and ranks that have none.
-    knobs = {"muon_wd": 0.1, "muon_row_norm": True}
+    knobs = {"muon_wd": 0.1, "muon_row_norm": True, **more}
     initial = [torch.randn(shape) for shape in MATRICES]
     grads = torch.Generator().manual_seed(1)
     brought = [[[torch.randn(shape, generator=grads) for shape in MATRICES]

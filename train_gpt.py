@@ -87,7 +87,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 
-# What the tools use of a packed script; all other functions get short names there.
+# What tools use, or users see, of a packed script, in which other names are short.
 __all__ = [
     *("BOS_ID", "Config", "InputError", "Interrupted", "RunFailed", "StepCost", "check_sizes"),
     *("config_from_env", "evaluate", "load_tokenizer", "load_validation", "prepare_directory"),
@@ -6385,25 +6385,25 @@ def shorten_locals(source: str) -> str:
 
 
 def shorten_globals(source: str) -> str:
-    """The source with names of two letters for its functions and the variables outside of them.
+    """The source with names of two letters for its functions, classes and global variables.
 
     Those keep their names that a string may mean, as in __all__, and those that share it with
     anything else.
     """
     tree = ast.parse(source)
     nodes, definitions = list(ast.walk(tree)), ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    functions = {x for x in tree.body if isinstance(x, ast.FunctionDef)}
+    defined = {x for x in tree.body if isinstance(x, ast.FunctionDef | ast.ClassDef)}
     texts = [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
     taken = {word for text in texts for word in re.findall(r"\w+", text)}
-    taken |= bound_names(x for x in nodes if x not in functions)
+    taken |= bound_names(x for x in nodes if x not in defined)
     taken |= mentioned_names(nodes, ast.JoinedStr) | {*keyword.kwlist}
-    assigned: tuple[set[str], set[str]] = {x.name for x in functions}, set()
+    assigned: tuple[set[str], set[str]] = {x.name for x in defined}, set()
     for statement in tree.body:
         names = [x for x in ast.walk(statement) if isinstance(x, ast.Name)]
         stored = {x.id for x in names if isinstance(x.ctx, ast.Store)}
         assigned[isinstance(statement, definitions)].update(stored)
     free = {x for x in assigned[0] - assigned[1] - taken if len(x) > 2 and x[:2] != "__"}
-    named = [*functions, *(x for x in nodes if isinstance(x, ast.Name))]
+    named = [*defined, *(x for x in nodes if isinstance(x, ast.Name))]
     taken |= {name_of(x) for x in named} - free
     pairs = map("".join, itertools.product(string.ascii_letters, repeat=2))
     is_free = [x for x in named if name_of(x) in free]
@@ -6411,7 +6411,7 @@ def shorten_globals(source: str) -> str:
 
 
 def name_of(node: Any) -> str:
-    """The name of a variable, an argument or a function."""
+    """The name of a variable, an argument, a function or a class."""
     return str(next(getattr(node, x) for x in ("id", "arg", "name") if hasattr(node, x)))
 
 
@@ -6435,7 +6435,7 @@ def replace_names(source: str, renamed: Iterable[tuple[Any, str]]) -> str:
     offset, output, end = character_offsets(source), list[str](), 0
     for node, name in renamed:
         start = offset(node.lineno, node.col_offset)
-        start += len("def ") * isinstance(node, ast.FunctionDef)
+        start += {ast.FunctionDef: len("def "), ast.ClassDef: len("class ")}.get(type(node), 0)
         output += [source[end:start], name]
         end = start + len(name_of(node))
     return "".join(output) + source[end:]

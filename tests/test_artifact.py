@@ -1099,13 +1099,21 @@ SHOWN = [LIMIT, NAMED]
 def scale(g): return scale(g) + g.scale
 def public(): return f() + public()
 def mentioned(): return f"{mentioned()}"
-__all__ = ["public"]
+class Shape(Base):
+    kind: Shape | None = None
+    def g(self): return Shape(Kept).Shape
+class Kept(Exception): pass
+class Method:
+    def Method(self): return Method
+__all__ = ["public", "Kept"]
 """
 
 
 def test_short_names_of_global_variables_change_nothing_else():
     shortened = shorten_globals(GLOBALS)
     expected = GLOBALS.replace("LIMIT", "aa").replace("scale(", "ab(")
+    for old, new in [("class Shape", "class ac"), (": Shape", ": ac"), ("Shape(K", "ac(K")]:
+        expected = expected.replace(old, new)
     assert shortened == expected
     assert shorten_globals(shortened) == shortened
     source = minify(SOURCE)

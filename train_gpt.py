@@ -133,6 +133,7 @@ METRICS_CHOICES = ("none", "tensorboard", "wandb")
 EMBED_INITS = ("normal", "overtone")
 MIX_INITS = ("last", "phase")
 MATRIX_INITS = ("default", "orthogonal", "orthogonal_scaled")
+QAT_GRIDS = ("rows", "artifact")
 GATES = ("none", "head", "input", "window", "sparse")
 SMEARS = ("none", "blend", "lambda")
 HASHES = ("mixing", "polynomial")
@@ -389,6 +390,9 @@ class Config:
         "fake quantization while the learning rate multiplier is below this; 0 = off",
         low=0,
         high=1,
+    )
+    qat_grid: str = knob(
+        "rows", "late QAT: a scale per row, or the artifact's scales", choices=QAT_GRIDS
     )
     train_log_every: int = knob(200, "steps between training log lines", unit="steps", low=1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = none", unit="steps", low=0)
@@ -671,6 +675,11 @@ class Config:
         return self.row_steps == "solved" and not self.clip_sigmas
 
     @property
+    def trains_on_grid(self) -> bool:
+        """Whether late QAT rounds to the scales that the artifact then stores."""
+        return self.late_qat_threshold > 0 and self.qat_grid == "artifact"
+
+    @property
     def train_seconds(self) -> float:
         """Seconds of the training loop, 0 = no limit; the rest is kept for calibration."""
         reserve_s = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
@@ -872,6 +881,10 @@ def method_rules(cfg: Config) -> list[Rule]:
         (
             not cfg.clip_sigmas or cfg.row_steps == "solved",
             f"CLIP_SIGMAS and ROW_STEPS={cfg.row_steps} both set the quantization scales",
+        ),
+        (
+            not cfg.trains_on_grid or (cfg.solves_scales and cfg.averaging == "none"),
+            "QAT_GRID=artifact needs AVERAGING=none and ROW_STEPS=solved without CLIP_SIGMAS",
         ),
         (
             cfg.ttt_method != "pretrain" or cfg.allow_noncompliant,
@@ -2377,18 +2390,27 @@ def apply_rotary_emb(x_BTHE: Tensor, rotary_3TE: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin, rest], dim=-1)
 
 
-def fake_quantize(weight_OI: Tensor, bits: int) -> Tensor:
+def fake_quantize(weight_OI: Tensor, bits: int, grid: Grid | None = None) -> Tensor:
     """Weight rounded to the artifact's codes and scales; straight-through gradient.
 
-    Scales are one per row. With bits = 0 the weight is returned unchanged. The straight-through
-    estimator is that of arXiv:1308.3432.
+    Scales are those of `grid`, or else one per row. With bits = 0 the weight is returned unchanged.
+    The straight-through estimator is that of arXiv:1308.3432.
     """
     if bits == 0:
         return weight_OI
-    qmax, weight_OI = 2 ** (bits - 1) - 1, weight_OI.float()
-    scale_O1 = row_scales(weight_OI.detach(), qmax).float()[:, None]
-    grid_OI = (weight_OI.detach() / scale_O1).round().clamp(-qmax, qmax) * scale_O1
-    return weight_OI + (grid_OI - weight_OI).detach()
+    weight_OI = weight_OI.float()
+    if grid is None:
+        qmax = 2 ** (bits - 1) - 1
+        scale_OI = row_scales(weight_OI.detach(), qmax).float()[:, None]
+    else:
+        qmax, scale_OI = MAX_CODE, grid[0][:, None] * grid[1]
+    rounded_OI = (weight_OI.detach() / scale_OI).round().clamp(-qmax, qmax) * scale_OI
+    return weight_OI + (rounded_OI - weight_OI).detach()
+
+
+Grid = tuple[Tensor, Tensor]  # scales of the rows (O) and of the columns (I)
+# Rows of a grid before its scales are known: a step of 1/64. No scale of an artifact is negative.
+UNKNOWN_SCALE = -1 / 64
 
 
 class CastedLinear(nn.Linear):
@@ -2403,10 +2425,15 @@ class CastedLinear(nn.Linear):
         # An instance attribute: torch.compile treats class attributes as constants.
         self.adapter: nn.Module | None = None
         self.zero_init, self.qat_bits = zero_init, 0
+        self.grid: Grid | None = None  # of late QAT, if QAT_GRID=artifact
+
+    def used_weight(self) -> Tensor:
+        """The weight, or with late QAT the rounded one."""
+        return fake_quantize(self.weight, self.qat_bits, self.grid)
 
     def forward(self, x: Tensor, scale_O: Tensor | None = None) -> Tensor:
         """W x, and the adapter's output; `scale_O` multiplies the rows of W."""
-        weight_OI = fake_quantize(self.weight, self.qat_bits)
+        weight_OI = self.used_weight()
         weight_OI = weight_OI if scale_O is None else scale_O[:, None] * weight_OI
         weight_OI = weight_OI.to(x.dtype)
         if self.adapter is None:
@@ -2776,7 +2803,7 @@ class CausalSelfAttention(nn.Module):
         if not is_compiled_for_gpu(n_BTD):
             return [linear(n_BTD) for linear in linears]
         assert all(linear.adapter is None for linear in linears), "adapters in a compiled graph"
-        weights = [fake_quantize(linear.weight, linear.qat_bits) for linear in linears]
+        weights = [linear.used_weight() for linear in linears]
         qkv_BTC = F.linear(n_BTD, torch.cat(weights).to(n_BTD.dtype))
         return list(torch.split(qkv_BTC, [len(weight) for weight in weights], dim=-1))
 
@@ -4119,6 +4146,7 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
     run.log("train_end", **run.scores["train_end"])
     warn_about_average(trainer)
     trainer.averager.export_()
+    trainer.round_to_grid()
     trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
     return trainer
 
@@ -4132,6 +4160,8 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
     while not trainer.progress.is_over(cfg):
         scale = trainer.lr_scale()
         stage = trainer.next_stage()
+        if stage.qat:
+            trainer.solve_grid(loader)
         trainer.enter_stage(stage)
         loss = trainer.step(loader.batch(trainer.progress.tokens, stage)).item()
         now_s = time.perf_counter()
@@ -4345,6 +4375,20 @@ def with_num_documents(window_BT: Tensor, num_documents: int) -> Tensor:
     return window_BT
 
 
+def late_qat_modules(cfg: Config, model: nn.Module) -> dict[str, CastedLinear]:
+    """The modules that late QAT rounds, by the name of their weight: those of attention and MLP.
+
+    The projections of hashed and value embeddings are among them.
+    """
+    modules = dict[str, CastedLinear]()
+    for name, role in parameter_roles(model).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        is_coded = cfg.bits[role.quant_group] != PLAIN_BITS
+        if is_coded and isinstance(module, CastedLinear) and role.quant_group in ("attn", "mlp"):
+            modules[name] = module
+    return modules
+
+
 # Relative differences of loss and gradient, by norms, that bf16's rounding explains.
 MAX_LOSS_ERROR, MAX_GRAD_ERROR = 2e-3, 0.05
 
@@ -4357,6 +4401,10 @@ class Trainer:
         self.adam, self.muon = make_optimizers(model, run)
         self.adam_params = [p for group in self.adam.param_groups for p in group["params"]]
         self.averager = WeightAverager(run.cfg, self.params)
+        self.late_modules = late_qat_modules(run.cfg, model)
+        for module in self.late_modules.values() if run.cfg.trains_on_grid else []:
+            rows_O, columns_I = module.weight.detach()[:, 0], module.weight.detach()[0]
+            module.grid = torch.full_like(rows_O, UNKNOWN_SCALE), torch.ones_like(columns_I)
         self.uses_cu_seqlens = run.cfg.isolate_documents and model.prepare_mask is flash_cu_seqlens
         self.progress, self.current_stage = Progress(), train_stages(run.cfg)[0]
         self.run_token = os.urandom(16).hex()  # marks the checkpoints that this run has written
@@ -4376,20 +4424,14 @@ class Trainer:
         return train_stage_at(self.run.cfg, self.progress.fraction(self.run.cfg), self.lr_scale())
 
     def enter_stage(self, stage: TrainStage) -> None:
-        """Set the model's layer schedule, and switch late QAT of its matrices on or off.
-
-        Late QAT applies to the groups attn and mlp, which include the projections of hashed and
-        value embeddings.
-        """
+        """Set the model's layer schedule, and switch late QAT of its matrices on or off."""
         cfg, model = self.run.cfg, self.model
         model.schedule = model.schedules[stage.loops]  # always, because evaluation changes it
         model.deep_supervision = stage.deep
         if stage.qat != self.current_stage.qat:
-            for name, role in parameter_roles(model).items():
-                module = model.get_submodule(name.rpartition(".")[0])
-                if isinstance(module, CastedLinear) and role.quant_group in ("attn", "mlp"):
-                    bits = cfg.bits[role.quant_group] if stage.qat else PLAIN_BITS
-                    module.qat_bits = 0 if bits == PLAIN_BITS else bits
+            roles = parameter_roles(model)
+            for name, module in self.late_modules.items():
+                module.qat_bits = cfg.bits[roles[name].quant_group] if stage.qat else 0
         self.current_stage = stage
 
     def accumulate_gradients(self, window_BT: Tensor, max_tokens: int = 0) -> Tensor:
@@ -4447,6 +4489,32 @@ class Trainer:
         self.averager.update(step + 1, scale, self.progress.fraction(cfg))
         return loss
 
+    def solve_grid(self, loader: BatchLoader) -> None:
+        """Set the grid of late QAT, unless it is known: the scales of an artifact made now."""
+        run, model = self.run, self.model
+        unknown = {k: m for k, m in self.late_modules.items() if m.grid and m.grid[0][0] < 0}
+        if not unknown:
+            return
+        with run.stage("solve_grid"):
+            hessians = calibrate(run, model, loader, self.progress)
+
+            def scales() -> dict[str, list[Tensor]]:
+                payload = quantize_and_encode(run, model, hessians, "")
+                tensors = decode_tensors(*decode_header(payload), *model_layout(run.cfg))
+                found = {k: (tensors[k].row_scales, tensors[k].column_scales) for k in unknown}
+                return {k: [torch.tensor(x) for x in pair] for k, pair in found.items()}
+
+            for name, pair in run.run_on_rank0(scales).items():
+                torch._foreach_copy_([*(unknown[name].grid or ())], pair)
+
+    @torch.no_grad()
+    def round_to_grid(self) -> None:
+        """Round the matrices that were trained on the artifact's grid to it."""
+        self.enter_stage(self.current_stage._replace(deep=0.0))
+        for module in self.late_modules.values():
+            if module.grid and module.grid[0][0] > 0:
+                module.weight.copy_(module.used_weight())
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the training state by name; the tensors themselves, not copies."""
         tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
@@ -4456,6 +4524,9 @@ class Trainer:
         buffers, stacks = self.muon.buffers, itertools.cycle(self.muon.stacks)
         for i, (buffer, stack) in enumerate(zip(buffers, stacks, strict=False)):
             tensors[f"muon/{i}"] = buffer[: len(stack)]  # without the padding
+        for name, module in self.late_modules.items():
+            for i, scales in enumerate(module.grid or ()):
+                tensors[f"grid/{i}/{name}"] = scales
         for i, average in enumerate(self.averager.average):
             tensors[f"average/{i}"] = average
         tensors["average/count"] = self.averager.count
@@ -5083,6 +5154,8 @@ class MatrixGroup(NamedTuple):
     column_scale_LI: Tensor  # ones unless ROW_STEPS=solved
     bits: int
     column_std_LI: Tensor  # standard deviation of each column, in units of its scales
+    late: bool = False  # trained by late QAT with QAT_GRID=artifact: never on the trellis
+    fixed: bool = False  # whether it was already, so that its scales are final
 
 
 def group_matrices(
@@ -5091,12 +5164,15 @@ def group_matrices(
     """All matrices that are stored as codes, by shape and bits, with relative scales."""
     roles = {name: role.quant_group for name, role in parameter_roles(model).items()}
     members: dict[Any, list[str]] = {}
+    late = late_qat_modules(cfg, model) if cfg.trains_on_grid else {}
+    grids = {k: m.grid for k, m in late.items() if m.grid and m.grid[0][0] > 0}
     for name, role in roles.items():
         if role not in ("gate", "control") and cfg.bits[role] != PLAIN_BITS:
-            key = model.get_parameter(name).shape, cfg.bits[role], name in hessians
+            is_in = name in hessians and name not in grids, name in late, name in grids
+            key = model.get_parameter(name).shape, cfg.bits[role], is_in
             members.setdefault(key, []).append(name)
     groups = []
-    for (_, bits, has_hessian), names in members.items():
+    for (_, bits, (has_hessian, is_late, is_fixed)), names in members.items():
         parameters = [model.get_parameter(name).detach().float() for name in names]
         weight_LOI = torch.stack([prune_smallest(weight, cfg.prune_frac) for weight in parameters])
         factor = None
@@ -5105,6 +5181,8 @@ def group_matrices(
         if cfg.solves_scales and factor is not None:
             outputs_LO = torch.stack([hessians[name].outputs_O for name in names])
             row_LO, column_LI = optimal_scales(outputs_LO, factor.upper_diagonal_LI)
+        elif is_fixed:
+            row_LO, column_LI = (torch.stack([grids[name][i] for name in names]) for i in (0, 1))
         else:
             row_LO = torch.stack(
                 [
@@ -5115,7 +5193,11 @@ def group_matrices(
             column_LI = torch.ones_like(weight_LOI[:, 0])
         row_LO, column_LI = row_LO.clamp_min(1e-30), round_scales(cfg, column_LI)
         std_LI = (weight_LOI / row_LO[:, :, None]).square().mean(dim=1).sqrt() / column_LI
-        groups.append(MatrixGroup(names, weight_LOI, factor, row_LO, column_LI, bits, std_LI))
+        groups.append(
+            MatrixGroup(
+                *(names, weight_LOI, factor, row_LO, column_LI, bits, std_LI), is_late, is_fixed
+            )
+        )
     return groups
 
 
@@ -5223,7 +5305,7 @@ def estimated_bits(groups: Sequence[MatrixGroup], scale_factor: float) -> float:
     """Entropy of all codes in bits if the weights of each column were normal."""
     bits = 0.0
     for group in groups:
-        variance_LI = (group.column_std_LI / scale_factor).square()
+        variance_LI = (group.column_std_LI / (1.0 if group.fixed else scale_factor)).square()
         log2_sum = float(torch.log2(1 + NORMAL_VARIANCE_FACTOR * variance_LI).sum())
         bits += group.weight_LOI.size(1) * log2_sum / 2
     return bits
@@ -5249,13 +5331,17 @@ def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict
     """The quantized matrices of a group by name, with all scales multiplied by `scale_factor`."""
     solved = cfg.solves_scales
     qmax = MAX_CODE if solved else 2 ** (group.bits - 1) - 1
+    scale_factor = 1.0 if group.fixed else scale_factor
     row_LO = round_scales(cfg, group.row_scale_LO * scale_factor)
     column_LI = group.column_scale_LI
     largest_LI = (group.weight_LOI.abs() / row_LO[:, :, None]).amax(dim=1)
-    if solved:  # a column with a few huge weights gets a coarser scale instead of clipped codes
+    if (
+        solved and not group.fixed
+    ):  # a column with a few huge weights gets a coarser scale instead of clipped codes
         smallest_LI = largest_LI / (CLIP_HEADROOM * qmax)
         column_LI = round_scales(cfg, torch.maximum(column_LI, smallest_LI))
-    trellis = cfg.quant_grid == "trellis" and group.hessian_factor is not None
+    has_trellis = cfg.quant_grid == "trellis" and not group.late
+    trellis = has_trellis and group.hessian_factor is not None
     if trellis:
         std_LI = (group.column_std_LI / scale_factor).clamp_min(MIN_COLUMN_STD)
         largest_code = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
@@ -8590,7 +8676,13 @@ def quantize_and_encode(
     if not cfg.solves_scales or not groups:
         return encode(1.0)
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
-    return fill_budget(groups, encode, max(1, cfg.artifact_budget_bytes - code_bytes))
+    budget_bytes = max(1, cfg.artifact_budget_bytes - code_bytes)
+    payload = fill_budget(groups, encode, budget_bytes)
+    if len(payload) > budget_bytes and any(group.fixed for group in groups):
+        run.log("warning", text="the codes that late QAT trained take too many bytes; all coarser")
+        groups[:] = [group._replace(fixed=False) for group in groups]
+        payload = fill_budget(groups, encode, budget_bytes)
+    return payload
 
 
 def encode_model(

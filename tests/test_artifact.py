@@ -1112,8 +1112,8 @@ __all__ = ["public", "Kept"]
 def test_short_names_of_global_variables_change_nothing_else():
     shortened = shorten_globals(GLOBALS)
     expected = GLOBALS.replace("LIMIT", "aa").replace("scale(", "ab(")
-    for old, new in [("class Shape", "class ac"), (": Shape", ": ac"), ("Shape(K", "ac(K")]:
-        expected = expected.replace(old, new)
+    for word, short in [("class Shape", "class ac"), (": Shape", ": ac"), ("Shape(K", "ac(K")]:
+        expected = expected.replace(word, short)
     assert shortened == expected
     assert shorten_globals(shortened) == shortened
     source = minify(SOURCE)

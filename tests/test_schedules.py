@@ -574,6 +574,98 @@ def test_after_training_the_model_scores_its_own_weights_not_those_of_the_grid(n
     assert torch.equal(model.eval_nll(inputs, targets), plain.eval_nll(inputs, targets))
 
 
+ON_GRID: dict[str, Any] = {
+    "late_qat_threshold": 0.5, "warmdown_frac": 1.0, "iterations": 6, "qat_grid": "artifact",
+    "quantizer": "gptq", "row_steps": "solved", "averaging": "none", "quant_grid": "trellis",
+    "gptq_calibration_batches": 1, "artifact_budget_bytes": 9000, "bigram_vocab_size": 50,
+    "bigram_dim": 8, "matrix_lr": 0.2,
+}  # fmt: skip
+
+
+def grid_run(new_run: MakeRun, **changes: Any) -> Run:
+    """A run in a folder with a script of 1,000 bytes, which the budget counts."""
+    run = new_run(**{**ON_GRID, **changes})
+    run.directory.mkdir(exist_ok=True)
+    (run.directory / "train_gpt.py").write_bytes(bytes(1000))
+    return run
+
+
+def scales_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {k: x.clone() for k, x in trainer.tensors().items() if k.startswith("grid/")}
+
+
+def test_matrices_trained_on_the_grid_of_the_artifact_are_stored_as_they_are(new_run: MakeRun):
+    run = grid_run(new_run)
+    with noted_steps() as notes:
+        trainer = train_all(run)
+    model, late = trainer.model, trainer.late_modules
+    assert {"blocks.0.attn.c_q.weight", "blocks.2.mlp.proj.weight"} <= late.keys()
+    assert "tok_emb.weight" not in late and len(late) >= 18
+    hessians = train_gpt.calibrate(run, model, open_loader(run), trainer.progress)
+    payload = train_gpt.quantize_and_encode(run, model, hessians, "0" * 64)
+    assert 7900 < len(payload) <= 8000
+    header, body = train_gpt.decode_header(payload)
+    tensors = train_gpt.decode_tensors(header, body, *train_gpt.model_layout(run.cfg))
+    for number, note in enumerate(notes):  # the last two see the rounded matrices
+        seen = random_model(run.cfg)
+        seen.load_state_dict(note["state"])
+        for name, module in late.items() if number >= 4 else []:
+            steps = rows_columns(module)
+            weight = seen.get_parameter(name).data
+            weight.copy_((weight / steps).round() * steps)
+        loss = seen.loss(note["window"][:, :-1], note["window"][:, 1:])
+        assert note["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, module in late.items():
+        assert not tensors[name].trellis and module.qat_bits == 0
+        assert torch.equal(tensors[name].dequantized(), module.weight), name
+    assert tensors["tok_emb.weight"].trellis
+    # The last step saw other codes than the one before: training went on on the grid.
+    codes = [
+        torch.cat([(n["state"][k] / rows_columns(m)).round().flatten() for k, m in late.items()])
+        for n in notes[-2:]
+    ]
+    assert 0 < (codes[0] != codes[1]).float().mean() < 0.5
+
+
+def rows_columns(module: Any) -> Tensor:
+    """The steps of a module's grid (O, I)."""
+    rows_O, columns_I = module.grid
+    return rows_O[:, None] * columns_I
+
+
+def test_a_run_stopped_after_the_scales_are_known_goes_on_to_the_same_bits(new_run: MakeRun):
+    knobs = {"quant_grid": "uniform", "bigram_vocab_size": 0}
+    whole, stopped = train_all(grid_run(new_run, **knobs)), grid_run(new_run, **knobs)
+    with noted_steps(5), pytest.raises(Interrupted):
+        train_all(stopped)
+    resumed = train_all(grid_run(new_run, **knobs, run_dir=str(stopped.directory)))
+    same_bits(resumed, whole)
+    times = (stopped.directory / "metrics.jsonl").read_text().count('"begin", "name": "solve_grid"')
+    assert times == 1
+    assert len(scales_of(whole)) == 2 * len(whole.late_modules)
+
+
+def test_a_run_that_ends_before_the_grid_is_known_is_quantized_as_without(new_run: MakeRun):
+    payloads = []
+    for grid in ("artifact", "rows"):
+        run = grid_run(new_run, qat_grid=grid, late_qat_threshold=0.1, quant_grid="uniform")
+        trainer = train_all(run)  # the last multiplier is 1/6
+        hessians = train_gpt.calibrate(run, trainer.model, open_loader(run), trainer.progress)
+        payloads.append(train_gpt.quantize_and_encode(run, trainer.model, hessians, "0" * 64))
+    assert payloads[0] == payloads[1]
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"averaging": "ema"}, {"clip_sigmas": "13"}, {"row_steps": "max"}]
+)
+def test_the_grid_of_the_artifact_needs_solved_scales_of_the_last_weights(knobs: dict[str, Any]):
+    if "row_steps" in knobs:
+        knobs = {**knobs, "quant_grid": "uniform"}
+    with pytest.raises(InputError, match="QAT_GRID=artifact needs AVERAGING=none and ROW_STEPS"):
+        tiny_config(**{**ON_GRID, **knobs})
+    tiny_config(**{**ON_GRID, **knobs, "late_qat_threshold": 0})  # not used
+
+
 @pytest.mark.parametrize(
     "backend",
     [  # traced; made machine code

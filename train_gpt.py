@@ -126,7 +126,7 @@ def knob(default: Any, doc: str = "", **meta: Any) -> Any:
 BITS = (4, 5, 6, 7, 8, 16)
 MODES = ("all", "train", "eval", "describe", "generate")
 PRECISIONS = ("auto", "bf16", "fp32")
-KERNEL_CHOICES = ("auto", "fa3", "fa2", "flex", "sdpa")
+KERNEL_CHOICES = ("auto", "fa4", "fa3", "fa2", "flex", "sdpa")
 LOADER_CHOICES = ("stream", "shuffled", "coprime")
 DATA_CHECKS = ("quick", "full")
 METRICS_CHOICES = ("none", "tensorboard", "wandb")
@@ -3538,9 +3538,10 @@ def parameter_roles(model: nn.Module) -> dict[str, ParamRole]:
 def build_model(run: Run, weights: Mapping[str, Tensor] | None = None) -> GPT:
     """The model on the run's device, compiled if COMPILE=1: with `weights`, or initialized."""
     cfg, attention = run.cfg, choose_attention_backend(run.cfg, run.device, run.dtype)
-    if run.device.type == "cuda" and attention.name not in ("fa2", "fa3", cfg.attention):
-        text = f"FlashAttention is not available; {attention.name} is used, which is slower"
-        run.log("warning", text=text)
+    run.log("attention", kernel=attention.name)
+    if attention.reason:
+        text = f"the attention kernel is {attention.name}, which is slower: {attention.reason}"
+        run.log("warning", text=format_line(text)[:500])
     if weights is None:
         torch.manual_seed(cfg.seed)  # weights are drawn on the CPU: the same on every device
         model = GPT(cfg, attention, run.dtype)
@@ -3582,12 +3583,13 @@ class AttentionBackend(NamedTuple):
     name: str
     prepare: Callable[..., Any]
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+    reason: str = ""  # why it is not a better one
 
 
 def choose_attention_backend(
     cfg: Config, device: torch.device, dtype: torch.dtype
 ) -> AttentionBackend:
-    """The backend that ATTENTION names; for auto, the fastest that is installed for the device."""
+    """The backend that ATTENTION names; for auto, the fastest that works on the device."""
     on_gpu, trains = device.type == "cuda", cfg.trains or cfg.ttt_method != "none"
     require(
         cfg.attention != "flex" or on_gpu or not trains,
@@ -3598,14 +3600,40 @@ def choose_attention_backend(
             return ATTENTION_BACKENDS[cfg.attention]()
         except ImportError as error:
             raise InputError(f"ATTENTION={cfg.attention} is not installed: {error}") from error
+    problems = list[str]()
     if on_gpu and dtype == torch.bfloat16:
-        is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-        for name in ("fa3", "fa2") if is_hopper else ("fa2",):
-            with contextlib.suppress(ImportError):
-                return ATTENTION_BACKENDS[name]()
+        newest = {9: ["fa3"], 10: ["fa4"]}.get(torch.cuda.get_device_capability(device)[0], [])
+        for name in [*newest, "fa2"]:
+            try:
+                backend = ATTENTION_BACKENDS[name]()
+                difference = attention_error(backend, cfg, device)
+                if difference < MAX_ATTENTION_ERROR:
+                    return backend._replace(reason="; ".join(problems))
+                problems.append(f"{name} differs from SDPA by {difference:.3g}")
+            except Exception as problem:  # not installed, or not for this GPU
+                problems.append(f"{name}: {problem}")
     # Flex skips masked blocks; a dense document mask takes T^2 bytes and rules out fast kernels.
     use_flex = on_gpu and cfg.isolate_documents and cfg.compile
-    return ATTENTION_BACKENDS["flex" if use_flex else "sdpa"]()
+    backend = ATTENTION_BACKENDS["flex" if use_flex else "sdpa"]()
+    return backend._replace(reason="; ".join(problems))
+
+
+MAX_ATTENTION_ERROR = 0.02  # several times that of bf16's rounding
+
+
+def attention_error(backend: AttentionBackend, cfg: Config, device: torch.device) -> float:
+    """Largest relative error, by norms, of output and gradients against SDPA in float32."""
+    B, T, E, generator = 2, 256, cfg.head_dim, torch.Generator().manual_seed(0)
+    shapes = [(B, T, heads, E) for heads in (cfg.num_heads, *2 * [cfg.num_kv_heads])]
+    qkv = [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes]
+    ids_BT = torch.randint(BOS_ID, 64, (B, T), generator=generator).to(device)
+    results = []
+    for kernel, dtype in ((sdpa_backend(), torch.float32), (backend, torch.bfloat16)):
+        q, k, v = inputs = [x.to(dtype).requires_grad_() for x in qkv]
+        y_BTHE = kernel.attend(q, k, v, kernel.prepare(ids_BT, cfg.isolate_documents))
+        gradients = torch.autograd.grad((y_BTHE * q.detach()).sum(), inputs)
+        results.append([x.detach().float() for x in (y_BTHE, *gradients)])
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
 
 
 def document_index(ids_BT: Tensor) -> Tensor:
@@ -3643,22 +3671,30 @@ def sdpa_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Tensor | N
     ).transpose(1, 2)
 
 
-def flash_backend(name: str, module: str) -> AttentionBackend:
-    """FlashAttention from `module`; ImportError if that is not installed."""
-    attend = functools.partial(flash_attend, import_flash_attention(module))
+def flash_backend(name: str, *modules: str) -> AttentionBackend:
+    """FlashAttention from the first of `modules` that is there; ImportError if none is."""
+    attend = functools.partial(flash_attend, import_flash_attention(modules))
     return AttentionBackend(name, flash_cu_seqlens, attend)
 
 
-def import_flash_attention(name: str) -> Any:
-    """The FlashAttention module `name`; ImportError if it is missing or lacks its functions.
+def import_flash_attention(names: Sequence[str]) -> Any:
+    """The first of these modules that has FlashAttention's functions, or ImportError.
 
-    With flash-attn-4 alone, `flash_attn` is a namespace package without them.
+    With flash-attn-4 alone, `flash_attn` is a namespace package without them. A name with a slash
+    is a repository of the hub of the package `kernels`, which may need a network at first.
     """
-    module = importlib.import_module(name)
-    for function in ("flash_attn_func", "flash_attn_varlen_func"):
-        if not hasattr(module, function):
-            raise ImportError(f"module {name} has no {function}")
-    return module
+    problems = []
+    for name in names:
+        try:
+            if "/" in name:
+                module = importlib.import_module("kernels").get_kernel(name, version=1)
+            else:
+                module = importlib.import_module(name)
+            assert module.flash_attn_func and module.flash_attn_varlen_func
+            return module
+        except Exception as error:  # of the network, too
+            problems.append(f"{name}: {error}")
+    raise ImportError("; ".join(problems))
 
 
 def flash_cu_seqlens(ids_BT: Tensor, isolate: bool, past: int = 0) -> Any:
@@ -3690,7 +3726,7 @@ def cu_seqlens_capacities(num_tokens: int) -> Iterator[int]:
 def flash_attend(
     kernels: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, cuts: Tensor | None
 ) -> Tensor:
-    """FlashAttention-2 or -3 of the module `kernels` (arXiv:2307.08691, arXiv:2407.08608)."""
+    """FlashAttention of the module `kernels` (arXiv:2307.08691, arXiv:2407.08608)."""
     if cuts is None:
         y = kernels.flash_attn_func(q_BTHE, k_BTKE, v_BTKE, causal=True)
     else:
@@ -3746,7 +3782,10 @@ def flex_attend(kernel: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mas
 
 # Made only when chosen, because FlashAttention may not be installed.
 ATTENTION_BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
-    "fa3": functools.partial(flash_backend, "fa3", "flash_attn_interface"),
+    "fa4": functools.partial(flash_backend, "fa4", "flash_attn.cute"),
+    "fa3": functools.partial(
+        flash_backend, "fa3", "flash_attn_interface", "kernels-community/flash-attn3"
+    ),
     "fa2": functools.partial(flash_backend, "fa2", "flash_attn"),
     "flex": flex_backend,
     "sdpa": sdpa_backend,

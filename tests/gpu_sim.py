@@ -355,7 +355,7 @@ def simulated_gpu(
     """Context with FakeTensors, one Hopper GPU, and the FlashAttention module `flash` or none."""
     mode, gpu = FakeTensorMode(allow_non_fake_inputs=True), SimulatedGpu(by_line)
     active_gpus.append(gpu)
-    names = ["flash_attn", "flash_attn_interface"]
+    names = ["flash_attn", "flash_attn_interface", "kernels"]
     modules = {name: flash_module(name) if name == flash else None for name in names}
     changes = [
         (torch.Tensor, "numpy", fake_numpy),
@@ -363,6 +363,7 @@ def simulated_gpu(
         (FakeTensor, "tolist", fake_tolist),
         (nn.Module, "_apply", replace_tensors),
         (nn.functional, "rms_norm", fused_rms_norm),
+        (t, "attention_error", lambda *_: 0.0),  # the stand-ins have no numbers
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "current_stream", lambda *_: None),

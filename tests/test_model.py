@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import sys
 import types
@@ -740,7 +741,9 @@ def test_a_kernel_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.M
 def test_flash_attn_without_its_functions_counts_as_not_installed(monkeypatch: pytest.MonkeyPatch):
     # With flash-attn-4 alone, `import flash_attn` finds a namespace package.
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    with pytest.raises(InputError, match="^ATTENTION=fa2 is not installed: .*no flash_attn_func"):
+    with pytest.raises(
+        InputError, match="^ATTENTION=fa2 is not installed: .*no attribute 'flash_attn_f"
+    ):
         choose_attention_backend(tiny_config(attention="fa2"), CPU, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -799,6 +802,8 @@ def test_on_a_cpu_sdpa_is_chosen_unless_another_is_named(
         ((9, 0), {"fa3", "fa2"}, torch.bfloat16, False, "fa3"),
         ((9, 0), {"fa2"}, torch.bfloat16, True, "fa2"),
         ((8, 0), {"fa3", "fa2"}, torch.bfloat16, False, "fa2"),
+        ((10, 0), {"fa4", "fa3", "fa2"}, torch.bfloat16, False, "fa4"),
+        ((12, 0), {"fa4", "fa3", "fa2"}, torch.bfloat16, False, "fa2"),
         ((9, 0), {"fa3", "fa2"}, torch.float32, False, "sdpa"),  # they have no float32
         ((9, 0), set(), torch.bfloat16, False, "sdpa"),
         ((9, 0), set(), torch.bfloat16, True, "flex"),
@@ -810,16 +815,81 @@ def test_on_a_gpu_the_best_kernel_that_is_installed_is_chosen(
     capability, installed, dtype, isolate, chosen = case
 
     def make(name: str) -> AttentionBackend:
-        if name in ("fa2", "fa3") and name not in installed:
+        if name.startswith("fa") and name not in installed:
             raise ImportError(name)
         return AttentionBackend(name, train_gpt.sdpa_mask, train_gpt.sdpa_attend)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(train_gpt, "attention_error", lambda *_: 0.0)
     for name in train_gpt.ATTENTION_BACKENDS:
         fake = functools.partial(make, name)
         monkeypatch.setitem(train_gpt.ATTENTION_BACKENDS, name, fake)
     cfg = tiny_config(isolate_documents=isolate, compile=True)
-    assert choose_attention_backend(cfg, torch.device("cuda"), dtype).name == chosen
+    found = choose_attention_backend(cfg, torch.device("cuda"), dtype)
+    newest = {9: ["fa3"], 10: ["fa4"]}.get(capability[0], ["fa2"])
+    assert found.name == chosen
+    assert bool(found.reason) == (dtype == torch.bfloat16 and chosen not in newest)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("fault", ["none", "numbers", "gradient", "crash"])
+def test_a_kernel_that_computes_something_else_is_not_taken(
+    fake_flash_attention: None, monkeypatch: pytest.MonkeyPatch, fault: str, isolate: bool
+):
+    error_of = train_gpt.attention_error
+    name = "flash_attn_varlen_func" if isolate else "flash_attn_func"
+
+    def right(q: Tensor, k: Tensor, v: Tensor, causal: bool, **lengths: Any) -> Tensor:
+        attend = functools.partial(train_gpt.sdpa_attend, mask=None)
+        if not isolate:
+            return attend(q, k, v)
+        cuts = lengths["cu_seqlens_q"].tolist()
+        spans = [slice(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+        return torch.cat([attend(q[s][None], k[s][None], v[s][None])[0] for s in spans])
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        if fault == "crash":
+            raise RuntimeError("no kernel image")
+        y = right(*args, **options)
+        half = y.detach() + 0.9 * (y - y.detach())  # of the right value
+        return {"none": y, "numbers": 1.05 * y, "gradient": half}[fault]
+
+    fa3, fa2 = sys.modules["flash_attn_interface"], sys.modules["flash_attn"]
+    monkeypatch.setattr(fa2, name, right)
+    monkeypatch.setattr(fa3, name, wrong)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(train_gpt, "attention_error", lambda b, c, _: error_of(b, c, CPU))
+    cfg = tiny_config(isolate_documents=isolate, num_heads=4, num_kv_heads=2)
+    found = choose_attention_backend(cfg, torch.device("cuda"), torch.bfloat16)
+    expected = {"none": "", "crash": "fa3: no kernel image"}.get(fault, "fa3 differs from SDPA by")
+    assert found.name == ("fa3" if fault == "none" else "fa2")
+    assert found.reason.startswith(expected) and bool(found.reason) == (fault != "none")
+
+
+def test_flash_attention_comes_from_a_hub_if_it_is_not_installed(
+    fake_flash_attention: None, monkeypatch: pytest.MonkeyPatch
+):
+    asked, module = [], sys.modules["flash_attn_interface"]
+
+    def get_kernel(repository: str, *, version: int) -> Any:
+        asked.append((repository, version))
+        if len(asked) > 1:
+            raise OSError("401 Unauthorized")
+        return module
+
+    hub = types.ModuleType("kernels")
+    hub.get_kernel = get_kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels", hub)
+    assert kernel("fa3").name == "fa3" and asked == []
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    qkv, ids = attention_inputs(3, 11), packed_ids(3, 11)
+    hub_kernel, sdpa = kernel("fa3"), kernel("sdpa")
+    assert asked == [("kernels-community/flash-attn3", 1)]
+    got = hub_kernel.attend(*qkv, hub_kernel.prepare(ids, True))
+    expected = sdpa.attend(*qkv, sdpa.prepare(ids, True))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="flash_attn_interface: .*flash-attn3: 401 Unauthorized"):
+        choose_attention_backend(tiny_config(attention="fa3"), CPU, torch.bfloat16)
 
 
 # --- Loss ----------------------------------------------------------------------------------------

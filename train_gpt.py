@@ -3600,35 +3600,49 @@ def choose_attention_backend(
             return ATTENTION_BACKENDS[cfg.attention]()
         except ImportError as error:
             raise InputError(f"ATTENTION={cfg.attention} is not installed: {error}") from error
-    problems = list[str]()
+    flash, reason = None, ""
     if on_gpu and dtype == torch.bfloat16:
-        newest = {9: ["fa3"], 10: ["fa4"]}.get(torch.cuda.get_device_capability(device)[0], [])
-        for name in [*newest, "fa2"]:
-            try:
-                backend = ATTENTION_BACKENDS[name]()
-                difference = attention_error(backend, cfg, device)
-                if difference < MAX_ATTENTION_ERROR:
-                    return backend._replace(reason="; ".join(problems))
-                problems.append(f"{name} differs from SDPA by {difference:.3g}")
-            except Exception as problem:  # not installed, or not for this GPU
-                problems.append(f"{name}: {problem}")
+        flash, reason = find_flash_attention(cfg, device)
     # Flex skips masked blocks; a dense document mask takes T^2 bytes and rules out fast kernels.
     use_flex = on_gpu and cfg.isolate_documents and cfg.compile
-    backend = ATTENTION_BACKENDS["flex" if use_flex else "sdpa"]()
-    return backend._replace(reason="; ".join(problems))
+    backend = flash or ATTENTION_BACKENDS["flex" if use_flex else "sdpa"]()
+    return backend._replace(reason=reason)
+
+
+@functools.cache
+def find_flash_attention(cfg: Config, device: torch.device) -> tuple[AttentionBackend | None, str]:
+    """The fastest FlashAttention that works on the device, and why it is not a faster one."""
+    problems = list[str]()
+    newest = {9: ["fa3"], 10: ["fa4"]}.get(torch.cuda.get_device_capability(device)[0], [])
+    for name in [*newest, "fa2"]:
+        try:
+            backend = ATTENTION_BACKENDS[name]()
+            difference = attention_error(backend, cfg, device)
+            if difference < MAX_ATTENTION_ERROR:
+                return backend, "; ".join(problems)
+            problems.append(f"{name} differs from SDPA by {difference:.3g}")
+        except Exception as error:  # not installed, not for this GPU, or it cannot be traced
+            problems.append(f"{name}: {error}")
+    return None, "; ".join(problems)
 
 
 MAX_ATTENTION_ERROR = 0.02  # several times that of bf16's rounding
 
 
 def attention_error(backend: AttentionBackend, cfg: Config, device: torch.device) -> float:
-    """Largest relative error, by norms, of output and gradients against SDPA in float32."""
+    """Largest relative error, by norms, of output and gradients against SDPA in float32.
+
+    An error of the compiler if COMPILE=1 and torch.compile cannot trace the kernel.
+    """
     B, T, E, generator = 2, 256, cfg.head_dim, torch.Generator().manual_seed(0)
     shapes = [(B, T, heads, E) for heads in (cfg.num_heads, *2 * [cfg.num_kv_heads])]
     qkv = [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes]
     ids_BT = torch.randint(BOS_ID, 64, (B, T), generator=generator).to(device)
-    results = []
-    for kernel, dtype in ((sdpa_backend(), torch.float32), (backend, torch.bfloat16)):
+    attend, results = backend.attend, []
+    if cfg.compile:
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    tested = backend._replace(attend=attend)
+    for kernel, dtype in ((sdpa_backend(), torch.float32), (tested, torch.bfloat16)):
         q, k, v = inputs = [x.to(dtype).requires_grad_() for x in qkv]
         y_BTHE = kernel.attend(q, k, v, kernel.prepare(ids_BT, cfg.isolate_documents))
         gradients = torch.autograd.grad((y_BTHE * q.detach()).sum(), inputs)

@@ -179,9 +179,14 @@ def packed_size(source: str) -> int:
 
 
 def packer_of(source: str) -> str:
-    """Return the code of the function that packs this source, empty if it has none."""
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    return next((ast.dump(node) for node in functions if node.name == "pack_source"), "")
+    """Return the code of the functions that pack this source, empty if it has none."""
+    tree = ast.parse(source)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    names = [name for name in ("pack_source",) if name in functions]
+    for name in names:  # grows by the functions that these use
+        used = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
+        names += sorted(used & functions.keys() - {*names})
+    return "".join(ast.dump(functions[name]) for name in names)
 
 
 def check_code_size(source: str, code_bytes: int) -> tuple[list[str], list[str]]:

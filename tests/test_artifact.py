@@ -1009,16 +1009,17 @@ def test_an_annotation_in_parentheses_stays():
     assert unpack(pack_source(source)) == source
 
 
-packed = functools.cache(pack_source)  # packing the script takes most of a second
+packed = functools.cache(pack_source)  # packing the script takes seconds
+minified = functools.cache(minify)
 
 
 @pytest.mark.parametrize("name", ODD_SOURCES)
 def test_the_minified_source_is_the_source_without_comments_docstrings_and_annotations(name: str):
     source = ODD_SOURCES[name]
-    minified = minify(source)
+    short = minified(source)
     expected = Plain().visit(ast.parse(source))
-    assert ast.dump(ast.parse(minified)) == ast.dump(expected)
-    tokens = tokenize.generate_tokens(io.StringIO(minified).readline)
+    assert ast.dump(ast.parse(short)) == ast.dump(expected)
+    tokens = tokenize.generate_tokens(io.StringIO(short).readline)
     assert [token.string for token in tokens if token.type == tokenize.COMMENT] == []
 
 
@@ -1074,8 +1075,9 @@ def k(mentioned): return f"{mentioned}"
 """
 
 
-@pytest.mark.parametrize("source", [LOCALS, minify(SOURCE)], ids=["all kinds", "the script"])
-def test_short_names_of_local_variables_change_nothing_else(source: str):
+@pytest.mark.parametrize("name", ["all kinds", "the script"])
+def test_short_names_of_local_variables_change_nothing_else(name: str):
+    source = LOCALS if name == "all kinds" else minified(SOURCE)
     shortened = shorten_locals(source)
     pairs = renamed_variables(compile(source, "x", "exec"), compile(shortened, "x", "exec"))
     changed = {old for names in pairs for old, new in names.items() if old != new}
@@ -1116,7 +1118,7 @@ def test_short_names_of_global_variables_change_nothing_else():
         expected = expected.replace(word, short)
     assert shortened == expected
     assert shorten_globals(shortened) == shortened
-    source = minify(SOURCE)
+    source = minified(SOURCE)
     old, new = (list(source_tokens(x)) for x in (source, shorten_globals(source)))
     pairs = {(x[1], y[1]) for x, y in zip(old, new, strict=True) if x[1] != y[1]}
     changed, names = {x for x, _ in pairs}, {y for _, y in pairs}
@@ -1126,7 +1128,10 @@ def test_short_names_of_global_variables_change_nothing_else():
     assert changed.isdisjoint(train_gpt.__all__)
 
 
-@pytest.mark.parametrize("name", ODD_SOURCES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n != "the script" else pytest.param(n, marks=pytest.mark.slow) for n in ODD_SOURCES],
+)
 def test_packing_what_was_unpacked_gives_the_same_bytes(name: str):
     assert pack_source(unpack(packed(ODD_SOURCES[name]))) == packed(ODD_SOURCES[name])
 

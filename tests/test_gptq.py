@@ -706,6 +706,7 @@ def in_turn(knobs: dict[str, Any]) -> Any:
     stands = knobs["compressor"] in ("ans", "zlib") or plain
     stands &= knobs["compressor"] != "lzma" or rounds
     stands &= knobs["compressor"] in ("ans", "brotli_shuffled")
+    stands &= knobs["quant_grid"] == "uniform" or plain
     return pytest.param(knobs, id=name, marks=[] if stands else [pytest.mark.slow])
 
 

@@ -821,6 +821,7 @@ def test_on_a_gpu_the_best_kernel_that_is_installed_is_chosen(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(train_gpt, "attention_error", lambda *_: 0.0)
+    train_gpt.find_flash_attention.cache_clear()
     for name in train_gpt.ATTENTION_BACKENDS:
         fake = functools.partial(make, name)
         monkeypatch.setitem(train_gpt.ATTENTION_BACKENDS, name, fake)
@@ -831,8 +832,10 @@ def test_on_a_gpu_the_best_kernel_that_is_installed_is_chosen(
     assert bool(found.reason) == (dtype == torch.bfloat16 and chosen not in newest)
 
 
-@pytest.mark.parametrize("isolate", [False, True])
-@pytest.mark.parametrize("fault", ["none", "numbers", "gradient", "crash"])
+@pytest.mark.parametrize(
+    ("fault", "isolate"),
+    [("trace", False), *itertools.product(["none", "numbers", "gradient", "crash"], [False, True])],
+)
 def test_a_kernel_that_computes_something_else_is_not_taken(
     fake_flash_attention: None, monkeypatch: pytest.MonkeyPatch, fault: str, isolate: bool
 ):
@@ -850,18 +853,24 @@ def test_a_kernel_that_computes_something_else_is_not_taken(
     def wrong(*args: Any, **options: Any) -> Any:
         if fault == "crash":
             raise RuntimeError("no kernel image")
+        if fault == "trace":
+            torch._dynamo.graph_break()
         y = right(*args, **options)
         half = y.detach() + 0.9 * (y - y.detach())  # of the right value
-        return {"none": y, "numbers": 1.05 * y, "gradient": half}[fault]
+        return {"numbers": 1.05 * y, "gradient": half}.get(fault, y)
 
     fa3, fa2 = sys.modules["flash_attn_interface"], sys.modules["flash_attn"]
     monkeypatch.setattr(fa2, name, right)
     monkeypatch.setattr(fa3, name, wrong)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(train_gpt, "attention_error", lambda b, c, _: error_of(b, c, CPU))
-    cfg = tiny_config(isolate_documents=isolate, num_heads=4, num_kv_heads=2)
+    knobs = {"num_heads": 4, "num_kv_heads": 2, "compile": fault == "trace"}
+    cfg = tiny_config(**knobs, isolate_documents=isolate)
+    train_gpt.find_flash_attention.cache_clear()
     found = choose_attention_backend(cfg, torch.device("cuda"), torch.bfloat16)
-    expected = {"none": "", "crash": "fa3: no kernel image"}.get(fault, "fa3 differs from SDPA by")
+    expected = {"none": "", "crash": "fa3: no kernel image", "trace": "fa3: "}.get(
+        fault, "fa3 differs from SDPA by"
+    )
     assert found.name == ("fa3" if fault == "none" else "fa2")
     assert found.reason.startswith(expected) and bool(found.reason) == (fault != "none")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt
+from records import check
 from records.check import check_record
 from records.tables import find_records, format_records, knobs_page
 
@@ -44,8 +46,9 @@ each_source = pytest.mark.parametrize("path", [SCRIPT, *TOOLS], ids=lambda path:
 each_file = pytest.mark.parametrize("path", [SCRIPT, *TOOLS, *TESTS], ids=lambda path: path.name)
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
+    """The syntax tree of a file, which no test may change."""
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -364,7 +367,7 @@ def test_importing_the_script_does_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "policy"),
     [
-        ({}, "PASSIVE"),
+        pytest.param({}, "PASSIVE", marks=pytest.mark.slow),
         pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", marks=pytest.mark.slow),
     ],
 )
@@ -447,10 +450,17 @@ def test_every_command_of_the_readme_was_run(path: Path) -> None:
     assert untested_commands(path.read_text(encoding="utf-8"), tests) == []
 
 
+@pytest.mark.slow  # packs the script of each
 def test_every_record_is_what_its_logs_say() -> None:
     folders = find_records(ROOT / "records")
     verdicts = {folder.name: check_record(folder, ROOT / "records") for folder in folders}
     assert folders and {name: v.problems for name, v in verdicts.items() if v.problems} == {}
+
+
+def test_the_newest_record_is_what_its_logs_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "check_code_size", lambda *_: ([], []))
+    newest = max(find_records(ROOT / "records"), key=lambda folder: folder.name)
+    assert check_record(newest, ROOT / "records").problems == []
 
 
 def test_the_list_of_records_is_up_to_date() -> None:

@@ -6329,14 +6329,14 @@ def script_source() -> str:
 PACKED_STUB = (
     "# coding:latin-1\n"
     "import linecache,lzma\n"
-    'PACKED_SOURCE=lzma.decompress("{payload}".encode("latin-1"),format=lzma.FORMAT_RAW,'
+    'PACKED_SOURCE=lzma.decompress("""{payload}""".encode("latin-1"),format=lzma.FORMAT_RAW,'
     'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9}}]).decode()\n'
     'linecache.cache["<train_gpt>"]='
     '(len(PACKED_SOURCE),None,PACKED_SOURCE.splitlines(True),"<train_gpt>")\n'
     'exec(compile(PACKED_SOURCE,"<train_gpt>","exec"))\n'
 )
-# Characters that cannot stand in a string literal as they are.
-PAYLOAD_ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r", '"': '\\"', "\\": "\\\\"})
+# Characters that cannot stand in a string of triple quotes as they are, besides its end and NUL.
+PAYLOAD_ESCAPES = str.maketrans({"\r": "\\r", "\\": "\\\\"})
 # Parameters of LZMA for text: the position of a byte modulo 4 says nothing about it.
 PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 
@@ -6352,6 +6352,7 @@ def pack_source(source: str) -> bytes:
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
     payload = re.sub("\0(?=[0-7])", r"\\x00", payload).replace("\0", r"\0")
+    payload = re.sub(r'"(?=""|\Z)', r'\\"', payload)
     return PACKED_STUB.format(payload=payload).encode("latin-1")
 
 

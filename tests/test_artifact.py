@@ -902,7 +902,7 @@ SOURCE = Path(train_gpt.__file__).read_text(encoding="utf-8")
 
 def unpack(packed: bytes) -> str:
     """The source inside a packed script, by running all of it but its last line."""
-    *setting, last, end = packed.split(b"\n")
+    *setting, last, end = packed.rsplit(b"\n", 2)
     assert last.startswith(b"exec(") and end == b""
     namespace: dict[str, Any] = {}
     exec(b"\n".join(setting), namespace)
@@ -1155,9 +1155,20 @@ def test_the_payload_survives_every_byte(seed: int):
     text = "".join(map(chr, rng.integers(32, 127, 3000)))  # compresses to nearly random bytes
     source = f"x = {text!r}\n"
     packed = pack_source(source)
-    assert {0, 10, 13} & set(packed.split(b'"')[1]) == set()  # no NUL and no line end
+    assert {0, 13} & set(packed) == set()
     assert ast.literal_eval(ast.parse(unpack(packed)).body[0].value) == text  # type: ignore[attr-defined]
     assert compile(packed, "packed.py", "exec")
+
+
+@pytest.mark.parametrize("end", ["", '"', '""', '"""', "\\", '\\"', "\n", "\0", "\r"])
+@pytest.mark.parametrize("start", ["", '"', '"""""""', "\n\n", "\0001", "\r\n", '\\"""'])
+def test_any_payload_is_one_string(start: str, end: str, monkeypatch: pytest.MonkeyPatch):
+    raw = f"{start}x{end}".encode()
+    monkeypatch.setattr(lzma, "compress", lambda *_, **__: raw)
+    packed = pack_source.__wrapped__("pass")
+    tree = ast.parse(packed)
+    texts = [x.value for x in ast.walk(tree) if isinstance(x, ast.Constant)]
+    assert raw.decode() in texts and {0, 13} & set(packed) == set()
 
 
 @pytest.fixture(scope="module")

@@ -3538,7 +3538,6 @@ def parameter_roles(model: nn.Module) -> dict[str, ParamRole]:
 def build_model(run: Run, weights: Mapping[str, Tensor] | None = None) -> GPT:
     """The model on the run's device, compiled if COMPILE=1: with `weights`, or initialized."""
     cfg, attention = run.cfg, choose_attention_backend(run.cfg, run.device, run.dtype)
-    run.log("attention", kernel=attention.name)
     if attention.reason:
         text = f"the attention kernel is {attention.name}, which is slower: {attention.reason}"
         run.log("warning", text=format_line(text)[:500])

@@ -4453,7 +4453,7 @@ class Trainer:
         self.adam, self.muon = make_optimizers(model, run)
         self.adam_params = [p for group in self.adam.param_groups for p in group["params"]]
         self.averager = WeightAverager(run.cfg, self.params)
-        self.late_modules = late_qat_modules(run.cfg, model)
+        self.late_modules, self.has_grid = late_qat_modules(run.cfg, model), False
         for module in self.late_modules.values() if run.cfg.trains_on_grid else []:
             rows_O, columns_I = module.weight.detach()[:, 0], module.weight.detach()[0]
             module.grid = torch.full_like(rows_O, UNKNOWN_SCALE), torch.ones_like(columns_I)
@@ -4544,8 +4544,11 @@ class Trainer:
     def solve_grid(self, loader: BatchLoader) -> None:
         """Set the grid of late QAT, unless it is known: the scales of an artifact made now."""
         run, model = self.run, self.model
+        if self.has_grid:  # asked before every step: the device need not be waited for
+            return
+        self.has_grid = True
         unknown = {k: m for k, m in self.late_modules.items() if m.grid and m.grid[0][0] < 0}
-        if not unknown:
+        if not unknown:  # they came from a checkpoint
             return
         with run.stage("solve_grid"):
             hessians = calibrate(run, model, loader, self.progress)

@@ -2781,9 +2781,13 @@ class CausalSelfAttention(nn.Module):
         qk, sizes, all_v_BTKE = [q_BTHE, k_BTKE], [q_BTHE.size(2), k_BTKE.size(2)], v_BTKE
         if is_eager_on_gpu(n_BTD):  # half as many launches
             qk = [torch.cat(qk, dim=2)]
-        qk = [apply_rotary_emb(rms_norm(x), inputs.rotary_3TE) for x in qk]
+        qk, gain_H1 = [rms_norm(x) for x in qk], self.q_gain.to(n_BTD.dtype)[:, None]
+        if is_compiled_for_gpu(n_BTD):  # the gradient of the gain is summed by rows first
+            qk[0] = qk[0] * gain_H1.expand(*qk[0].shape[:2], -1, 1)
+        qk = [apply_rotary_emb(x, inputs.rotary_3TE) for x in qk]
         q_BTHE, k_BTKE = qk if len(qk) == 2 else torch.split(qk[0], sizes, dim=2)
-        q_BTHE = q_BTHE * self.q_gain.to(n_BTD.dtype)[:, None]
+        if not is_compiled_for_gpu(n_BTD):
+            q_BTHE = q_BTHE * gain_H1
         if inputs.kv_cache is not None:
             k_BTKE, all_v_BTKE = inputs.kv_cache.append(k_BTKE, v_BTKE)
         y_BTHE = self.attend(q_BTHE, k_BTKE, all_v_BTKE, inputs.mask)

@@ -24,12 +24,16 @@ from typing import Any
 
 from tests import gpu_sim  # before torch, because of its guard
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch._inductor import ir
 from torch._inductor.choices import InductorChoices
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplateCaller
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._sympy.functions import Identity
 
 import train_gpt as t
 
@@ -194,7 +198,51 @@ def kernel_of(node: Any, num_bytes: float) -> Kernel | None:
         fused = "" if len(node.get_nodes()) == 1 else " with " + origins(node)
         kind = "product with epilogue" if fused else "product"
         return Kernel(kind, f"{a} x {b}{fused}", num_bytes, flops)
-    return Kernel("pointwise", origins(node), num_bytes, 0.0)
+    return Kernel("pointwise", origins(node), num_bytes - unread_bytes(node), 0.0)
+
+
+def unread_bytes(node: Any) -> float:
+    """Bytes of whole buffers that Inductor counts, though the kernel reads a slice of each row."""
+    unread, deps = 0.0, node.read_writes.reads
+    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
+    for name, counted in accesses.items():
+        buffer = V.graph.try_get_buffer(name)
+        if buffer is None or not isinstance(buffer.get_layout(), ir.FixedLayout):
+            continue
+        size = [1, *map(int, buffer.get_size())]
+        width, whole = size[-1], math.prod(size)
+        columns = [columns_of(dep, width) for dep in deps if dep.name == name]
+        read = whole * buffer.get_dtype().itemsize * len(set().union(*columns)) / width
+        unread += max(0.0, counted - read)
+    return unread
+
+
+# The functions of Inductor's index expressions.
+INDEX_FUNCTIONS = {
+    "FloorDiv": lambda x, divisor: x // divisor,
+    "ModularIndexing": lambda x, divisor, modulus: x // divisor % modulus,
+}
+MAX_COLUMN_TERMS = 2**14
+
+
+def columns_of(dep: Any, width: int) -> set[int]:
+    """The columns of a row-major buffer with rows of this width that an access touches.
+
+    All columns if that is hard to say. Positions that a mask leaves out count as touched.
+    """
+    everything = {*range(width)}
+    if not isinstance(dep, MemoryDep):
+        return everything
+    steps = {x: dep.index.coeff(x) for x in dep.ranges}
+    rows = [x for x, step in steps.items() if step.is_Integer and step and step % width == 0]
+    index = dep.index.subs(dict.fromkeys(rows, 0)).replace(Identity, lambda x: x)
+    others = {x: int(dep.ranges[x]) for x in dep.ranges if x in index.free_symbols}
+    is_known = index.free_symbols <= others.keys() and math.prod(others.values())
+    if not is_known or is_known > MAX_COLUMN_TERMS:
+        return everything
+    column = sympy.lambdify([*others], index, modules=[INDEX_FUNCTIONS, "math"])
+    places = itertools.product(*map(range, others.values()))
+    return {column(*place) % width for place in places}
 
 
 seq_len = 0  # of the stage that is traced

@@ -120,6 +120,33 @@ def test_the_report_of_a_small_step(tmp_path: Path):
     assert "computed" in text.lower() and (tmp_path / "report.png").stat().st_size > 1000
 
 
+COLUMNS = """
+from tests import gpu_report as r
+import sympy
+from torch._inductor.dependencies import MemoryDep
+from torch.utils._sympy.functions import FloorDiv, Identity
+t, h, e = sympy.symbols("t h e", integer=True)
+def columns(index, size=(6, 4, 8)):
+    found = sorted(r.columns_of(MemoryDep("x", index, (t, h, e), size), 64))
+    return found == [*range(found[0], found[-1] + 1)] and (found[0], found[-1] + 1)
+print([
+    columns(64 * t + 8 * h + e + 16),
+    columns(64 * t + 8 * FloorDiv(h, 2) + e + 16),
+    columns(64 * t + 8 * h + Identity(e - 2) + 18),
+    columns(64 * t + e, (6, 1, 3)),
+    columns(e, (6, 4, 8)),
+])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_only_the_columns_that_a_kernel_reads_are_counted():
+    command = [sys.executable, "-c", COLUMNS]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "[(16, 48), (16, 32), (16, 48), (0, 3), (0, 8)]"
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_quantization_runs_without_a_cuda_graph_where_it_cannot_be_captured(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *, fails: bool

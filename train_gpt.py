@@ -4569,7 +4569,7 @@ class Trainer:
     @torch.no_grad()
     def round_to_grid(self) -> None:
         """Round the matrices that were trained on the artifact's grid to it."""
-        self.enter_stage(self.current_stage._replace(deep=0.0))
+        self.enter_stage(self.current_stage._replace(qat=True, deep=0.0))
         for module in self.late_modules.values():
             if module.grid and module.grid[0][0] > 0:
                 module.weight.copy_(module.used_weight())

@@ -640,6 +640,8 @@ def test_a_run_stopped_after_the_scales_are_known_goes_on_to_the_same_bits(new_r
         train_all(stopped)
     resumed = train_all(grid_run(new_run, **knobs, run_dir=str(stopped.directory)))
     same_bits(resumed, whole)
+    again = train_all(grid_run(new_run, **knobs, run_dir=str(stopped.directory)))  # is over
+    assert all(map(torch.equal, again.params, whole.params))
     times = (stopped.directory / "metrics.jsonl").read_text().count('"begin", "name": "solve_grid"')
     assert times == 1
     assert len(scales_of(whole)) == 2 * len(whole.late_modules)

@@ -185,7 +185,8 @@ def draw_losses(axes: Axes, curves: Sequence[Curve], key: str, scale: float = 1.
         axes.set_ylim(top=top)
         axes.set_xlim(0, 1.02 * end)
     if has_points:
-        axes.plot([], [], "o", color=FAINT, ms=4.5, mec="white", label="validation")
+        color = curves[0].color if len(curves) == 1 else FAINT
+        axes.plot([], [], "o", color=color, ms=4.5, mec="white", label="validation")
     axes.xaxis.set_major_formatter("{x:,.10g}")
     axes.set_title("Training loss")
     axes.set_ylabel("nats per token")

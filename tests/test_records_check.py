@@ -19,7 +19,7 @@ import pytest
 
 import train_gpt
 from records import ROOT, check, plots
-from records.check import check_code_size, check_record
+from records.check import check_code_size, check_record, packer_of
 from records.logs import RunLog, run_settings
 from records.pages import HEADINGS, format_result
 from records.records import main
@@ -326,6 +326,18 @@ def test_the_size_of_the_packed_script_is_exact_if_it_packs_as_this_one(more: in
     older = source.replace("def pack_source(", "def pack_source_of_today(")
     problems, notes = check_code_size(older, size + more)
     assert problems == [] and "not proven" in notes[0]
+
+
+def test_packers_differ_if_any_function_differs_that_packs() -> None:
+    parts = [
+        "def pack_source(x): return f(x)",
+        "def f(x): return g(x) + f(x)",
+        "def g(x): return x",
+    ]
+    packer = packer_of("\n".join([*parts, "def other(): return 1"]))
+    assert packer and packer == packer_of("\n".join([*reversed(parts), "def other(): return 2"]))
+    assert packer != packer_of("\n".join([*parts[:2], "def g(x): return -x"]))
+    assert packer_of("def f(x): return x") == ""
 
 
 @pytest.mark.parametrize("source", ["def f(:\n", "'''", "\0", "x = (\n"])

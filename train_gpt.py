@@ -3143,7 +3143,7 @@ class GPT(nn.Module):
         self.tok_emb = Embedding(cfg.vocab_size, D)
         self.blocks = nn.ModuleList(Block(cfg, i, attention) for i in range(cfg.num_layers))
         self.schedules = layer_schedules(cfg)
-        self.schedule, self.deep_supervision = self.schedules[-1], 0.0
+        self.use_final_schedule()
         skips = (sum(call.skip is not None for call in self.schedule), D)
         self.skip_weights = nn.Parameter(torch.ones(skips))
         self.skip_gates = nn.Parameter(torch.zeros(skips)) if cfg.skip_gates else None
@@ -3305,6 +3305,10 @@ class GPT(nn.Module):
                 saved.append(x_BTD)
         x_BTD = x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD)
         return rms_norm(torch.cat([x_BTD, middle_BTD]) if self.deep_supervision else x_BTD)
+
+    def use_final_schedule(self) -> None:
+        """Run as the training ends: all loops, and no loss in the middle."""
+        self.schedule, self.deep_supervision = self.schedules[-1], 0.0
 
     def merge_lanes(self, x_BTD: Tensor, side_BTD: Tensor) -> Tensor:
         """Weighted mean of the lanes: by the learned weight of `merge`, otherwise 1/2."""
@@ -5149,7 +5153,7 @@ def calibrate(
     """
     stats, started_s = CalibrationStats(model), time.perf_counter()
     limit_s = run.cfg.max_wallclock_seconds or math.inf
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     for number, rows_BT in enumerate(calibration_rows(run, loader, trained), start=1):
         run.check_signal()
         stats.accumulate(rows_BT)
@@ -5720,7 +5724,11 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
         transform, allowed = header.get("transform", "none"), [text_transform(run.cfg)]
         if run.cfg.mode == "generate":
             allowed = TRANSFORMS
-        require(transform in allowed, f"its text has transform {transform!r:.40}, not {allowed}")
+        require(
+            transform in allowed,
+            f"its text has transform {transform!r:.40}, not {allowed}; "
+            "set DATA_PATH to data with the same case markers as the text it was trained on",
+        )
         check_shape_knobs(header["model"])
         run.cfg = dataclasses.replace(run.cfg, **header["model"])
         problems = check_eval_context(run.cfg)
@@ -7596,7 +7604,7 @@ def evaluate(
     Without a time limit, for validation during training and for audits; see run_pass for scores.
     The adaptive pass restores the model afterwards; with learns=False it trains nothing.
     """
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     planner = EvalPlanner(run.cfg, run.rank, run.world_size)
     if not adaptive:
         plan = planner.plan_scoring(validation.num_targets, stride)
@@ -7617,7 +7625,7 @@ def run_pass(
     """
     started_s, cfg, adaptive = time.perf_counter(), run.cfg, kind == "ttt"
     marks = dict[str, Any]()
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     with restore_model_after(cfg, model) if adaptive else contextlib.nullcontext():
         steps, budget, adjusted = plan_pass(run, model, validation, kind, limit)
         if adjusted:
@@ -8411,7 +8419,7 @@ def sample_tokens(run: Run, model: GPT, ids: Sequence[int], seed: int) -> list[i
     Beyond the context, the KV cache drops its oldest positions.
     """
     cfg, generator, tokens = run.cfg, torch.Generator().manual_seed(seed), list[int]()
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     past = KVCache(len(model.schedule), cfg.score_seq_len)
     while len(tokens) < cfg.max_new_tokens:
         run.check_signal()

@@ -337,9 +337,8 @@ def test_an_artifact_names_the_transform_and_scores_only_such_text(
     path, sha256 = write_artifact(plain, tmp_path / "plain.bin")
     assert Parts(path.read_bytes()).header["transform"] == "none"
     edit_transform(path, case_markers.NAME)
-    with pytest.raises(
-        InputError, match=r"its text has transform 'case-markers-1', not \['none'\]"
-    ):
+    message = r"has transform 'case-markers-1', not \['none'\]; set DATA_PATH to data with the same"
+    with pytest.raises(InputError, match=message):
         train_gpt.read_artifact(path, plain, sha256)
     edit_transform(path, None)  # of an earlier version of the script
     train_gpt.read_artifact(path, plain, sha256)

@@ -257,6 +257,17 @@ def test_training_runs_each_phase_with_its_shape_its_passes_and_its_bits(new_run
     assert last["blocks.1.mlp.fc"] == 4 and "tok_emb" not in last
 
 
+def test_calibration_leaves_deep_supervision_out(new_run: MakeRun):
+    """The grid of late QAT can be solved while training has it."""
+    run = new_run(**SCHEDULED)
+    trainer, loader = train_all(run), open_loader(run)
+    found = []
+    for trainer.model.deep_supervision in (0.3, 0.0):
+        found.append(train_gpt.calibrate(run, trainer.model, loader, trainer.progress))
+    for name, hessian in found[0].items():
+        assert all(map(torch.equal, hessian, found[1][name])), name
+
+
 def test_the_sequential_loader_reads_on_without_a_gap_or_a_repeat_when_shapes_change(
     new_run: MakeRun, data: TinyData
 ):

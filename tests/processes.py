@@ -2,8 +2,8 @@
 
 `start` and `run_script` fork the process from a helper that has imported torch and no more, then
 run the file as `python FILE` would: an environment, a folder and an exit status of its own, and a
-process that can be killed, without the seconds that importing torch takes. The helper also keeps
-what parsing, tokenizing and compressing the script gives, which every run does to pack itself.
+process that can be killed, without the seconds that importing torch takes. The helper also has
+the script compiled and packed, which every run does.
 `python_process` starts a fresh interpreter.
 """
 
@@ -30,36 +30,21 @@ SCRIPT = Path(train_gpt.__file__).resolve()
 TIMEOUT_S = 1200.0  # no process of these tests needs a hundredth of it on an idle machine
 
 HELPER = """
-import ast, atexit, functools, gc, json, lzma, os, runpy, sys, threading, tokenize, traceback
+import atexit, functools, gc, json, os, runpy, sys, threading, traceback
 import numpy, safetensors.torch, sentencepiece, torch, torch._dynamo, torch.distributed
 
-def remember(module, name, key):
-    function, results = getattr(module, name), {}
-    def call(*args, **options):
-        known = key(*args, **options)
-        if known not in results:
-            result = function(*args, **options)
-            if not is_warm:
-                results[known] = [*result] if name == "generate_tokens" else result
-            return results.get(known, result)
-        return results[known]
-    setattr(module, name, call)
+packed = json.loads(sys.stdin.readline()).encode("latin-1")
+with open(sys.argv[1], "rb") as file:
+    source = file.read()
+code = compile(source, sys.argv[1], "exec")
+source, cache, code_of_file = source.decode(), functools.cache, runpy._get_code_from_file
 
-def text_of_lines(readline):
-    lines = getattr(readline, "__self__", None)  # of iter(lines).__next__
-    return "".join(lines.__reduce__()[1][0]) if type(lines) is type(iter([])) else object()
+def compiled(*arguments):  # those of runpy, which differ from version to version
+    if arguments[-1] != sys.argv[0] or sys.argv[0] != sys.orig_argv[-1]:
+        return code_of_file(*arguments)
+    return code if len(arguments) == 1 else (code, arguments[-1])
 
-is_warm = False
-remember(ast, "parse", lambda *args, **options: (args, repr(options)))
-remember(lzma, "compress", lambda *args, **options: (args, repr(options)))
-remember(tokenize, "generate_tokens", text_of_lines)
-sys.path.insert(0, sys.argv[1])
-import train_gpt
-source = train_gpt.script_source()
-packed = train_gpt.pack_source(source)
-del sys.path[0], sys.modules["train_gpt"]
-is_warm = True
-cache = functools.cache
+runpy._get_code_from_file = compiled
 
 def cache_of_packing(function):
     cached = cache(function)
@@ -169,7 +154,7 @@ def helper() -> subprocess.Popen[str]:
     names = ("PATH", "HOME", "TMPDIR", "LANG")
     env = {name: os.environ[name] for name in names if name in os.environ}
     process = subprocess.Popen(
-        [sys.executable, "-c", HELPER, str(SCRIPT.parent)],
+        [sys.executable, "-c", HELPER, str(SCRIPT)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={
@@ -181,6 +166,8 @@ def helper() -> subprocess.Popen[str]:
         text=True,
     )
     atexit.register(process.kill)
+    packed = train_gpt.pack_source(train_gpt.script_source()).decode("latin-1")
+    print(json.dumps(packed), file=process.stdin, flush=True)
     return process
 
 

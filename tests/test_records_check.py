@@ -579,7 +579,7 @@ def test_the_command_of_a_record_runs_its_own_script_with_its_settings(record: P
     assert ROOT / script == record / "train_gpt.py"
     done = run_script({**env, "MODE": "describe"}, ROOT, ROOT / script)
     assert (done.status, done.err) == (0, "")
-    (log,) = check.read_logs(record)
+    (log,) = (x for x in check.read_logs(record) if str(x.config["values"]["SEED"]) == env["SEED"])
     assert f"params:{log.need('model')['params']} " in done.out
     values = log.config["values"]
     for name in run_settings(log):

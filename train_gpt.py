@@ -5722,12 +5722,12 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
             "it was trained with another tokenizer than the data set's",
         )
         transform, allowed = header.get("transform", "none"), [text_transform(run.cfg)]
+        remedy = "set DATA_PATH to data with the same case markers as the text it was trained on"
         if run.cfg.mode == "generate":
-            allowed = TRANSFORMS
+            allowed, remedy = TRANSFORMS, "use the script that wrote it"
         require(
             transform in allowed,
-            f"its text has transform {transform!r:.40}, not {allowed}; "
-            "set DATA_PATH to data with the same case markers as the text it was trained on",
+            f"its text has transform {transform!r:.40}, not {allowed}; {remedy}",
         )
         check_shape_knobs(header["model"])
         run.cfg = dataclasses.replace(run.cfg, **header["model"])

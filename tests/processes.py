@@ -33,16 +33,16 @@ HELPER = """
 import atexit, functools, gc, json, os, runpy, sys, threading, traceback
 import numpy, safetensors.torch, sentencepiece, torch, torch._dynamo, torch.distributed
 
-packed = json.loads(sys.stdin.readline()).encode("latin-1")
-with open(sys.argv[1], "rb") as file:
+script, packed = sys.argv[1], json.loads(sys.stdin.readline()).encode("latin-1")
+with open(script, encoding="utf-8", newline="") as file:
     source = file.read()
-code = compile(source, sys.argv[1], "exec")
-source, cache, code_of_file = source.decode(), functools.cache, runpy._get_code_from_file
+code, cache = compile(source, script, "exec"), functools.cache
+code_of_file = runpy._get_code_from_file
 
 def compiled(*arguments):  # those of runpy, which differ from version to version
-    if arguments[-1] != sys.argv[0] or sys.argv[0] != sys.orig_argv[-1]:
+    if arguments[-1] != script:
         return code_of_file(*arguments)
-    return code if len(arguments) == 1 else (code, arguments[-1])
+    return code if len(arguments) == 1 else (code, script)
 
 runpy._get_code_from_file = compiled
 

@@ -242,15 +242,29 @@ def test_a_small_stack_sets_no_knob_to_its_default(path: Path) -> None:
     assert train_gpt.read_recipe(path).keys() == {*train_gpt.changed_knobs(cfg)} - {"RECIPE"}
 
 
-def test_the_best_small_stack_is_the_record_s_setting() -> None:
+def run_and_stack(record: str, stack: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a record's first run, and what a small stack makes of them."""
+    (folder,) = FOLDER.parent.glob(f"track_cpu_10min_1mb/*_{record}")
+    log = RunLog.read(folder / "metrics_seed1337.jsonl")
+    cfg = train_gpt.config_from_env({"RECIPE": str(folder.parent / stack)})
+    values = {name: getattr(cfg, name.lower()) for name in run_settings(log)}
+    return {name: log.config["values"][name] for name in values}, values
+
+
+def test_a_small_stack_is_the_setting_of_its_old_record() -> None:
     """But for knobs that concern nothing in it, and for the validations during training."""
-    (record,) = FOLDER.parent.glob("track_cpu_10min_1mb/*_ShortFirst")
-    log = RunLog.read(record / "metrics_seed1337.jsonl")
-    stack = train_gpt.config_from_env({"RECIPE": str(record.parent / "short_first.env")})
-    values = {name: getattr(stack, name.lower()) for name in run_settings(log)}
-    assert values.pop("VAL_LOSS_EVERY") > 0
-    ran = {name: log.config["values"][name] for name in values}
+    ran, values = run_and_stack("ShortFirst", "short_first.env")
+    assert ran.pop("VAL_LOSS_EVERY") == 0 and values.pop("VAL_LOSS_EVERY") > 0
     assert values == ran and {"TRAIN_SEQ_SCHEDULE", "SMEAR_GATE"} < ran.keys()
+
+
+@pytest.mark.parametrize(
+    ("record", "stack"),
+    [("Vocab2048", "vocab_2048.env"), ("PublicBaseline", "public_baseline.env")],
+)
+def test_a_small_stack_is_the_setting_of_its_record(record: str, stack: str) -> None:
+    ran, values = run_and_stack(record, stack)
+    assert values == ran and {"VOCAB_SIZE", "MATRIX_LR"} < ran.keys()
 
 
 def write_recipe(folder: Path, setting: str, readme: str | None) -> Path:

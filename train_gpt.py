@@ -3055,8 +3055,10 @@ def softcapped_cross_entropy(
 
 
 # Logits that exist at a time: 64 MiB in float32 on a CPU, where more is not faster; on a GPU
-# 256 MiB, because small products do not fill it.
+# 256 MiB, because small products do not fill it. The training loss passes over its logits several
+# times: on a CPU they stay in the caches.
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+MAX_LOSS_LOGITS = MAX_LOGITS | {"cpu": 2**20}
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -3076,7 +3078,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         its compiled form.
         """
         (target_N, weight_N, nll_function), head = constants, head_VD.to(x_ND.dtype)
-        chunk = max(1, MAX_LOGITS[x_ND.device.type] // len(head))
+        chunk = max(1, MAX_LOSS_LOGITS[x_ND.device.type] // len(head))
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         grad_x_ND, grad_head_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
         grad_cap = torch.zeros_like(cap) if isinstance(cap, Tensor) else None

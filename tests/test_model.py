@@ -948,7 +948,7 @@ def loss_and_gradients(
 def test_the_chunked_loss_equals_the_plain_formula_in_value_and_gradient(
     monkeypatch: pytest.MonkeyPatch, chunk_rows: int, weighted: bool
 ):
-    monkeypatch.setitem(train_gpt.MAX_LOGITS, "cpu", chunk_rows * 40 + 7)  # V = 40
+    monkeypatch.setitem(train_gpt.MAX_LOSS_LOGITS, "cpu", chunk_rows * 40 + 7)  # V = 40
     x_BTD, targets = torch.randn(2, 12, 16), torch.randint(40, (2, 12))
     weights = torch.rand(2, 12) if weighted else None
     if weights is not None:
@@ -970,7 +970,7 @@ def test_the_chunked_loss_equals_the_plain_formula_in_value_and_gradient(
 def test_the_chunked_loss_in_bf16_is_the_plain_formula_to_bf16_precision(
     monkeypatch: pytest.MonkeyPatch, chunk_rows: int
 ):
-    monkeypatch.setitem(train_gpt.MAX_LOGITS, "cpu", chunk_rows * 40)
+    monkeypatch.setitem(train_gpt.MAX_LOSS_LOGITS, "cpu", chunk_rows * 40)
     # As many chunks as 512: a sum of their parts in bf16 would lose what the test asks for.
     x_BTD, targets = torch.randn(2, 256, 16).bfloat16(), torch.randint(40, (2, 256))
     loss, grad_x, grad_head, head = loss_and_gradients(monkeypatch, x_BTD, targets, None)
@@ -1058,7 +1058,8 @@ def test_logits_never_exist_for_more_than_a_chunk(
     cfg = tiny_config(vocab_size=1000, model_dim=8, num_heads=2, num_layers=1, gate_window=8)
     model = random_model(cfg, dtype)
     ids = random_ids(cfg, B=8, T=33)  # N = 256 targets: 256,000 logits; no other tensor has 16,000
-    monkeypatch.setitem(train_gpt.MAX_LOGITS, "cpu", 16_000)
+    for limits in (train_gpt.MAX_LOGITS, train_gpt.MAX_LOSS_LOGITS):
+        monkeypatch.setitem(limits, "cpu", 16_000)
     with LargestTensor() as largest:
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
         model.eval_nll(ids[:, :-1], ids[:, 1:])

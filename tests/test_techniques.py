@@ -707,7 +707,7 @@ def test_gradients_of_the_two_caps_are_those_of_autograd():
 def test_gradients_of_all_parameters_are_those_of_the_plain_loss(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(train_gpt.MAX_LOGITS, "cpu", chunk_rows * V)
+    monkeypatch.setitem(train_gpt.MAX_LOSS_LOGITS, "cpu", chunk_rows * V)
     model = scrambled(config_of("everything_merge"))
     ids = random_ids(2, 17)
     model.loss(ids[:, :-1], ids[:, 1:]).backward()

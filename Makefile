@@ -1,5 +1,6 @@
 # Each target does its own set-up: .venv, then the packages of requirements.txt, once.
 #
+#   make setup      only this set-up
 #   make run        the whole job on the embedded demo corpus, offline
 #   make test       the quick tests and the linters
 #   make test-slow  the tests that take longer, and those that need a GPU where there is one
@@ -27,10 +28,12 @@ OWN_TORCH := import os, torch; \
 	version >= (2, 9) and print(os.path.dirname(os.path.dirname(torch.__file__)))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint bench bench-quant gpu-report gpu-check clean
+.PHONY: help setup run test test-slow lint bench bench-quant gpu-report gpu-check clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+setup: $(READY)
 
 run: $(READY)
 	@$(RUN) records/records.py demo

@@ -2108,7 +2108,7 @@ def ways_to_data(cfg: Config) -> str:
         variant = published[1] + "-caseops" * bool(published[2])
         return f"fetch the published shards: python data/download.py --variant {variant}{demo}"
     if name == "demo":
-        source, demo = "--source stdlib", ", or let `make run` do all"
+        source, demo = "--source stdlib --write-val-text", ", or let `make run` do all"
     command = f"python data/prepare.py {source} --vocab-size {cfg.vocab_size} --out {cfg.data_path}"
     return f"make it: {command}{demo}"
 

@@ -105,12 +105,13 @@ def read_runs(folders: Iterable[Path]) -> list[NamedRun]:
 
 
 def describe_runs(logs: Sequence[RunLog]) -> str:
-    """Return the facts of the first run in one line, and what is wrong with the scores."""
+    """Return the facts of runs that differ in their seed in one line, and any fault of scores."""
     log, parts = logs[0], [f"{len(logs)} seeds"] if len(logs) > 1 else []
     if params := log.last("model").get("params"):
         parts.append(f"{params:,} parameters")
-    if total_bytes := log.last("size").get("total_bytes"):
-        parts.append(f"{total_bytes:,} bytes of code and artifact")
+    if sizes := [size for log in logs if (size := log.last("size").get("total_bytes"))]:
+        bound = "at most " if len(set(sizes)) > 1 else ""
+        parts.append(f"{bound}{max(sizes):,} bytes of code and artifact")
     if hardware := log.last("hardware").get("name"):
         parts.append(display_name(hardware))
     if any(log.last(name).get("partial") for log in logs for name in STAGES):
@@ -118,6 +119,15 @@ def describe_runs(logs: Sequence[RunLog]) -> str:
     elif any(not log.last(n).get("compliant", True) for log in logs for n in FINAL_SCORES):
         parts.append("NOT COMPLIANT")
     return "  |  ".join(parts)
+
+
+def describe_steps(logs: Sequence[RunLog]) -> str:
+    """Return how many steps the runs took, "" if none has ended."""
+    steps = [count for log in logs if (count := log.last("train_end").get("steps"))]
+    if not steps:
+        return ""
+    low, high = min(steps), max(steps)
+    return f" ({high:,} steps)" if low == high else f" ({low:,} to {high:,} steps)"
 
 
 # --- Loss ----------------------------------------------------------------------------------------
@@ -314,8 +324,7 @@ def draw_plot(logs: Sequence[RunLog], path: Path) -> None:
             1, 2, figsize=(10, 4.4), width_ratios=(1.25, 1), layout="constrained"
         )
         draw_losses(left, curves, "tokens", 1e6)
-        steps = logs[0].last("train_end").get("steps")
-        left.set_xlabel("million tokens" + (f" ({steps:,} steps)" if steps else ""))
+        left.set_xlabel("million tokens" + describe_steps(logs))
         if left.get_legend_handles_labels()[0]:
             left.legend(loc="upper right")
         add_seconds_axis(left, logs[0], 1e6)

@@ -313,6 +313,35 @@ def test_several_runs_are_drawn_over_each_other_under_their_names(
         assert {f"{1.3 + i / 100:.4f}" for i in range(num_runs)} <= {*texts}
 
 
+@pytest.mark.parametrize(
+    ("steps", "sizes", "shown_steps", "shown_bytes"),
+    [
+        ((500, 468), (999_100, 999_698), "(468 to 500 steps)", "  at most 999,698 bytes"),
+        ((500, 500), (999_100, 999_100), "(500 steps)", "  999,100 bytes"),
+    ],
+)
+def test_the_plot_of_several_seeds_names_the_steps_and_bytes_of_all(
+    steps: tuple[int, int],
+    sizes: tuple[int, int],
+    shown_steps: str,
+    shown_bytes: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logs = []
+    for seed, (count, size) in enumerate(zip(steps, sizes, strict=True)):
+        events = run_events(seed, 1.3)
+        for event in events:
+            event |= {"train_end": {"steps": count}, "size": {"total_bytes": size}}.get(
+                event["event"], {}
+            )
+        logs.append(RunLog(tmp_path, events))
+    texts = drawn_texts(monkeypatch)
+    plots.draw_plot(logs, tmp_path / "plot.png")
+    assert f"million tokens {shown_steps}" in texts
+    assert any("2 seeds  |" in text and shown_bytes in text for text in texts)
+
+
 def test_runs_of_one_name_are_told_apart_and_records_can_be_drawn(
     record: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

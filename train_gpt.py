@@ -887,6 +887,13 @@ def method_rules(cfg: Config) -> list[Rule]:
             "QAT_GRID=artifact needs AVERAGING=none and ROW_STEPS=solved without CLIP_SIGMAS",
         ),
         (
+            cfg.late_qat_threshold == 0
+            or cfg.min_lr < cfg.late_qat_threshold
+            and cfg.warmdown_frac + cfg.warmdown_iters > 0,
+            f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold:g} must be above MIN_LR={cfg.min_lr:g}, "
+            "with a warmdown (WARMDOWN_FRAC or WARMDOWN_ITERS); otherwise late QAT never begins",
+        ),
+        (
             cfg.ttt_method != "pretrain" or cfg.allow_noncompliant,
             f"TTT_METHOD={cfg.ttt_method} breaks the rules; it needs ALLOW_NONCOMPLIANT=1",
         ),
@@ -4222,8 +4229,11 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
     while not trainer.progress.is_over(cfg):
         scale = trainer.lr_scale()
         stage = trainer.next_stage()
-        if stage.qat:
-            trainer.solve_grid(loader)
+        if stage.qat and trainer.solve_grid(loader):
+            now_s = time.perf_counter()  # it took time: look at the clock again
+            sync_step_state(trainer, StepFlags(), now_s - clock_s)
+            clock_s = now_s
+            continue
         trainer.enter_stage(stage)
         loss = trainer.step(loader.batch(trainer.progress.tokens, stage)).item()
         now_s = time.perf_counter()
@@ -4274,7 +4284,8 @@ def sync_step_state(trainer: Trainer, flags: StepFlags, elapsed_s: float) -> Ste
     """
     run, progress = trainer.run, trainer.progress
     values = [progress.train_s + elapsed_s, *map(float, flags)]
-    reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64, device=run.device))
+    device = run.device if run.world_size > 1 else None  # alone, the GPU need not be waited for
+    reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64, device=device))
     train_s, *any_rank = reduced.tolist()
     trainer.progress = progress._replace(train_s=train_s)
     return StepFlags(*map(bool, any_rank))
@@ -4315,17 +4326,24 @@ def log_step(trainer: Trainer, loss: float, scale: float, is_logged: bool) -> No
 
 
 def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
-    """Score the current weights without QAT; a signal meanwhile still saves a checkpoint."""
-    run, step = trainer.run, trainer.progress.step
+    """Score the current weights and log it."""
+    with pass_between_steps(trainer):
+        score = validate()
+    trainer.run.log("val", step=trainer.progress.step, **score.summary())
+
+
+@contextlib.contextmanager
+def pass_between_steps(trainer: Trainer) -> Generator[None]:
+    """Use the weights without QAT; save a checkpoint if a signal stops this rank or another."""
     trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
     # A collective, so before the pass: an interrupted rank would not join it when saving.
     trainer.muon.gather_buffers()
     try:
-        score = validate()
-    except Interrupted:
-        save_checkpoint(trainer)
+        yield
+    except RuntimeError:  # Interrupted, or a collective that another rank has left
+        if trainer.progress.step:
+            save_checkpoint(trainer)
         raise
-    run.log("val", step=step, **score.summary())
 
 
 MAX_INITIAL_EMA_WEIGHT = 0.01  # of the initial weights in the exported EMA, without a warning
@@ -4343,7 +4361,8 @@ def warn_about_average(trainer: Trainer) -> None:
             run.log("warning", text=text)
 
 
-SLOW_STEP = 1.2  # the next step is assumed to take this multiple of the mean step time
+# The next step is assumed to take this multiple of the mean step time; more with a larger batch.
+SLOW_STEP = 1.2
 
 
 class Progress(NamedTuple):
@@ -4360,7 +4379,10 @@ class Progress(NamedTuple):
 
     def is_over(self, cfg: Config, extra_s: float = 0.0) -> bool:
         """Whether all steps are done, or `extra_s` and one more step would exceed the time."""
-        next_step_s = SLOW_STEP * self.train_s / max(1, self.step)
+        done, schedule = self.fraction(cfg), cfg.train_batch_schedule
+        tokens = scheduled_value(schedule, done, cfg.train_batch_tokens)
+        growth = max(1.0, tokens * self.step / self.tokens) if self.tokens else 1.0
+        next_step_s = SLOW_STEP * growth * self.train_s / max(1, self.step)
         end_s = self.train_s + extra_s + next_step_s
         return self.step >= cfg.iterations or 0 < cfg.train_seconds < end_s
 
@@ -4542,6 +4564,10 @@ class Trainer:
             self.clip_gradients()
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
+        for param in self.adam_params:
+            param.grad = grad_or_zeros(
+                param
+            )  # the counters of steps are equal, and so on all ranks
         self.adam.step()
         (step, train_s, tokens), done = self.progress, self.progress.fraction(cfg)
         self.muon.step(cfg.matrix_lr * scale, momentum_at(step, done, cfg), cfg.muon_wd)
@@ -4551,16 +4577,19 @@ class Trainer:
         self.averager.update(step + 1, scale, self.progress.fraction(cfg))
         return loss
 
-    def solve_grid(self, loader: BatchLoader) -> None:
-        """Set the grid of late QAT, unless it is known: the scales of an artifact made now."""
+    def solve_grid(self, loader: BatchLoader) -> bool:
+        """Set the grid of late QAT, unless it is known: the scales of an artifact made now.
+
+        Returns whether it had to be made.
+        """
         run, model = self.run, self.model
         if self.has_grid:  # asked before every step: the device need not be waited for
-            return
+            return False
         self.has_grid = True
         unknown = {k: m for k, m in self.late_modules.items() if m.grid and m.grid[0][0] < 0}
         if not unknown:  # they came from a checkpoint
-            return
-        with run.stage("solve_grid"):
+            return False
+        with pass_between_steps(self), run.stage("solve_grid"):
             hessians = calibrate(run, model, loader, self.progress)
 
             def scales() -> dict[str, list[Tensor]]:
@@ -4571,6 +4600,7 @@ class Trainer:
 
             for name, pair in run.run_on_rank0(scales).items():
                 torch._foreach_copy_([*(unknown[name].grid or ())], pair)
+        return True
 
     @torch.no_grad()
     def round_to_grid(self) -> None:

@@ -670,6 +670,22 @@ def test_progress_is_the_further_of_steps_and_clock(step: int, train_s: float, f
     assert Progress(step, train_s).fraction(no_clock) == pytest.approx(step / 100)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "next_step_s"), [("", 1.2), ("64@0.5", 4.8), ("256@0.5,64@0.8", 4.8)]
+)
+def test_a_next_step_with_a_larger_batch_is_expected_to_take_longer(
+    schedule: str, next_step_s: float
+):
+    knobs: dict[str, Any] = {"train_batch_tokens": 256, "max_wallclock_seconds": 100}
+    cfg = tiny_config(**knobs, iterations=1000, train_batch_schedule=schedule)
+    steps, left_s = 90, 10.0
+    tokens = steps * (64 if schedule else 256)  # so far, in a second each
+    progress = Progress(steps, cfg.train_seconds - left_s, tokens)
+    seconds = next_step_s * progress.train_s / steps
+    assert not progress.is_over(cfg, left_s - seconds - 0.01)
+    assert progress.is_over(cfg, left_s - seconds + 0.01)
+
+
 def scale_at(progress: Progress, make_run: MakeRun, **knobs: Any) -> float:
     """Learning rate multiplier of the step after `progress`."""
     run = make_run(num_layers=1, **knobs)

@@ -589,7 +589,7 @@ ON_GRID: dict[str, Any] = {
     "late_qat_threshold": 0.5, "warmdown_frac": 1.0, "iterations": 6, "qat_grid": "artifact",
     "quantizer": "gptq", "row_steps": "solved", "averaging": "none", "quant_grid": "trellis",
     "gptq_calibration_batches": 1, "artifact_budget_bytes": 9000, "bigram_vocab_size": 50,
-    "bigram_dim": 8, "matrix_lr": 0.2,
+    "bigram_dim": 8, "matrix_lr": 0.1,
 }  # fmt: skip
 
 
@@ -656,6 +656,55 @@ def test_a_run_stopped_after_the_scales_are_known_goes_on_to_the_same_bits(new_r
     times = (stopped.directory / "metrics.jsonl").read_text().count('"begin", "name": "solve_grid"')
     assert times == 1
     assert len(scales_of(whole)) == 2 * len(whole.late_modules)
+
+
+def test_a_signal_while_the_scales_are_made_loses_no_step_and_changes_no_bit(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    knobs = {"quant_grid": "uniform", "bigram_vocab_size": 0, "warmup_steps": 1}
+    whole, stopped = train_all(grid_run(new_run, **knobs)), grid_run(new_run, **knobs)
+    calibrate = train_gpt.calibrate
+
+    def signal_and_calibrate(run: Run, *args: Any) -> Any:
+        run.signal_received = True
+        return calibrate(run, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train_gpt, "calibrate", signal_and_calibrate)
+        train_all(stopped)
+    assert [f.name for f in train_gpt.checkpoint_folders(stopped)] == ["step_000000004"]
+    resumed = train_all(grid_run(new_run, **knobs, run_dir=str(stopped.directory)))
+    same_bits(resumed, whole)
+
+
+def test_a_run_whose_time_is_over_once_the_scales_are_known_makes_no_further_step(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run = grid_run(new_run, quant_grid="uniform", bigram_vocab_size=0)
+    is_over = train_gpt.Progress.is_over
+
+    def is_over_with_grid(self: train_gpt.Progress, *args: Any) -> bool:
+        made = '"begin", "name": "solve_grid"' in (run.directory / "metrics.jsonl").read_text()
+        return made or is_over(self, *args)
+
+    (run.directory / "metrics.jsonl").touch()
+    monkeypatch.setattr(train_gpt.Progress, "is_over", is_over_with_grid)
+    assert train_all(run).progress.step == 4
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"late_qat_threshold": 0.1, "min_lr": 0.1},
+        {"late_qat_threshold": 0.05, "min_lr": 0.1},
+        {"late_qat_threshold": 0.5, "warmdown_frac": 0.0},
+    ],
+)
+def test_late_qat_that_would_never_begin_is_refused(knobs: dict[str, Any]):
+    with pytest.raises(InputError, match="LATE_QAT_THRESHOLD=.* above MIN_LR=.* never begins"):
+        tiny_config(**knobs)
+    tiny_config(**{**knobs, "late_qat_threshold": 0})
+    tiny_config(**{**knobs, "late_qat_threshold": 0.5, "warmdown_iters": 3})
 
 
 def test_a_run_that_ends_before_the_grid_is_known_is_quantized_as_without(new_run: MakeRun):

@@ -618,6 +618,13 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert [f.name for f in train_gpt.checkpoint_folders(run)] == ["step_000000003"]
 
 
+def test_a_run_with_a_parameter_that_never_has_a_gradient_can_be_resumed(new_run: MakeRun):
+    run = new_run(num_layers=1, iterations=3)  # skip weights of no rows
+    weights = train_weights(run)
+    resumed = new_run(num_layers=1, iterations=3, run_dir=str(run.directory))
+    assert same_bits(weights, train_weights(resumed))
+
+
 # --- Signals -------------------------------------------------------------------------------------
 
 

@@ -5922,10 +5922,10 @@ def is_storage_spec(spec: Sequence[Any], shape: Sequence[int], coder: str) -> bo
     if bits == PLAIN_BITS:
         return num_scales == 0 and flags == 0
     size, num_flags = math.prod(shape), 16 if coder == "ans" else 8
-    divides = 0 < num_scales <= size and size % num_scales == 0
-    is_matrix = len(shape) == 2 and num_scales == shape[0]
+    fits = 0 < size and num_scales == (shape[0] if len(shape) > 1 else 1)
+    is_matrix = len(shape) == 2
     needs_matrix = bool(flags & (COLUMN_SCALES | TRELLIS_GRID))
-    return bits in BITS and divides and 0 <= flags < num_flags and (is_matrix or not needs_matrix)
+    return bits in BITS and fits and 0 <= flags < num_flags and (is_matrix or not needs_matrix)
 
 
 def stream_slots(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]]:
@@ -7104,6 +7104,7 @@ class StepCost(NamedTuple):
     step_s: float = 1.0  # of a step that scores
     position_s: float = 0.0  # of each position in it
     mix_s: float = 1.0  # of a step that mixes n-grams in
+    positions: float = 0.0  # in each step that scores, if all are padded to one shape
 
 
 class EvalBudget:
@@ -7139,15 +7140,17 @@ class EvalBudget:
 
     def seconds(self, step: EvalStep) -> float:
         """Estimated seconds of the step without training."""
-        step_s, position_s, mix_s = self.cost
+        step_s, position_s, mix_s, _ = self.cost
         if step.action == "mix":
             return mix_s
         return step_s * (len(step.windows) > 0) + position_s * math.prod(step.shape)
 
     def training_seconds(self, step: EvalStep) -> float:
         """Estimated seconds that training adds to the step."""
-        if step.action == "train":
-            return TRAIN_COST * self.seconds(step)
+        if step.action == "train":  # a small one is bound by launches
+            size = self.cost.positions
+            ratio = math.prod(step.shape) / size if size else 1.0
+            return max(1.0, TRAIN_COST * ratio) * self.seconds(step)
         learning_frac = step.num_learning_rows / max(1, len(step.windows))
         num_steps = self.run.cfg.ttt_grad_steps  # the first one reuses the scoring forward pass
         return learning_frac * (TRAIN_COST * num_steps - 1) * self.seconds(step)
@@ -7436,6 +7439,9 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     for x, value in before:
         narrow = casts and x is not model.caps and x is not model.skip_gates
         x.data = value.to(model.dtype if narrow else x.dtype, copy=True)
+    if cfg.ttt_method == "lora" and cfg.score_seq_len > cfg.train_seq_len:
+        # Else the end of a document, which the length of its batch shows, would choose the angles.
+        model.rotary.data = model.long_rotary.data
     hashes = model.hashes
     compiled = (model.run_block, model.blend_skip, model.nll, model.prepare_mask)
     if cfg.ttt_method == "lora":  # chunks have too many different lengths for compilation
@@ -7534,7 +7540,8 @@ def measure_step_cost(
         model.loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
     steps = [step for step in plan if step.windows and step.action != "train"]
-    length, step_s, position_s = max((step.shape[1] for step in steps), default=0), 0.0, 0.0
+    length, step_s = max((step.shape[1] for step in steps), default=0), 0.0
+    position_s = positions = 0.0
     if steps:
         longest = [step for step in steps if step.shape[1] == length]
         rows = sorted(step.shape[0] for step in longest)
@@ -7542,6 +7549,7 @@ def measure_step_cost(
         few, many = rows[0], rows[-1]
         if not (adaptive and run.cfg.ttt_method == "lora"):
             few, length = many, run.cfg.score_seq_len
+            positions = many * length
         step_s = measure_scoring(run, model, (few, length), first, adaptive=adaptive)
         if many > few:
             many_s = measure_scoring(run, model, (many, length), first, adaptive=adaptive)
@@ -7551,7 +7559,7 @@ def measure_step_cost(
     if texts:
         mix_s = measure_mixing(run, texts[-1][1], texts[0][1])
     cost = torch.tensor([step_s, position_s, mix_s], dtype=torch.float64, device=run.device)
-    return StepCost(*run.all_reduce_max(cost).tolist())
+    return StepCost(*run.all_reduce_max(cost).tolist(), positions)
 
 
 # Fraction of EVAL_MAX_SECONDS to plan for: the trace is checked after the pass.
@@ -7687,7 +7695,9 @@ def evaluate_and_log(
     limit, expected = limit or TimeLimit(), dict[str, float]()
     if kind in ("prequant", "quantized") and "train_end" in run.scores:
         tokens_per_s = run.scores["train_end"]["tokens_per_s"]
-        expected["estimated_s"] = round(validation.num_targets / TRAIN_COST / tokens_per_s, 1)
+        expected["estimated_s"] = round(
+            validation.num_targets / TRAIN_COST / max(1, tokens_per_s), 1
+        )
     budget_name = "other" if kind == "prequant" else "evaluation"
     with run.stage(f"evaluate_{kind}", budget_name, **expected):
         score, budget, marks = run_pass(run, model, validation, kind, limit)
@@ -8066,7 +8076,9 @@ class NgramCounts:
 
     def update(self, ids_N: Tensor) -> None:
         """Count the n-grams of text that continues the text of the last call."""
-        for piece in torch.split(ids_N, min(16_384, len(self.keys) // (16 * len(self.orders)))):
+        for piece in torch.split(
+            ids_N, max(1, min(16_384, len(self.keys) // (16 * len(self.orders))))
+        ):
             text = torch.cat([self.history_K, piece])
             window, self.history_K = text.unfold(0, len(self.history_K) + 1, 1), text[len(piece) :]
             document_M = self.document + F.pad((piece == BOS_ID).cumsum(0), (1, 0))
@@ -8457,6 +8469,8 @@ def sample_tokens(run: Run, model: GPT, ids: Sequence[int], seed: int) -> list[i
         run.check_signal()
         ids_BT = torch.tensor([ids], device=run.device)
         logits_V = model.logits(ids_BT, past)[0, -1].cpu().double()
+        if not logits_V.isfinite().all():
+            raise RunFailed("the model's logits are not finite; make another artifact")
         count = min(cfg.top_k or len(logits_V), len(logits_V)) if cfg.temperature else 1
         top_K, id_K = logits_V.topk(count)
         p_K = ((top_K - top_K[0]) / (cfg.temperature or 1)).softmax(0)

@@ -817,6 +817,21 @@ def test_a_huge_shape_over_short_streams_is_refused_in_little_memory(
     assert peak_mib() < ALLOWED_MIB[compressor]
 
 
+@pytest.mark.parametrize(
+    ("shape", "num_scales", "fits"),
+    [
+        ((6, 4), 6, True), ((6, 4), 1, False), ((6, 4), 2, False), ((6, 4), 24, False),
+        ((12,), 1, True), ((12,), 12, False), ((0, 4), 0, False),
+    ],
+)  # fmt: skip
+def test_codes_have_one_scale_for_each_row_as_they_are_written(
+    shape: tuple[int, ...], num_scales: int, fits: bool
+):
+    # A matrix of one scale would be decoded as one row, which takes a hundred bytes for a weight.
+    for coder in ("ans", "zlib"):
+        assert train_gpt.is_storage_spec([8, num_scales, 0], shape, coder) == fits
+
+
 @pytest.mark.parametrize("compressor", ["brotli", "ans"])
 def test_tensors_that_are_too_large_together_are_refused(
     compressor: str, artifacts: dict[str, bytes], read: Callable[..., GPT],

@@ -267,7 +267,7 @@ def test_a_step_costs_time_by_itself_and_by_its_positions(make_run: MakeRun, dat
     model = random_model(run.cfg)
     machine = Machine(monkeypatch, SPEEDS["constant"])
     cost = train_gpt.measure_step_cost(run, model, plan, adaptive=True)
-    assert cost == pytest.approx((STEP_S, POSITION_S, 0.0))
+    assert cost == pytest.approx((STEP_S, POSITION_S, 0.0, 0.0))
     budget, started_s = EvalBudget(run, plan, 100.0, cost), machine.now
     runner = train_gpt.EvalRunner(run, model, validation_of(ids), plan, adaptive=True)
     runner.run_steps(budget)
@@ -287,11 +287,27 @@ def test_the_measurement_has_a_full_cache_and_the_mixer(make_run: MakeRun, data,
 
     monkeypatch.setattr(train_gpt.AdapterTrainer, "step", spy)
     plan = plan_of(ids, 0, 1, **METHODS["lora_tilt"])
-    step_s, position_s, _ = train_gpt.measure_step_cost(
+    step_s, position_s, *_ = train_gpt.measure_step_cost(
         run, random_model(run.cfg), plan, adaptive=True
     )
     assert step_s >= 0 and position_s >= 0 and step_s + position_s > 0
     assert seen == [(T, True)] * 4
+
+
+@pytest.mark.parametrize(("batch_rows", "cost"), [(1, 6.0), (6, 1.0)])
+def test_training_a_chunk_is_expected_to_take_time_by_its_rows(
+    make_run: MakeRun, data, batch_rows: int, cost: float
+):
+    # Two rows are trained at a time, and scored `batch_rows` at a time.
+    knobs = {**CHUNK, "val_batch_size": batch_rows * T, "ttt_batch_seqs": 2}
+    run, ids = make_run(**knobs), text_of(data)
+    plan = plan_of(ids, 0, 1, **knobs)
+    measured = train_gpt.measure_step_cost(run, random_model(run.cfg), plan, adaptive=True)
+    assert measured.positions == batch_rows * T
+    budget = EvalBudget(run, plan, math.inf, measured._replace(step_s=1.0))
+    trained = [s for s in plan if s.action == "train" and s.shape == (2, T)]
+    assert trained
+    assert {budget.training_seconds(step) for step in trained} == {cost}
 
 
 @pytest.mark.parametrize("name", ["chunk", "lora_incremental", "lora_phases"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,18 @@ def test_text_goes_on_beyond_the_context(written: tuple[Run, GPT]) -> None:
     tokens = train_gpt.sample_tokens(run, model, prompt, seed=0)
     assert len(tokens) == 12
     assert tokens[:1] == greedy(model, prompt, 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_not_finite_are_named(
+    written: tuple[Run, GPT], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = written
+    logits = torch.full((1, 1, run.cfg.vocab_size), math.nan)
+    monkeypatch.setattr(GPT, "logits", lambda *args: logits)
+    run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, temperature=temperature))
+    with pytest.raises(train_gpt.RunFailed, match="logits are not finite"):
+        train_gpt.sample_tokens(run, model, [BOS_ID], seed=0)
 
 
 def test_text_ends_where_the_document_ends(

@@ -229,6 +229,11 @@ def some_counts(bits: int = 16, orders: tuple[int, ...] = (-3, -1, 0, 1, 2, 5)) 
     return NgramCounts(orders, V, bits, torch.device("cpu"))
 
 
+def test_a_small_table_of_many_orders_is_filled_token_by_token():
+    counts = some_counts(bits=10, orders=tuple(range(67)))
+    counts.update(torch.arange(3, 9))
+
+
 def test_counts_are_those_of_a_loop():
     text, counts = make_text(), some_counts()
     counts.update(text.ids[:500])

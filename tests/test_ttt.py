@@ -766,6 +766,24 @@ def test_where_the_next_document_begins_does_not_show_before(make_run: MakeRun, 
         np.testing.assert_allclose(found[: place - 1], base[: place - 1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("context", ["window", "text"])
+def test_where_a_document_ends_does_not_choose_the_angles_of_its_rotation(
+    make_run: MakeRun, context: str
+):
+    # Windows grow beyond the training context, within a chunk; from there on the angles are others.
+    knobs = {"ttt_context": context, "ttt_batch_size": 1, "ttt_chunk_size": 12}
+    run = make_run(**{**LORA, **knobs, "eval_seq_len": 2 * T, "rope_dims": 0})
+    model = random_model(run.cfg)
+    ids = np.random.default_rng(1).integers(3, 60, 131).astype(np.uint16)
+    ids[[0, 90]] = BOS_ID
+    base = nats_of(run, model, ids)
+    for place in range(T - 3, T + 9):
+        other = ids.copy()
+        other[place] = BOS_ID
+        found = nats_of(run, model, other)
+        np.testing.assert_allclose(found[: place - 1], base[: place - 1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_window_of_the_text_may_begin_before_its_document(data):
     ids = text_of(data)
     for context, starts in (("window", {90}), ("text", {66, 74}), ("incremental", {90, 98})):

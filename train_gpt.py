@@ -284,11 +284,15 @@ class Config:
     bigram_vocab_size: int = knob(
         0, "rows of the hashed bigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    bigram_dim: int = knob(128, "width of the bigram table", unit="channels", low=1, stored=True)
+    bigram_dim: int = knob(
+        128, "width of the bigram table", unit="channels", low=1, high=2**14, stored=True
+    )
     trigram_vocab_size: int = knob(
         0, "rows of the hashed trigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    trigram_dim: int = knob(32, "width of the trigram table", unit="channels", low=1, stored=True)
+    trigram_dim: int = knob(
+        32, "width of the trigram table", unit="channels", low=1, high=2**14, stored=True
+    )
     trigram_hash: str = knob(
         "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, stored=True
     )
@@ -302,7 +306,9 @@ class Config:
     ve_layers: str = knob(
         "", "blocks that add the shared value embedding, such as 9,10", stored=True
     )
-    ve_dim: int = knob(128, "width of the value embedding", unit="channels", low=1, stored=True)
+    ve_dim: int = knob(
+        128, "width of the value embedding", unit="channels", low=1, high=2**14, stored=True
+    )
     num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, stored=True)
     loop_start: int = knob(3, "first looped block", low=0, stored=True)
     loop_end: int = knob(5, "last looped block", low=0, stored=True)
@@ -691,11 +697,12 @@ MAX_LIST_LEN = 4096  # entries of a list knob; checked before a range is expande
 
 
 def parse_int_list(text: str) -> list[int]:
-    """The integers of a list such as 0,2,5-7; ValueError if malformed or too long."""
+    """The integers of a list such as 0,2,5-7; ValueError for a bad, empty or long range."""
     parts = [part.split("-") if "-" in part else (part, part) for part in text.split(",") if text]
     spans = [(int(first), int(last)) for first, last in parts]
-    if sum(last - first + 1 for first, last in spans if last >= first) > MAX_LIST_LEN:
-        raise ValueError(f"{text!r} has more than {MAX_LIST_LEN} entries")
+    sizes = [last - first + 1 for first, last in spans]
+    if min(sizes, default=1) < 1 or sum(sizes) > MAX_LIST_LEN:
+        raise ValueError(f"{text!r} has an empty range, or more than {MAX_LIST_LEN} entries")
     return [n for first, last in spans for n in range(first, last + 1)]
 
 
@@ -891,7 +898,7 @@ def method_rules(cfg: Config) -> list[Rule]:
             or cfg.min_lr < cfg.late_qat_threshold
             and cfg.warmdown_frac + cfg.warmdown_iters > 0,
             f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold:g} must be above MIN_LR={cfg.min_lr:g}, "
-            "with a warmdown (WARMDOWN_FRAC or WARMDOWN_ITERS); otherwise late QAT never begins",
+            "with WARMDOWN_FRAC or WARMDOWN_ITERS; otherwise it never begins",
         ),
         (
             cfg.ttt_method != "pretrain" or cfg.allow_noncompliant,
@@ -2187,6 +2194,8 @@ def read_manifest(cfg: Config) -> Manifest:
     """
     path = Path(cfg.data_path) / "manifest.json"
     if not path.exists():
+        unfinished = path.with_name(".partial").exists()
+        require(not unfinished, f"{path.parent} is unfinished; run data/prepare.py again")
         return Manifest({})
     regular_file_size(path)
     try:
@@ -7148,9 +7157,8 @@ class EvalBudget:
     def training_seconds(self, step: EvalStep) -> float:
         """Estimated seconds that training adds to the step."""
         if step.action == "train":  # a small one is bound by launches
-            size = self.cost.positions
-            ratio = math.prod(step.shape) / size if size else 1.0
-            return max(1.0, TRAIN_COST * ratio) * self.seconds(step)
+            size = self.cost.positions or math.prod(step.shape)
+            return max(1.0, TRAIN_COST * math.prod(step.shape) / size) * self.seconds(step)
         learning_frac = step.num_learning_rows / max(1, len(step.windows))
         num_steps = self.run.cfg.ttt_grad_steps  # the first one reuses the scoring forward pass
         return learning_frac * (TRAIN_COST * num_steps - 1) * self.seconds(step)
@@ -8470,7 +8478,7 @@ def sample_tokens(run: Run, model: GPT, ids: Sequence[int], seed: int) -> list[i
         ids_BT = torch.tensor([ids], device=run.device)
         logits_V = model.logits(ids_BT, past)[0, -1].cpu().double()
         if not logits_V.isfinite().all():
-            raise RunFailed("the model's logits are not finite; make another artifact")
+            raise RunFailed("the logits are not finite; make another artifact")
         count = min(cfg.top_k or len(logits_V), len(logits_V)) if cfg.temperature else 1
         top_K, id_K = logits_V.topk(count)
         p_K = ((top_K - top_K[0]) / (cfg.temperature or 1)).softmax(0)

@@ -37,6 +37,9 @@ KINDS: dict[str, list[str]] = {  # options of data/prepare.py
 }
 
 
+VOCAB_SIZES = prepare.bounded(prepare.MIN_VOCAB_SIZE, prepare.MAX_TOKEN_ID + 1)
+
+
 def read_texts(paths: list[str]) -> Iterable[str]:
     """The texts of all documents in files, folders and globs."""
     for path in find_files(paths, Path("/nonexistent")):
@@ -61,16 +64,19 @@ def count_tokens(processor: prepare.Processor, texts: list[str], kind: str) -> i
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a line for each tokenizer; the exit status is 0, or 2 (bad input)."""
+    """Print a line for each tokenizer; the exit status is 0, 1 (failed), 2 (bad input) or 130."""
     parser = argparse.ArgumentParser(description="Compare tokenizers by tokens per byte.")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="training text")
     parser.add_argument(
         "--val-input", nargs="+", required=True, metavar="PATH", help="text to count"
     )
-    parser.add_argument("--vocab-sizes", nargs="+", type=int, default=[1024, 4096, 8192])
+    parser.add_argument("--vocab-sizes", nargs="+", type=VOCAB_SIZES, default=[1024, 4096, 8192])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["plain", "separate", "merge"])
     parser.add_argument(
-        "--tokenizer-bytes", type=int, default=20_000_000, help="training text used"
+        "--tokenizer-bytes",
+        type=prepare.bounded(1, 10**9),
+        default=20_000_000,
+        help="training text used",
     )
     options = parser.parse_args(argv)
     try:
@@ -80,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         train_texts, val_texts = sample.texts(), list(read_texts(options.val_input))
         num_bytes = sum(len(text.encode("utf-8")) for text in val_texts)
         print(f"{num_bytes:,} bytes in {len(val_texts)} documents", flush=True)
+        if not num_bytes:
+            raise InputError("--val-input holds no text; give a file with some")
         for kind, vocab_size in itertools.product(options.kinds, options.vocab_sizes):
             start = time.perf_counter()
             processor = train(train_texts, kind, vocab_size)
@@ -93,6 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

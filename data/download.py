@@ -422,9 +422,11 @@ def check_file_sizes(snapshot: Snapshot, wanted: list[str], out: Path) -> None:
         num_train = sum("_train_" in name for name in wanted) - sum(
             "_train_" in name for name in missing
         )
+        if "_train_" not in missing[0]:
+            raise DownloadFailed(f"{snapshot.repo} does not publish {missing[0]}")
         raise InputError(
             f"{snapshot.repo} does not publish {missing[0]}; it has {num_train} of the training "
-            "shards asked for: lower --shards"
+            "shards asked for: lower --shards, and remove local shards of higher numbers"
         )
     for name in wanted:
         limit = MAX_SHARD_BYTES if name.endswith(".bin") else MAX_TOKENIZER_BYTES

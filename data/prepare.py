@@ -1111,7 +1111,9 @@ def publish(plan: Plan, manifest: dict[str, Any], owned: set[str]) -> None:
 
 
 def read_manifest(
-    out: Path, needed: tuple[str, ...] = ("arguments", "files")
+    out: Path,
+    needed: tuple[str, ...] = ("arguments", "files"),
+    remedy: str = "give another --out",
 ) -> dict[str, Any] | None:
     """The manifest in a folder; None if there is none, InputError if it is not of this script.
 
@@ -1126,7 +1128,7 @@ def read_manifest(
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise InputError(f"{path} was not written by this script; give another --out")
+        raise InputError(f"{path} was not written by data/prepare.py; {remedy}")
     return manifest
 
 
@@ -1184,9 +1186,9 @@ def describe_entry(entry: Any) -> str:
 def find_damage(out: Path, files: dict[str, dict[str, Any]]) -> str | None:
     """The first file that is not as the manifest says, if any."""
     for name, entry in files.items():
-        path = out / name
-        has_size = path.is_file() and path.stat().st_size == entry["bytes"]
-        if not has_size or hash_file(path) != entry["sha256"]:
+        path, known = out / name, entry if isinstance(entry, dict) else {}
+        has_size = path.is_file() and path.stat().st_size == known.get("bytes")
+        if not has_size or hash_file(path) != known.get("sha256"):
             return name
     return None
 
@@ -1286,6 +1288,9 @@ def run(options: Options) -> None:
     plan = make_plan(options)
     if is_complete(plan):
         print(f"already complete: {options.out}")
+        if (plan.partial / MARKER).exists():  # an earlier call ended while it removed them
+            with lock_folder(options.out):
+                remove_partial(plan)
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         try:
@@ -1310,6 +1315,16 @@ def make_in_folder(plan: Plan) -> None:
     except InputError:
         remove_empty_partial(plan)
         raise
+    remove_partial(plan)
+
+
+def remove_partial(plan: Plan) -> None:
+    """Remove the folder for unfinished work; last the file that shows that it is this script's."""
+    for path in plan.partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
     shutil.rmtree(plan.partial)
 
 

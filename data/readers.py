@@ -267,6 +267,8 @@ def list_folder(folder: Path, out: Path) -> list[Path]:
 
     Hidden files and folders are left out; the number of other files that are left out is printed.
     """
+    if os.path.realpath(folder) == os.path.realpath(out):
+        raise InputError(f"{folder} is also --out, where no text is looked for; give another --out")
     files: list[Path] = []
     ignored: collections.Counter[str] = collections.Counter()
     visited = {os.path.realpath(out)}

@@ -228,6 +228,9 @@ def test_the_check_decodes_every_document(
     rewrite(folder / "corpus_val_bytes_000000.bin", move_a_byte)
     edit_manifest(folder, lambda manifest: manifest.update(files={}))
     assert "the counts of 2 documents do not sum to their bytes" in verdict(folder, capsys)[1]
+    rewrite(folder / "corpus_val_000000.bin", lambda ids: np.where(ids == ids[-1], 60_000, ids))
+    status, output = verdict(folder, capsys)
+    assert status == 1 and "verdict: " in output, output
 
 
 def test_a_set_in_the_published_form_is_loaded_and_checked(
@@ -293,6 +296,13 @@ def test_the_comparison_prints_tokens_per_byte(tmp_path: Path, capsys: pytest.Ca
     assert [line.split()[0] for line in lines[1:]] == ["plain", "merge"]
     assert all(0.1 < float(line.split("tokens")[1].split()[0]) < 1 for line in lines[1:])
     assert compare_tokenizers.main([*words[:3], str(tmp_path / "none.jsonl")]) == 2
+    (tmp_path / "empty.txt").touch()
+    capsys.readouterr()
+    assert compare_tokenizers.main([*words[:3], str(tmp_path / "empty.txt")]) == 2
+    assert "--val-input holds no text" in capsys.readouterr().err
+    for bad in (["--tokenizer-bytes", "0"], ["--tokenizer-bytes", "-1"], ["--vocab-sizes", "5"]):
+        with pytest.raises(SystemExit, match="2"):
+            compare_tokenizers.main([*words, *bad])
 
 
 # --- Artifacts ------------------------------------------------------------------------------------

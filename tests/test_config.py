@@ -575,6 +575,9 @@ def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any
     "changes",
     [
         {"xsa_layers": "5-2"},
+        {"xsa_layers": "0,7-5"},
+        {"ttt_phases": "833,1666-1000"},
+        {"bigram_dim": 10**9},
         {"ve_layers": ","},
         {"num_loops": 1, "enable_looping_at": "nan"},
     ],

@@ -154,7 +154,7 @@ def test_a_missing_part_is_refused_with_a_way_to_make_it(tmp_path: Path, part: s
             "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
             "data/download.py --variant sp8192-caseops; ",
         ),
-        ("demo", "data/prepare.py --source stdlib --vocab-size 8192 --out "),
+        ("demo", "data/prepare.py --source stdlib --write-val-text --vocab-size 8192 --out "),
         ("mine", "data/prepare.py --input FILE_OR_FOLDER --vocab-size 8192 --out "),
     ],
 )
@@ -164,6 +164,15 @@ def test_missing_data_name_the_command_for_that_folder_and_the_demo(
     refusal = refusal_of(lambda: load_tokenizer(Config(data_path=str(tmp_path / folder))))
     assert command in refusal and "make run" in refusal
     assert ("--source stdlib" in refusal) == (folder == "demo")
+
+
+def test_a_data_set_whose_files_are_being_replaced_is_refused(tmp_path: Path):
+    # prepare.py removes the manifest first and moves the files one by one, not all at once.
+    (tmp_path / ".partial").mkdir()
+    cfg = Config(data_path=str(tmp_path))
+    assert f"{tmp_path} is unfinished; run data/prepare.py again" in refusal_of(
+        lambda: train_gpt.read_manifest(cfg)
+    )
 
 
 def test_a_missing_sidecar_is_no_error(tmp_path: Path):

@@ -177,7 +177,8 @@ def test_a_folder_that_is_no_data_set_is_refused(
     assert verdict(data / TRAIN, capsys)[0] == 2
     assert "holds no validation shard" in verdict(tmp_path / "empty", capsys)[1]
     (data / "manifest.json").write_text("{")
-    assert "was not written by this script" in verdict(data, capsys)[1]
+    output = verdict(data, capsys)[1]
+    assert "was not written by data/prepare.py; restore it, or remove it to check" in output
     (data / "manifest.json").unlink()
     assert "no manifest.json" in verdict(data, capsys)[1]
     (data / "tokenizer.model").unlink()

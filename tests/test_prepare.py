@@ -350,7 +350,7 @@ def readme_commands() -> list[Any]:
         r"^(?:[A-Z_]+=\S+ )*python \S+\.py .*$|^RECIPE=.*$", text, flags=re.MULTILINE
     )
     commands = [line for line in lines if "data/download.py" not in line]
-    assert len(commands) == 9
+    assert len(commands) == 10
     slow = pytest.mark.slow
     is_slow = [any(word in line for word in ("stdlib", "train_gpt")) for line in commands]
     pairs = zip(commands, is_slow, strict=True)
@@ -377,7 +377,7 @@ def test_the_commands_of_the_readme_work(
     monkeypatch.chdir(tmp_path)
     for folder in ("texts", "data/tokenizers"):
         Path(folder).mkdir(parents=True)
-    for name, chosen in (("train-0", texts[:20]), ("train-1", texts[20:]), ("val", texts[:3])):
+    for name, chosen in (("train-00", texts[:20]), ("train-01", texts[20:]), ("val", texts[:3])):
         write_as(Path(f"texts/{name}.jsonl.zst"), chosen)
     Path("texts/notes.txt").write_text("notes\n")
     Path("mytext.txt").write_text("\n\n".join(texts))

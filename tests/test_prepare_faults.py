@@ -231,6 +231,45 @@ def test_a_kill_while_files_are_moved_into_place_is_repaired(
     assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("entry", ["x", {}, {"bytes": 5}, None])
+def test_a_damaged_entry_of_the_manifest_is_repaired(corpus: Path, tmp_path: Path, entry: Any):
+    run(tmp_path / "set", "--input", corpus)
+    whole, path = file_hashes(tmp_path / "set"), tmp_path / "set/manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["files"]["corpus_val_000000.bin"] = entry
+    path.write_text(json.dumps(manifest))
+    run(tmp_path / "set", "--input", corpus)
+    assert file_hashes(tmp_path / "set") == whole
+
+
+def test_a_kill_while_the_unfinished_work_is_removed_is_made_good(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rmtree, partial = prepare.shutil.rmtree, tmp_path / "set/.partial"
+
+    def remove_one_and_die(folder: Path) -> None:
+        rmtree(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "rmtree", remove_one_and_die)
+        words = ["--input", corpus, "--out", tmp_path / "set", *QUICK]
+        assert prepare.main(list(map(str, words))) == 130
+    assert (partial / "prepare.json").is_file()  # that this script made the folder is still known
+    assert prepare.main(list(map(str, words))) == 0
+    assert not partial.exists()
+
+
+def test_text_that_lies_in_the_output_folder_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("text")
+    words = ["--input", tmp_path / "texts", "--out", tmp_path / "texts"]
+    assert prepare.main(list(map(str, words))) == 2
+    assert "is also --out, where no text is looked for" in capsys.readouterr().err
+
+
 def test_a_refused_call_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff")

@@ -3055,8 +3055,10 @@ def softcapped_cross_entropy(
 
 
 # Logits that exist at a time: 64 MiB in float32 on a CPU, where more is not faster; on a GPU
-# 256 MiB, because small products do not fill it.
+# 256 MiB, because small products do not fill it. The training loss passes over its logits several
+# times: on a CPU they stay in the caches.
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+MAX_LOSS_LOGITS = MAX_LOGITS | {"cpu": 2**20}
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -3076,7 +3078,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         its compiled form.
         """
         (target_N, weight_N, nll_function), head = constants, head_VD.to(x_ND.dtype)
-        chunk = max(1, MAX_LOGITS[x_ND.device.type] // len(head))
+        chunk = max(1, MAX_LOSS_LOGITS[x_ND.device.type] // len(head))
         nll_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         grad_x_ND, grad_head_VD = torch.empty_like(x_ND), torch.zeros_like(head_VD)
         grad_cap = torch.zeros_like(cap) if isinstance(cap, Tensor) else None
@@ -3143,7 +3145,7 @@ class GPT(nn.Module):
         self.tok_emb = Embedding(cfg.vocab_size, D)
         self.blocks = nn.ModuleList(Block(cfg, i, attention) for i in range(cfg.num_layers))
         self.schedules = layer_schedules(cfg)
-        self.schedule, self.deep_supervision = self.schedules[-1], 0.0
+        self.use_final_schedule()
         skips = (sum(call.skip is not None for call in self.schedule), D)
         self.skip_weights = nn.Parameter(torch.ones(skips))
         self.skip_gates = nn.Parameter(torch.zeros(skips)) if cfg.skip_gates else None
@@ -3305,6 +3307,10 @@ class GPT(nn.Module):
                 saved.append(x_BTD)
         x_BTD = x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD)
         return rms_norm(torch.cat([x_BTD, middle_BTD]) if self.deep_supervision else x_BTD)
+
+    def use_final_schedule(self) -> None:
+        """Run as the training ends: all loops, and no loss in the middle."""
+        self.schedule, self.deep_supervision = self.schedules[-1], 0.0
 
     def merge_lanes(self, x_BTD: Tensor, side_BTD: Tensor) -> Tensor:
         """Weighted mean of the lanes: by the learned weight of `merge`, otherwise 1/2."""
@@ -5149,7 +5155,7 @@ def calibrate(
     """
     stats, started_s = CalibrationStats(model), time.perf_counter()
     limit_s = run.cfg.max_wallclock_seconds or math.inf
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     for number, rows_BT in enumerate(calibration_rows(run, loader, trained), start=1):
         run.check_signal()
         stats.accumulate(rows_BT)
@@ -5718,9 +5724,13 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
             "it was trained with another tokenizer than the data set's",
         )
         transform, allowed = header.get("transform", "none"), [text_transform(run.cfg)]
+        remedy = "set DATA_PATH to data with the same case markers as the text it was trained on"
         if run.cfg.mode == "generate":
-            allowed = TRANSFORMS
-        require(transform in allowed, f"its text has transform {transform!r:.40}, not {allowed}")
+            allowed, remedy = TRANSFORMS, "use the script that wrote it"
+        require(
+            transform in allowed,
+            f"its text has transform {transform!r:.40}, not {allowed}; {remedy}",
+        )
         check_shape_knobs(header["model"])
         run.cfg = dataclasses.replace(run.cfg, **header["model"])
         problems = check_eval_context(run.cfg)
@@ -7596,7 +7606,7 @@ def evaluate(
     Without a time limit, for validation during training and for audits; see run_pass for scores.
     The adaptive pass restores the model afterwards; with learns=False it trains nothing.
     """
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     planner = EvalPlanner(run.cfg, run.rank, run.world_size)
     if not adaptive:
         plan = planner.plan_scoring(validation.num_targets, stride)
@@ -7617,7 +7627,7 @@ def run_pass(
     """
     started_s, cfg, adaptive = time.perf_counter(), run.cfg, kind == "ttt"
     marks = dict[str, Any]()
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     with restore_model_after(cfg, model) if adaptive else contextlib.nullcontext():
         steps, budget, adjusted = plan_pass(run, model, validation, kind, limit)
         if adjusted:
@@ -8411,7 +8421,7 @@ def sample_tokens(run: Run, model: GPT, ids: Sequence[int], seed: int) -> list[i
     Beyond the context, the KV cache drops its oldest positions.
     """
     cfg, generator, tokens = run.cfg, torch.Generator().manual_seed(seed), list[int]()
-    model.schedule = model.schedules[-1]
+    model.use_final_schedule()
     past = KVCache(len(model.schedule), cfg.score_seq_len)
     while len(tokens) < cfg.max_new_tokens:
         run.check_signal()

@@ -7566,8 +7566,9 @@ def measure_step_cost(
     texts, mix_s = [step.text for step in plan if step.action == "mix"], 0.0
     if texts:
         mix_s = measure_mixing(run, texts[-1][1], texts[0][1])
-    cost = torch.tensor([step_s, position_s, mix_s], dtype=torch.float64, device=run.device)
-    return StepCost(*run.all_reduce_max(cost).tolist(), positions)
+    costs = [step_s, position_s, mix_s, positions]
+    cost = torch.tensor(costs, dtype=torch.float64, device=run.device)
+    return StepCost(*run.all_reduce_max(cost).tolist())
 
 
 # Fraction of EVAL_MAX_SECONDS to plan for: the trace is checked after the pass.

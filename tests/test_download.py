@@ -559,7 +559,7 @@ def test_a_manifest_of_others_is_not_replaced(
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     assert run(tmp_path / "out", "--shards", 1) == 2
-    assert "was not written by this script" in error_line(capsys)
+    assert "was not written by data/prepare.py" in error_line(capsys)
     assert path.read_bytes() == content
 
 
@@ -720,6 +720,6 @@ def test_a_downloaded_folder_is_no_place_for_other_data(
     for extra in ([], ["--force"]):
         words = ["--out", str(tmp_path / "out" / DATASET), "--input", str(text), *extra]
         assert prepare.main(words) == 2
-        assert "was not written by this script" in error_line(capsys)
+        assert "was not written by data/prepare.py" in error_line(capsys)
     assert files_in(tmp_path / "out", with_manifest=True) == before
     assert len(read_shard(tmp_path / "out" / SHARD)) == 5000

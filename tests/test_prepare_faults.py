@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,14 +246,14 @@ def test_a_damaged_entry_of_the_manifest_is_repaired(corpus: Path, tmp_path: Pat
 def test_a_kill_while_the_unfinished_work_is_removed_is_made_good(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    rmtree, partial = prepare.shutil.rmtree, tmp_path / "set/.partial"
+    rmtree, partial = shutil.rmtree, tmp_path / "set/.partial"
 
     def remove_one_and_die(folder: Path) -> None:
         rmtree(folder)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "rmtree", remove_one_and_die)
+        patch.setattr(shutil, "rmtree", remove_one_and_die)
         words = ["--input", corpus, "--out", tmp_path / "set", *QUICK]
         assert prepare.main(list(map(str, words))) == 130
     assert (partial / "prepare.json").is_file()  # that this script made the folder is still known

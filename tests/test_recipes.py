@@ -216,7 +216,10 @@ def test_the_readme_has_the_commands_of_its_recipe(name: str) -> None:
     unbroken = ("|", "MODE=", path)
     assert all(len(line) <= 100 or line.startswith(unbroken) for line in text.splitlines())
     assert f"\nMODE=describe {path} python train_gpt.py\n" in text
-    assert f"\n{path} torchrun --standalone --nproc_per_node=8 train_gpt.py\n" in text
+    assert (
+        f"\n{path} python -m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py\n"
+        in text
+    )
     (variant,) = re.findall(r"\npython data/download.py --variant (\S+)\n", text)
     assert f"./data/datasets/{VARIANTS[variant].dataset}" == cfg.data_path
     assert VARIANTS[variant].tokenizer == f"fineweb_{cfg.vocab_size}_bpe"  # found without a knob

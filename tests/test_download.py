@@ -559,7 +559,7 @@ def test_a_manifest_of_others_is_not_replaced(
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     assert run(tmp_path / "out", "--shards", 1) == 2
-    assert "was not written by data/prepare.py" in error_line(capsys)
+    assert "was not written by this script" in error_line(capsys)
     assert path.read_bytes() == content
 
 

@@ -4573,10 +4573,9 @@ class Trainer:
             self.clip_gradients()
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
+        # Without a gradient AdamW would not count the step, and the checkpoint would be refused.
         for param in self.adam_params:
-            param.grad = grad_or_zeros(
-                param
-            )  # the counters of steps are equal, and so on all ranks
+            param.grad = grad_or_zeros(param)
         self.adam.step()
         (step, train_s, tokens), done = self.progress, self.progress.fraction(cfg)
         self.muon.step(cfg.matrix_lr * scale, momentum_at(step, done, cfg), cfg.muon_wd)
@@ -8085,9 +8084,8 @@ class NgramCounts:
 
     def update(self, ids_N: Tensor) -> None:
         """Count the n-grams of text that continues the text of the last call."""
-        for piece in torch.split(
-            ids_N, max(1, min(16_384, len(self.keys) // (16 * len(self.orders))))
-        ):
+        piece_len = max(1, min(16_384, len(self.keys) // (16 * len(self.orders))))
+        for piece in torch.split(ids_N, piece_len):
             text = torch.cat([self.history_K, piece])
             window, self.history_K = text.unfold(0, len(self.history_K) + 1, 1), text[len(piece) :]
             document_M = self.document + F.pad((piece == BOS_ID).cumsum(0), (1, 0))

@@ -426,7 +426,7 @@ def check_file_sizes(snapshot: Snapshot, wanted: list[str], out: Path) -> None:
             raise DownloadFailed(f"{snapshot.repo} does not publish {missing[0]}")
         raise InputError(
             f"{snapshot.repo} does not publish {missing[0]}; it has {num_train} of the training "
-            "shards asked for: lower --shards, and remove local shards of higher numbers"
+            "shards asked for: lower --shards (local shards of higher numbers are asked for, too)"
         )
     for name in wanted:
         limit = MAX_SHARD_BYTES if name.endswith(".bin") else MAX_TOKENIZER_BYTES

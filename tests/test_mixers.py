@@ -232,6 +232,7 @@ def some_counts(bits: int = 16, orders: tuple[int, ...] = (-3, -1, 0, 1, 2, 5)) 
 def test_a_small_table_of_many_orders_is_filled_token_by_token():
     counts = some_counts(bits=10, orders=tuple(range(67)))
     counts.update(torch.arange(3, 9))
+    assert counts.history_K[-6:].tolist() == [*range(3, 9)]
 
 
 def test_counts_are_those_of_a_loop():

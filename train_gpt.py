@@ -6377,13 +6377,25 @@ def script_source() -> str:
     return globals().get("PACKED_SOURCE") or Path(__file__).read_text(encoding="utf-8")
 
 
+# How a packed script starts.
+PACKED_START = "# coding:latin-1\nimport linecache,lzma\nPACKED_SOURCE="
+
+
+@functools.cache
+def packed_script() -> bytes:
+    """The file of this script in its packed form: the own file if that is what runs."""
+    if "PACKED_SOURCE" in globals():
+        return Path(__file__).read_bytes()
+    return pack_source(script_source())
+
+
+# A packed script need not pack: it leaves out what follows, up to the line "# end of packing".
+# packing
 # The packed script holds the compressed source as a string of Latin-1 characters, one per byte: a
 # fifth shorter than base85. The stub puts the unpacked source where tracebacks, inspect and Triton
 # look for a file's lines.
 PACKED_STUB = (
-    "# coding:latin-1\n"
-    "import linecache,lzma\n"
-    'PACKED_SOURCE=lzma.decompress("""{payload}""".encode("latin-1"),format=lzma.FORMAT_RAW,'
+    PACKED_START + 'lzma.decompress("""{payload}""".encode("latin-1"),format=lzma.FORMAT_RAW,'
     'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9}}]).decode()\n'
     'linecache.cache["<train_gpt>"]='
     '(len(PACKED_SOURCE),None,PACKED_SOURCE.splitlines(True),"<train_gpt>")\n'
@@ -6393,15 +6405,16 @@ PACKED_STUB = (
 PAYLOAD_ESCAPES = str.maketrans({"\r": "\\r", "\\": "\\\\"})
 # Parameters of LZMA for text: the position of a byte modulo 4 says nothing about it.
 PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
+PACKING_CODE = re.compile(r"^# packing\n.*?^# end of packing\n", re.MULTILINE | re.DOTALL)
 
 
 @functools.cache
 def pack_source(source: str) -> bytes:
-    """The file of a script that runs as `source` does, minified and compressed; idempotent.
+    """The file of a script that runs as `source` does, minified and compressed.
 
     Only the standard library is used, so that the counted size depends on no installed package.
     """
-    source = shorten_globals(shorten_locals(minify(source)))
+    source = shorten_globals(shorten_locals(minify(PACKING_CODE.sub("", source))))
     packed = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER])
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
@@ -6656,6 +6669,7 @@ def bound_names(nodes: Iterable[ast.AST]) -> set[str]:
 
 # Fields of syntax nodes that hold names.
 NAMING_FIELDS = {"name", "names", "asname", "arg", "rest"}
+# end of packing
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
@@ -8628,7 +8642,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
         not (cfg.trains and (directory / "submission.json").exists()),
         f"{directory} holds a finished run; set another RUN_ID or RUN_DIR",
     )
-    code = pack_source(script_source())
+    code = packed_script()
     identity = {
         "config": dataclasses.asdict(cfg),
         "code_sha256": hash_bytes(code),
@@ -8646,7 +8660,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
 
 def check_own_files(directory: Path) -> None:
     """Raise InputError if RUN_DIR holds files of other programs under names that a run writes."""
-    require_regular_file(directory / "train_gpt.py", PACKED_STUB.partition("lzma.dec")[0])
+    require_regular_file(directory / "train_gpt.py", PACKED_START)
     require_regular_file(directory / "train_gpt_source.py", '"""Train', "from __future__")
     require_regular_file(directory / "train.log", "config ")
     require_regular_file(directory / "metrics.jsonl", '{"event": ')
@@ -8998,7 +9012,7 @@ def estimate_bytes(cfg: Config, sizes: Mapping[str, int]) -> dict[str, float]:
 
     With solved scales the artifact fills the budget, which gives the bits of a weight.
     """
-    code_bytes = len(pack_source(script_source()))
+    code_bytes = len(packed_script())
     bits: dict[str, float] = {**cfg.bits}
     for group in sizes.keys() - {"gate", "control"}:
         if cfg.solves_scales and cfg.bits[group] < PLAIN_BITS:

@@ -1186,10 +1186,21 @@ def test_any_payload_is_one_string(start: str, end: str, monkeypatch: pytest.Mon
     assert raw.decode() in texts and {0, 13} & set(packed) == set()
 
 
+def test_a_packed_script_leaves_out_what_packs():
+    for call in ("tokenize.generate_tokens(", "ast.get_docstring("):
+        assert call in SOURCE and call not in unpack(packed(SOURCE))
+    source = "a=1\n# packing\nb=2\n# end of packing\nc=3\n"
+    assert unpack(pack_source(source)) == "a=1\nc=3\n"
+    assert unpack(pack_source("a=1\n# packing\nb=2\n")) == "a=1\nb=2\n"
+
+
 @pytest.fixture(scope="module")
-def packed_module() -> Iterator[types.ModuleType]:
+def packed_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[types.ModuleType]:
     """The packed script as a module."""
     module = types.ModuleType("packed_train_gpt")
+    file = tmp_path_factory.mktemp("packed") / "packed.py"
+    file.write_bytes(packed(SOURCE))
+    module.__file__ = str(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
         exec(compile(packed(SOURCE), "packed.py", "exec"), module.__dict__)
@@ -1202,8 +1213,8 @@ def test_the_packed_script_runs_as_the_source_does(packed_module: types.ModuleTy
     assert described == train_gpt.describe(train_gpt.config_from_env(env))
     functions = [f for f in map(inspect.unwrap, vars(packed_module).values())
                  if inspect.isfunction(f)]  # fmt: skip
-    (script_source,) = (f for f in functions if "PACKED_SOURCE" in f.__code__.co_consts)
-    assert script_source() == unpack(packed(SOURCE))
+    own_source, own_file = (f for f in functions if "PACKED_SOURCE" in f.__code__.co_consts)
+    assert own_source() == unpack(packed(SOURCE)) and own_file() == packed(SOURCE)
 
 
 def test_tracebacks_and_inspect_find_the_lines_of_the_packed_script(

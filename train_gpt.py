@@ -1232,6 +1232,11 @@ class Run:
         if self.signal_received:
             raise Interrupted("stopped by a signal; start again with the same RUN_DIR to continue")
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device works on while Python goes on."""
+        return self.device.type == "cuda"
+
     def synchronize(self) -> None:
         """Wait for the device, so that timings include its work."""
         if self.device.type == "cuda":
@@ -1250,7 +1255,7 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
         cfg=cfg, directory=Path(), rank=rank, world_size=world_size, device=device, dtype=dtype
     )
     if world_size > 1:
-        join_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     with run.at_exit as undo:
         now = f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}"
         run_id = cfg.run_id or run.broadcast_object(now)
@@ -2118,7 +2123,7 @@ def ways_to_data(cfg: Config) -> str:
     """How to get the data set that DATA_PATH names, and how to go on without it."""
     name = Path(os.path.abspath(cfg.data_path)).name
     source, demo = "--input FILE_OR_FOLDER", "; for a first look without a download: make run"
-    if published := re.fullmatch(r"fineweb10B_(sp\d+)(.*)", name):
+    if published := re.fullmatch(r"fineweb10B_(sp(?:1024|4096|8192))(.*)", name):
         variant = published[1] + "-caseops" * bool(published[2])
         return f"fetch the published shards: python data/download.py --variant {variant}{demo}"
     if name == "demo":
@@ -4232,45 +4237,60 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
 def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Score]) -> None:
     """Run optimizer steps until the budget is used; log, save checkpoints and validate."""
     run, cfg = trainer.run, trainer.run.cfg
-    resumed_step, previous_loss = trainer.progress.step, math.nan
+    last_first_step, previous_loss = trainer.progress.step + FIRST_LOGGED_STEPS, math.nan
     clock_s = saved_s = time.perf_counter()  # up to when the clock counts; the last checkpoint
     save_s = 0.0  # duration of the last checkpoint on the slowest rank
+    queued_loss: Tensor | None = None  # of the step before
+
+    def advance_clock(*flags: bool) -> StepFlags:
+        nonlocal clock_s
+        before_s, clock_s = clock_s, time.perf_counter()
+        return sync_step_state(trainer, StepFlags(*flags), clock_s - before_s)
+
     while not trainer.progress.is_over(cfg):
         scale = trainer.lr_scale()
         stage = trainer.next_stage()
         if stage.qat and trainer.solve_grid(loader):
-            now_s = time.perf_counter()  # it took time: look at the clock again
-            sync_step_state(trainer, StepFlags(), now_s - clock_s)
-            clock_s = now_s
+            advance_clock()  # it took time: look at the clock again
             continue
         trainer.enter_stage(stage)
-        loss = trainer.step(loader.batch(trainer.progress.tokens, stage)).item()
-        now_s = time.perf_counter()
-        flags = StepFlags(
-            checkpoint_due=0 < cfg.checkpoint_every_seconds <= now_s - saved_s,
-            interrupted=run.signal_received,
-            bad_loss=not math.isfinite(loss),
+        loss_1 = trainer.step(loader.batch(trainer.progress.tokens, stage))
+        step = trainer.progress.step
+        validates = cfg.val_loss_every and step % cfg.val_loss_every == 0
+        is_logged = step % cfg.train_log_every == 0 or step <= last_first_step
+        # The loss of the step before is known while the device computes this one, so that it never
+        # waits for the host. Where the loss of this step is needed, it has to.
+        is_late = run.is_asynchronous and not (queued_loss is None or validates or is_logged)
+        loss = (queued_loss if is_late else loss_1).item()  # type: ignore[union-attr]
+        queued_loss = loss_1
+        flags = advance_clock(
+            0 < cfg.checkpoint_every_seconds <= time.perf_counter() - saved_s,
+            run.signal_received,
+            not math.isfinite(loss),
         )
-        flags, clock_s = sync_step_state(trainer, flags, now_s - clock_s), now_s
-        step, is_over = trainer.progress.step, trainer.progress.is_over(cfg)
-        has_time_to_save = not trainer.progress.is_over(cfg, save_s)
+        queued_s = is_late * trainer.progress.train_s / step
+        is_over = trainer.progress.is_over(cfg, queued_s)
+        has_time_to_save = not trainer.progress.is_over(cfg, queued_s + save_s)
         saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
-        check_finite(trainer, loss, previous_loss, bad_loss=flags.bad_loss, check_weights=saves)
+        if saves and is_late:
+            loss, is_late = loss_1.item(), False
+            advance_clock()
+        losses = {step - is_late - 1: previous_loss, step - is_late: loss}
+        check_finite(trainer, losses, bad_loss=flags.bad_loss, check_weights=saves)
         previous_loss = loss
-        is_first = step <= resumed_step + FIRST_LOGGED_STEPS
-        is_logged = step % cfg.train_log_every == 0 or is_first or is_over
-        log_step(trainer, loss, scale, is_logged)
+        log_step(trainer, loss, scale, is_logged or is_over)
         if saves:
             before_s = trainer.progress.train_s
             trainer.muon.gather_buffers()
             run.run_on_rank0(functools.partial(save_checkpoint, trainer))
             saved_s = time.perf_counter()
-            if not is_over:  # saving counts as training time
-                sync_step_state(trainer, StepFlags(), saved_s - clock_s)
-                clock_s, save_s = saved_s, trainer.progress.train_s - before_s
-        if flags.interrupted and not is_over:
+            if is_over:
+                return
+            advance_clock()  # saving counts as training time
+            save_s = trainer.progress.train_s - before_s
+        if flags.interrupted:
             raise Interrupted(f"stopped by a signal after step {step}; restart to resume")
-        if cfg.val_loss_every and step % cfg.val_loss_every == 0 and not is_over:
+        if validates:
             validate_and_log(trainer, validate)
             clock_s = time.perf_counter()  # validation does not count as training time
 
@@ -4293,25 +4313,29 @@ def sync_step_state(trainer: Trainer, flags: StepFlags, elapsed_s: float) -> Ste
     """
     run, progress = trainer.run, trainer.progress
     values = [progress.train_s + elapsed_s, *map(float, flags)]
-    device = run.device if run.world_size > 1 else None  # alone, the GPU need not be waited for
-    reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64, device=device))
+    # On the host, which so does not wait for a GPU.
+    reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64))
     train_s, *any_rank = reduced.tolist()
     trainer.progress = progress._replace(train_s=train_s)
     return StepFlags(*map(bool, any_rank))
 
 
 def check_finite(
-    trainer: Trainer, loss: float, previous_loss: float, *, bad_loss: bool, check_weights: bool
+    trainer: Trainer, losses: Mapping[int, float], *, bad_loss: bool, check_weights: bool
 ) -> None:
-    """Raise RunFailed if the loss, or with `check_weights` a weight, is not finite on any rank."""
-    step, problem = trainer.progress.step, ""
+    """Raise RunFailed if the loss, or with `check_weights` a weight, is not finite on any rank.
+
+    `losses` are those of two steps; all but the last one were finite.
+    """
+    (before, previous_loss), (step, loss) = losses.items()
+    problem = ""
     if bad_loss:
         problem = f"the loss is {loss}"
     elif check_weights and not all(bool(param.isfinite().all()) for param in trainer.params):
         problem = "a weight is not finite"
     if problem:
         raise RunFailed(
-            f"{problem} at step {step} (last finite: {previous_loss:.4f} at step {step - 1}); the "
+            f"{problem} at step {step} (last finite: {previous_loss:.4f} at step {before}); the "
             "checkpoint before it is kept; start again with lower learning rates and another RUN_ID"
         )
 
@@ -4643,21 +4667,28 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile everything: run WARMUP_STEPS of each stage on random tokens, then undo them."""
-        cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        for stage in train_stages(cfg) if cfg.warmup_steps else []:
-            self.enter_stage(stage)
-            rows = stage.batch_tokens // stage.seq_len // self.run.world_size
-            shape = (rows, stage.seq_len + 1)
-            if cfg.kernels == "auto" and cfg.compile and self.run.device.type == "cuda":
-                self.check_compiled(torch.randint(cfg.vocab_size, shape, generator=generator))
-            for _ in range(cfg.warmup_steps):
-                self.run.check_signal()
-                self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
-            if self.uses_cu_seqlens:
-                self.warm_up_capacities(torch.randint(cfg.vocab_size, shape, generator=generator))
+        form: Any = None
+        # Again if a later stage has led to less being compiled.
+        while form != (form := (self.model.train_forward, self.model.run_block)):
+            for stage in train_stages(self.run.cfg) if self.run.cfg.warmup_steps else []:
+                self.warm_up_stage(stage)
         self.load(before, Progress())
         self.run.synchronize()
+
+    def warm_up_stage(self, stage: TrainStage) -> None:
+        """Run WARMUP_STEPS of a stage on random tokens."""
+        cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
+        self.enter_stage(stage)
+        rows = stage.batch_tokens // stage.seq_len // self.run.world_size
+        shape = (rows, stage.seq_len + 1)
+        if cfg.kernels == "auto" and cfg.compile and self.run.is_asynchronous:
+            self.check_compiled(torch.randint(cfg.vocab_size, shape, generator=generator))
+        for _ in range(cfg.warmup_steps):
+            self.run.check_signal()
+            self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
+        if self.uses_cu_seqlens:
+            self.warm_up_capacities(torch.randint(cfg.vocab_size, shape, generator=generator))
 
     def check_compiled(self, window_BT: Tensor) -> None:
         """Compile less until loss and gradient are those without compilation, and sooner known.
@@ -7786,16 +7817,17 @@ ROW_PER_BLOCK = ("block_scalars.x0", "block_scalars.write", "block_scalars.carry
 def ttt_parameters(cfg: Config, model: GPT) -> dict[str, nn.Parameter]:
     """The parameters that test-time training of the weights changes, by name.
 
-    TTT_TRAIN=blocks selects the blocks that are not frozen, and every parameter whose name has
-    norm, scale or lm_head in it (openai/parameter-golf#430); WeightTrainer masks the rows of
-    ROW_PER_BLOCK that belong to frozen blocks.
+    TTT_TRAIN=blocks selects the blocks that are not frozen, the table of EVAL_HASH_ROWS, and every
+    parameter whose name has norm, scale or lm_head in it (openai/parameter-golf#430);
+    WeightTrainer masks the rows of ROW_PER_BLOCK that belong to frozen blocks.
     """
     frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
     names = list(parameter_roles(model))
     if cfg.ttt_train == "all":
         chosen = [name for name in names if not name.startswith(frozen)]
     else:
-        always = re.compile(r"lm_head|block_scalars\.shared|\b\w*(norm|scale)$")
+        table = f"|hashes.{len(model.hashes) - 1}" if cfg.eval_hash_rows else ""
+        always = re.compile(rf"lm_head|block_scalars\.shared|\b\w*(norm|scale)${table}")
         chosen = [
             name
             for name in names
@@ -8743,7 +8775,7 @@ def check_state(state: Mapping[str, Any], run: Run) -> None:
         f"ledger does not hold the seconds of {', '.join(run.ledger)}",
     )
     require(scores.keys() == {"train_end"}, "scores must be those of train_end alone")
-    steps, train_s = scores["train_end"]["steps"], scores["train_end"]["train_s"]
+    steps, train_s, _ = (scores["train_end"][k] for k in ("steps", "train_s", "tokens_per_s"))
     is_count = type(steps) is int and 0 < steps <= state["config"]["iterations"]
     require(is_count, f"steps {steps!r:.40} are not in [1, ITERATIONS]")
     require(

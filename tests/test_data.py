@@ -150,6 +150,7 @@ def test_a_missing_part_is_refused_with_a_way_to_make_it(tmp_path: Path, part: s
     [
         ("fineweb10B_sp8192", "data/download.py --variant sp8192; "),
         ("fineweb10B_sp1024", "data/download.py --variant sp1024; "),
+        ("fineweb10B_sp2048", "data/prepare.py --input FILE_OR_FOLDER "),  # not published
         (
             "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
             "data/download.py --variant sp8192-caseops; ",

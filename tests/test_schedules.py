@@ -312,6 +312,24 @@ def test_warm_up_runs_every_phase_and_leaves_no_trace(new_run: MakeRun):
     same_bits(trained, train_all(new_run(**SCHEDULED)))
 
 
+def test_earlier_phases_are_warmed_up_again_if_a_later_one_compiles_less(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run = new_run(**SCHEDULED, warmup_steps=1)
+    trainer = Trainer(run, train_gpt.build_model(run))
+    stages, seen = train_stages(run.cfg), list[Any]()
+
+    def step(window_BT: torch.Tensor) -> torch.Tensor:
+        seen.append(trainer.current_stage)
+        if len(seen) == 2:  # the compiler fails here
+            trainer.model.run_block = lambda *arguments: train_gpt.run_block(*arguments)
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(trainer, "step", step)
+    trainer.warm_up()
+    assert seen == [*stages, *stages] and len(stages) > 2
+
+
 def same_bits(a: Trainer, b: Trainer) -> None:
     """Assert that two trainings are at the same point, in every bit of their state."""
     assert a.progress._replace(train_s=0) == b.progress._replace(train_s=0)

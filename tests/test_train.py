@@ -452,6 +452,89 @@ class ClockedTrainer(Trainer):
         return self.progress
 
 
+class LateLoss:
+    """The loss of a step that a device computes; reading it waits for the end of the step."""
+
+    def __init__(self, trainer: QueueingTrainer, end_s: float):
+        self.trainer, self.end_s, self.step = trainer, end_s, trainer.progress.step
+
+    def item(self) -> float:
+        self.trainer.now_s = max(self.trainer.now_s, self.end_s)
+        self.trainer.reads.append((self.trainer.progress.step, self.step))
+        return self.trainer.losses.get(self.step, float(self.step))
+
+
+class QueueingTrainer(ClockedTrainer):
+    """Its device takes `durations` for the steps that it is given, one after the other."""
+
+    HOST_S = 0.25  # what the host needs to prepare a step
+
+    def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch):
+        super().__init__(run, monkeypatch)
+        self.free_s, self.reads, self.losses = 0.0, list[tuple[int, int]](), dict[int, float]()
+        monkeypatch.setattr(Run, "is_asynchronous", True)
+
+    def step(self, window_BT: torch.Tensor) -> Any:
+        self.now_s += self.HOST_S
+        self.free_s = max(self.free_s, self.now_s) + next(self.durations)
+        self.progress = self.progress._replace(step=self.progress.step + 1)
+        return LateLoss(self, self.free_s)
+
+
+def test_a_device_never_waits_for_the_host_between_steps(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run = new_run(iterations=50, num_layers=1, train_log_every=10**6)
+    trainer = QueueingTrainer(run, monkeypatch)
+    first = train_gpt.FIRST_LOGGED_STEPS  # each of them is waited for, because it is logged
+    assert trainer.run_for(forever(1.0)).train_s == pytest.approx(50 + 0.25 * (first + 1))
+    late = [(step, step - 1) for step in range(first + 1, 50)]
+    assert trainer.reads[first:] == [*late, (50, 49), (50, 50)]
+
+
+def test_losses_in_the_log_are_those_of_their_steps_on_any_device(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run = new_run(iterations=20, train_log_every=7, val_loss_every=4, checkpoint_every_seconds=2.5)
+    trainer = QueueingTrainer(run, monkeypatch)
+    trainer.durations = forever(1.0)
+    loader: Any = SimpleNamespace(batch=lambda position, phase: None)
+    score = train_gpt.Score(1.0, 1, 1, False, 0.0)
+    train_gpt.train_loop(trainer, loader, lambda: score)
+    logged = {r["step"]: r["train_loss"] for r in metrics(run.directory, "step")}
+    assert logged == {step: step for step in (1, 2, 3, 4, 5, 7, 14, 20)}
+    # What validates or saves waits for the step, so that no time is lost or counted elsewhere.
+    waited = {step for step, read in trainer.reads if step == read}
+    assert waited >= {4, 8, 12, 16, 20, *(r["step"] for r in metrics(run.directory, "checkpoint"))}
+    assert trainer.progress.train_s == pytest.approx(trainer.now_s)
+
+
+def test_training_on_a_device_that_runs_ahead_stays_within_the_budget(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    spent = []
+    for budget_s in np.linspace(20, 23, 31):
+        trainer = QueueingTrainer(clocked_run(new_run, budget_s), monkeypatch)
+        end = trainer.run_for(itertools.cycle([0.9, 1.0, 1.1]))
+        assert end.train_s == pytest.approx(trainer.free_s, abs=1.0)
+        assert trainer.free_s <= budget_s
+        spent.append(end.train_s / budget_s)
+    assert 0.85 < min(spent) and max(spent) <= 1
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step_on_any_device(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    for step in (3, 9, 14):
+        trainer = QueueingTrainer(clocked_run(new_run, 30.0), monkeypatch)
+        trainer.losses[step] = math.nan
+        text = (
+            rf"the loss is nan at step {step} \(last finite: {step - 1}.0000 at step {step - 1}\)"
+        )
+        with pytest.raises(RunFailed, match=text):
+            trainer.run_for(forever(1.0))
+
+
 def forever(seconds: float) -> Iterator[float]:
     while True:
         yield seconds

@@ -84,6 +84,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 
@@ -2668,6 +2669,8 @@ def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     Source: arXiv:2603.09078. With grouped queries, all G heads of a group share that vector.
     """
     y_BTKGE, v_BTK1E = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3)), v_BTKE[:, :, :, None]
+    if is_compiled_for_gpu(y_BTHE):  # then |v|^2 comes from the pass over y and v
+        v_BTK1E = v_BTK1E.expand_as(y_BTKGE)
     if is_eager_on_gpu(y_BTHE):
         rest_BTKGE = Rejection.apply(y_BTKGE, v_BTK1E)  # type: ignore[no-untyped-call]
     else:
@@ -3267,6 +3270,9 @@ class GPT(nn.Module):
         self.blend_skip = torch.compile(blend_skip, dynamic=False)
         self.nll = torch.compile(softcapped_cross_entropy, dynamic=False)
         if self.cfg.compile_forward and self.skip_weights.is_cuda:
+            # Otherwise some streams are saved for the backward pass in float32.
+            functorch_config: Any = importlib.import_module("torch._functorch.config")
+            functorch_config.ban_recompute_long_fusible_chains = False
             options = AUTOTUNE_OPTIONS if self.cfg.kernels == "auto" else None
             whole = torch.compile(GPT.forward, dynamic=False, options=options)
             self.train_forward = functools.partial(whole, self)
@@ -3314,9 +3320,9 @@ class GPT(nn.Module):
             if call.skip is not None:
                 gate_D = None if self.skip_gates is None else self.skip_gates[call.skip]
                 skip = saved.pop(), self.skip_weights[call.skip], gate_D
-                x_BTD = self.blend_skip(x_BTD, *skip)
+                x_BTD = self.blend(x_BTD, *skip)
                 if side_BTD is not None and form == "routed":
-                    side_BTD = self.blend_skip(side_BTD, *skip)
+                    side_BTD = self.blend(side_BTD, *skip)
             if call.split_lanes and form == "merge":
                 side_BTD = x_BTD
             self.attach_adapters(index)
@@ -3328,6 +3334,13 @@ class GPT(nn.Module):
                 saved.append(x_BTD)
         x_BTD = x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD)
         return rms_norm(torch.cat([x_BTD, middle_BTD]) if self.deep_supervision else x_BTD)
+
+    def blend(self, x_BTD: Tensor, *skip: Any) -> Tensor:
+        """`blend_skip`; compiled for a GPU, computed again for the backward pass, not saved."""
+        if is_compiled_for_gpu(x_BTD):
+            again: Any = torch.utils.checkpoint.checkpoint
+            return again(blend_skip, x_BTD, *skip, use_reentrant=False, preserve_rng_state=False)
+        return self.blend_skip(x_BTD, *skip)
 
     def use_final_schedule(self) -> None:
         """Run as the training ends: all loops, and no loss in the middle."""

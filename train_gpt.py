@@ -518,6 +518,10 @@ class Config:
     ttt_lora_lr: float = knob(
         -1.0, "learning rate of the LoRA (AdamW); -1 = chosen by the first documents", low=-1
     )
+    ttt_num_lrs: int = knob(
+        1, "learning rates tried side by side by each document; their probabilities are mixed",
+        low=1, high=8,
+    )  # fmt: skip
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
     ttt_beta2: float = knob(0.99, "beta2 of the LoRA's AdamW", low=0, high=0.99999)
@@ -635,14 +639,20 @@ class Config:
         return (self.mixer, self.ngram_tilt, self.adaptive_temperature) != ("none", 0, 1)
 
     @property
+    def knows_one_lr(self) -> bool:
+        """Whether a mixer that is applied at once, or LoRA over documents, need a single rate."""
+        return (self.needs_mixer and not self.mixes_afterwards) or self.ttt_warm_start_a
+
+    @property
+    def chooses_lrs(self) -> bool:
+        """Whether the first documents choose the learning rates of LoRA."""
+        return self.ttt_lora_lr < 0 and self.ttt_method == "lora" and not self.knows_one_lr
+
+    @property
     def lora_lrs(self) -> Sequence[float]:
-        """The learning rates that the first documents try; a single one if there is no choice."""
-        if self.ttt_lora_lr >= 0:
-            return [self.ttt_lora_lr]
-        # A mixer that is applied at once, or adapters that go on from document to document, know
-        # one rate.
-        depends = (self.needs_mixer and not self.mixes_afterwards) or self.ttt_warm_start_a
-        return LORA_LRS if self.ttt_method == "lora" and not depends else LORA_LRS[:1]
+        """The learning rates of LoRA where they are not chosen: the first one, its third, ..."""
+        first_lr = LORA_LRS[0] if self.ttt_lora_lr < 0 else self.ttt_lora_lr
+        return [first_lr / 3**i for i in range(self.ttt_num_lrs)]
 
     @property
     def mixes_afterwards(self) -> bool:
@@ -900,6 +910,25 @@ def method_rules(cfg: Config) -> list[Rule]:
             and cfg.warmdown_frac + cfg.warmdown_iters > 0,
             f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold:g} must be above MIN_LR={cfg.min_lr:g}, "
             "with WARMDOWN_FRAC or WARMDOWN_ITERS; otherwise it never begins",
+        ),
+        (
+            cfg.ttt_method != "lora" or not cfg.eval_hash_rows or bool(cfg.ttt_phases),
+            f"EVAL_HASH_ROWS={cfg.eval_hash_rows}: TTT_METHOD=lora trains this table in TTT_PHASES "
+            "alone; set them, or EVAL_HASH_ROWS=0",
+        ),
+        (
+            cfg.ttt_method != "lora" or not cfg.ttt_polyak,
+            f"TTT_POLYAK={cfg.ttt_polyak:g}: TTT_METHOD=lora averages no weights; set it to 0",
+        ),
+        (
+            cfg.ttt_num_lrs == 1 or not cfg.knows_one_lr,
+            f"TTT_NUM_LRS={cfg.ttt_num_lrs}: with TTT_WARM_START_A, or a mixer other than "
+            "MIXER=backoff, it must be 1",
+        ),
+        (
+            cfg.ttt_lora_lr >= 0 or cfg.ttt_lora_lr == -1,
+            f"TTT_LORA_LR={cfg.ttt_lora_lr:g} must be -1 (chosen by the first documents) or at "
+            "least 0",
         ),
         (
             cfg.ttt_method != "pretrain" or cfg.allow_noncompliant,
@@ -6745,6 +6774,9 @@ Span = tuple[int, int]  # targets: the first, and one past the last
 LORA_LRS = (3e-3, 1e-3, 1e-2, 3e-4, 1e-4, 3e-5, 1e-5, 0.0)
 # The documents that begin before this target try all of them.
 PILOT_TARGETS = 16_384
+# Weights of learning rates in a document: see mix_lrs.
+LR_EVIDENCE, LR_SHARE = 0.1, 0.2
+MAX_NATS = 99.0  # of a target in a mixture
 
 
 class Window(NamedTuple):
@@ -6761,7 +6793,7 @@ class EvalStep(NamedTuple):
     # score: score the windows. adapt: score them, then train each row's adapter on them.
     # train: train the weights on them. update_ngrams: count the n-grams of `text`.
     # mix: mix n-grams into the scores of the targets `text`, then learn the mixture's weights.
-    # choose_lr: choose the learning rate of LoRA by the scores of `text`.
+    # choose_lrs: choose the learning rates of LoRA by the scores of `text`.
     action: str
     windows: Sequence[Window] = ()
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
@@ -6896,12 +6928,12 @@ class EvalPlanner:
         if mixes_at_once:  # n-grams are counted whenever a chunk of text is complete
             size, ends = self.cfg.ttt_chunk_tokens, enumerate(documents, start=1)
             group_ends |= {n for n, (first, stop) in ends if stop // size > first // size}
-        num_lrs, num_pilots = len(self.cfg.lora_lrs), 0
-        if num_lrs > 1:
+        num_pilots = 0
+        if self.cfg.chooses_lrs:
             num_pilots = bisect.bisect_left(bounds[:-1], PILOT_TARGETS)
             group_ends.add(num_pilots)
         for first, last in itertools.pairwise(sorted(group_ends)):
-            lrs = num_lrs if last <= num_pilots else 1
+            lrs = len(LORA_LRS) if last <= num_pilots else self.cfg.ttt_num_lrs
             by_rank = self.batches_by_rank(documents[first:last], lrs)
             rank_steps = [
                 step._replace(num_lrs=lrs)
@@ -6914,7 +6946,7 @@ class EvalPlanner:
             )
             steps += rank_steps + [EvalStep("score")] * (max_steps - len(rank_steps))
             if last == num_pilots:
-                steps.append(EvalStep("choose_lr", text=(0, bounds[last])))
+                steps.append(EvalStep("choose_lrs", text=(0, bounds[last])))
             if mixes_at_once and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
@@ -7094,13 +7126,6 @@ class Scorer:
         self.scored_at[span], self.nll_T[span] = self.step_index, nll
         self.nats += float(nll.sum(dtype=np.float64))
         self.num_bytes += int(self.validation.target_bytes[span].sum())
-
-    def revise(self, first: int, nll: np.ndarray) -> None:
-        """Replace the nats of targets first, first + 1, ... that were recorded before."""
-        span = slice(first, first + len(nll))
-        assert self.scored_at[span].all(), f"a target in {span} was not scored before"
-        self.nats += float(nll.sum(dtype=np.float64) - self.nll_T[span].sum(dtype=np.float64))
-        self.nll_T[span] = nll
 
     def replace(self, text: Span, mix: Callable[[np.ndarray], np.ndarray]) -> None:
         """Let `mix` replace the nats of the targets of `text` that this rank has scored."""
@@ -7283,6 +7308,22 @@ class Batch(NamedTuple):
         return Batch(ids_BT, target_BT, self.first_column, None, weight_BT)
 
 
+def mix_lrs(log_weight_BG: Tensor, nll_BGT: Tensor, is_scored_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats (B, T) of mixtures of G predictions of a chunk, and log-weights for the next chunk.
+
+    A document's weights begin equal and are multiplied by the chunk's probabilities to the power
+    LR_EVIDENCE; then all share a part LR_SHARE equally ("fixed share", Herbster and Warmuth 1998).
+    """
+    nll_BGT = nll_BGT.nan_to_num(MAX_NATS).clamp(max=MAX_NATS)  # of a rate that diverges
+    log_weight_BG = log_weight_BG.log_softmax(1)
+    mixed_BT = -(log_weight_BG[..., None] - nll_BGT).logsumexp(1)
+    nats_BG = (nll_BGT * is_scored_BT[:, None]).sum(2)
+    weight_BG = (log_weight_BG - LR_EVIDENCE * nats_BG).softmax(1)
+    return mixed_BT, torch.lerp(
+        weight_BG, weight_BG.mean(1, keepdim=True).expand_as(weight_BG), LR_SHARE
+    ).log()
+
+
 class EvalRunner:
     """Runs the steps of a plan, with the model, adapters or optimizer, mixer, and the trace."""
 
@@ -7312,9 +7353,12 @@ class EvalRunner:
         self.weights: WeightTrainer | None = None
         self.adapters: AdapterTrainer | None = None
         self.extents: list[Span] = []  # of the documents that the adapters belong to
-        self.lora_lr = run.cfg.lora_lrs[0]
+        # The first documents try all learning rates, if they choose those of the others.
+        chooses = any(step.action == "choose_lrs" for step in plan)
+        self.lrs: Sequence[float] = LORA_LRS if chooses else run.cfg.lora_lrs
+        self.log_weight_BG = torch.zeros(0)  # of the rates of each document
         # First targets of chunks by document, with the nats (G, T) by learning rate.
-        self.pilot_nll: dict[int, list[tuple[int, Tensor]]] = {}
+        self.pilot_nll: dict[int, list[tuple[int, Tensor]]] | None = {} if chooses else None
 
     def run_steps(self, budget: EvalBudget | None = None) -> Score:
         """Run all steps in order; `budget` may drop the training of some of them.
@@ -7328,7 +7372,7 @@ class EvalRunner:
             "train": self.train,
             "update_ngrams": self.update_ngrams,
             "mix": self.mix,
-            "choose_lr": self.choose_lr,
+            "choose_lrs": self.choose_lrs,
         }
         for step_index, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
@@ -7417,23 +7461,26 @@ class EvalRunner:
                 (w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
                 for w in step.windows
             ]
-            lrs = self.run.cfg.lora_lrs if step.num_lrs > 1 else [self.lora_lr]
+            lrs = self.lrs[: step.num_lrs]
             self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), initial_a, lrs)
+            self.log_weight_BG = torch.zeros(len(step.windows), len(lrs), device=self.run.device)
             self.weights = None  # new adapters turn off the gradients of the weights
-        batch = self.batch(step.windows, len(step.windows), step.shape[1])
-        nll_NT = self.adapters.step(batch, step.num_learning_rows)
-        nll_BGT = nll_NT.view(len(step.windows), step.num_lrs, -1)
-        # The last rate is 0: its nats are finite, so that choose_lr can replace them.
-        self.record(step.windows, nll_BGT[:, -1], batch.first_column)
+        batch, rows = self.batch(step.windows, len(step.windows), step.shape[1]), len(step.windows)
+        nll_BT = self.adapters.step(batch, step.num_learning_rows)
         if step.num_lrs > 1:
-            nll_BGT = nll_BGT.nan_to_num(math.inf)  # the smallest number for argmin is NaN
-            for window, nll_GT in zip(step.windows, nll_BGT.cpu(), strict=True):
-                document = bisect.bisect_right(self.bounds, window.first)
-                columns = slice(
-                    *(x - window.start - batch.first_column for x in (window.first, window.end))
-                )
-                chunk = (window.first, nll_GT[:, columns].double())
-                self.pilot_nll.setdefault(document, []).append(chunk)
+            nll_BGT = nll_BT.view(rows, step.num_lrs, -1)
+            if self.pilot_nll is not None:
+                for window, nll_GT in zip(step.windows, nll_BGT.cpu(), strict=True):
+                    document = bisect.bisect_right(self.bounds, window.first)
+                    columns = slice(
+                        *(x - window.start - batch.first_column for x in (window.first, window.end))
+                    )
+                    self.pilot_nll.setdefault(document, []).append(
+                        (window.first, nll_GT[:, columns])
+                    )
+            is_scored_BT = batch.weight_BT[:, batch.first_column :] > 0
+            nll_BT, self.log_weight_BG = mix_lrs(self.log_weight_BG[:rows], nll_BGT, is_scored_BT)
+        self.record(step.windows, nll_BT, batch.first_column)
         updates += [
             StateUpdate(step_index, (window.first, window.end), extent, False)
             for window, extent in zip(
@@ -7441,30 +7488,52 @@ class EvalRunner:
             )
         ]
 
-    def choose_lr(self, step: EvalStep) -> None:
-        """Choose the learning rate of LoRA with the fewest nats in the documents of `step.text`.
+    def choose_lrs(self, step: EvalStep) -> None:
+        """Choose the learning rates of LoRA with the fewest nats in the documents of `step.text`.
 
-        The scores of these documents are those of the rate that was the best one before each chunk:
-        in the documents before, and in the chunks of the same document before; of equal rates the
-        last one, 0.
+        The first one is best alone, each other one best in a mixture with those before it; of equal
+        ones the last, 0.
         """
-        lrs, stop = self.run.cfg.lora_lrs, bisect.bisect_right(self.bounds, step.text[1] - 1)
-        sums_PG = torch.zeros(stop + 1, len(lrs), dtype=torch.float64)
-        for document, chunks in self.pilot_nll.items():
-            sums_PG[document] = sum(nll_GT.sum(1) for _, nll_GT in chunks)
-        sums_PG = self.run.all_reduce_sum(sums_PG.to(self.run.device)).cpu()
-        for document, chunks in self.pilot_nll.items():
-            total_G = sums_PG[:document].sum(0)
+        chosen, num_lrs = list[int](), len(LORA_LRS)
+        for _ in range(self.run.cfg.ttt_num_lrs):
+            nats_G = [
+                math.inf if i in chosen else self.pilot_nats(step.text, [*chosen, i])
+                for i in range(num_lrs)
+            ]
+            chosen.append(min(range(num_lrs), key=lambda i: (nats_G[i], -i)))
+            if len(chosen) == 1:
+                nats = ",".join(f"{nats / step.text[1]:.5f}" for nats in nats_G)
+        self.lrs, self.pilot_nll = [LORA_LRS[i] for i in chosen], None
+        tried, lrs = (",".join(f"{lr:g}" for lr in x) for x in (LORA_LRS, self.lrs))
+        mixed_nats = round(nats_G[chosen[-1]] / step.text[1], 5)
+        self.run.log(
+            "ttt_lora_lrs", chosen=lrs, tried=tried, nats_per_token=nats, mixed=mixed_nats,
+            targets=step.text[1],
+        )  # fmt: skip
+
+    def pilot_nats(self, text: Span, chosen: Sequence[int]) -> float:
+        """Nats of the first documents with a mixture of these learning rates, and with n-grams."""
+        nll_N = np.zeros(text[1], dtype=np.float32)
+        is_own_N = np.zeros(text[1], dtype=bool)
+        assert self.pilot_nll is not None, "the learning rates are known"
+        for chunks in self.pilot_nll.values():
+            log_weight_1G = torch.zeros(1, len(chosen))
             for first, nll_GT in chunks:
-                best = -1 - int(total_G.flip(0).argmin())
-                self.scorer.revise(first, nll_GT[best].float().numpy())
-                total_G = total_G + nll_GT.sum(1)
-        total_G, self.pilot_nll = sums_PG.sum(0), {}
-        self.lora_lr = lrs[int(total_G.argmin())]
-        tried = ",".join(f"{lr:g}" for lr in lrs)
-        nats = ",".join(f"{float(x) / step.text[1]:.5f}" for x in total_G)
-        chosen = {"chosen": self.lora_lr, "tried": tried, "nats_per_token": nats}
-        self.run.log("ttt_lora_lr", **chosen, targets=step.text[1])
+                span = slice(first, first + nll_GT.size(1))
+                nll_1GT, is_scored_1T = nll_GT[None, chosen], torch.ones(1, nll_GT.size(1))
+                nll_1T, log_weight_1G = mix_lrs(log_weight_1G, nll_1GT, is_scored_1T)
+                nll_N[span], is_own_N[span] = nll_1T[0].numpy(), True
+        own_N = np.flatnonzero(is_own_N)
+        nats = float(nll_N.sum(dtype=np.float64))
+        if self.run.cfg.mixes_afterwards:
+            mixer, nats = TextMixer(self.run, self.validation.ids[: text[1] + 1], own_N), 0.0
+            for start in range(0, text[1], self.run.cfg.ttt_chunk_tokens):
+                rows = mixer.rows_of((start, start + self.run.cfg.ttt_chunk_tokens))
+                part_N = torch.from_numpy(nll_N[own_N[rows]]).to(self.run.device)
+                nats += float(mixer.nll(rows, part_N, start).sum(dtype=torch.float64))
+                mixer.update_weights()
+        total = torch.tensor(nats, dtype=torch.float64, device=self.run.device)
+        return float(self.run.all_reduce_sum(total))
 
     def update_ngrams(self, step: EvalStep) -> None:
         """Let the mixer count the n-grams of scored text."""
@@ -7660,8 +7729,9 @@ def plan_pass(
     """The steps of a pass, its budget, and what was adjusted (`ttt_chunk_size 24 -> 48`) or "".
 
     A plan fits if there is time for scoring and for a part of the training, as measured. Until it
-    does, TTT_CHUNK_SIZE (with LoRA) or EVAL_STRIDE is doubled; PassAbandoned if it never does. The
-    learning rate of LoRA is only chosen if there is time for all of the training.
+    does, TTT_CHUNK_SIZE (with LoRA) or EVAL_STRIDE is doubled; PassAbandoned if it never does. If
+    there is no time for all of the training, LoRA first gets a single learning rate, then a fixed
+    one.
     """
     cfg: Any = run.cfg  # fields are replaced by name
     adaptive, cost, notes = kind == "ttt", None, dict[str, str]()
@@ -7682,7 +7752,11 @@ def plan_pass(
             cost = measure_step_cost(run, model, steps, adaptive=adaptive)
         budget = EvalBudget(run, steps, limit.check(run, -math.inf), cost)
         all_s = PLANNING_FACTOR * max_over_ranks(run, budget.to_score[0] + budget.to_train)
-        if adaptive and len(cfg.lora_lrs) > 1 and all_s > budget.limit_s:
+        if adaptive and all_s > budget.limit_s and cfg.ttt_num_lrs > 1:
+            cfg = dataclasses.replace(cfg, ttt_num_lrs=1)
+            notes["ttt_num_lrs"] = f"{run.cfg.ttt_num_lrs} -> 1"
+            continue
+        if adaptive and all_s > budget.limit_s and cfg.chooses_lrs:
             cfg = dataclasses.replace(cfg, ttt_lora_lr=LORA_LRS[0])
             notes["ttt_lora_lr"] = f"-1 -> {LORA_LRS[0]:g}"
             continue

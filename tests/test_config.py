@@ -121,6 +121,8 @@ LISTS = {
 COMPANIONS: dict[str, dict[str, Any]] = {
     "quantizer": {"quant_grid": "uniform", "row_steps": "max"},
     "trigram_hash": {"isolate_documents": False},
+    "eval_hash_rows": {"ttt_method": "chunk"},
+    "ttt_polyak": {"ttt_method": "chunk"},
     "value_residual": {"parallel_residual": "none"},
 }
 
@@ -137,7 +139,7 @@ def another_value(name: str) -> Any:
     candidates = [*f.metadata["choices"], 2 * default, default / 2, f.metadata["high"], 64, 1]
     for value in (kind(c) for c in candidates if c is not None and c != default):
         with contextlib.suppress(ValueError, ZeroDivisionError):
-            Config(**{name: value})
+            Config(**{name: value, **COMPANIONS.get(name, {})})
             return value
     raise AssertionError(f"no other value of {name} is accepted")
 
@@ -498,6 +500,30 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         (
             {"attn_gate": "window", "gate_window": 513},
             "GATE_WINDOW=513 must be at most MODEL_DIM=512",
+        ),
+        (
+            {"ttt_method": "lora", "eval_hash_rows": 64},
+            "EVAL_HASH_ROWS=64: TTT_METHOD=lora trains this table in TTT_PHASES alone; set them, "
+            "or EVAL_HASH_ROWS=0",
+        ),
+        (
+            {"ttt_method": "lora", "ttt_polyak": 0.5},
+            "TTT_POLYAK=0.5: TTT_METHOD=lora averages no weights; set it to 0",
+        ),
+        *(
+            (
+                {"ttt_num_lrs": 2, **changes},
+                "TTT_NUM_LRS=2: with TTT_WARM_START_A, or a mixer other than MIXER=backoff, it "
+                "must be 1",
+            )
+            for changes in ({"ttt_warm_start_a": True}, {"ngram_tilt": 2.0})
+        ),
+        *(
+            (
+                {"ttt_lora_lr": lr},
+                f"TTT_LORA_LR={lr:g} must be -1 (chosen by the first documents) or at least 0",
+            )
+            for lr in (-0.5, -1e-9, -0.999)
         ),
         *(
             (

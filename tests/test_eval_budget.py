@@ -181,7 +181,27 @@ def test_the_learning_rate_is_chosen_only_if_there_is_time(make_run: MakeRun, da
             outcome = simulate(run, patch, long_text(data), SPEEDS["constant"])
         score = outcome.last("final_ttt")
         assert score.get("adjusted") == (None if is_chosen else "ttt_lora_lr -1 -> 0.003")
-    assert [e["event"] for e in outcome.events].count("ttt_lora_lr") == 1  # of both runs
+    assert [e["event"] for e in outcome.events].count("ttt_lora_lrs") == 1  # of both runs
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "adjusted"),
+    [
+        (100.0, None),
+        (2.0, "ttt_num_lrs 3 -> 1"),
+        (1.2, "ttt_num_lrs 3 -> 1, ttt_lora_lr -1 -> 0.003"),
+    ],
+)
+def test_learning_rates_are_mixed_only_if_there_is_time(
+    make_run: MakeRun, data, monkeypatch, limit_s: float, adjusted: str | None
+):
+    monkeypatch.setattr(train_gpt, "PILOT_TARGETS", 100)
+    run = make_run(**METHODS["lora_choice"], ttt_num_lrs=3, eval_max_seconds=limit_s)
+    outcome = simulate(run, monkeypatch, long_text(data), SPEEDS["constant"])
+    assert outcome.last("final_ttt").get("adjusted") == adjusted
+    if limit_s == 100.0:
+        chosen = outcome.last("ttt_lora_lrs")["chosen"]
+        assert len({*chosen.split(",")}) == 3
 
 
 def test_the_seconds_of_mixing_ngrams_are_part_of_the_plan(make_run: MakeRun, data, monkeypatch):

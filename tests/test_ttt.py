@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "ngram_tilt": 1.0, "ngram_tilt_orders": "2", "ngram_table_bits": 12,
     },
     "lora_choice": {**LORA, "ttt_lora_lr": -1.0, "ttt_context": "incremental"},
+    "lora_mixture": {**LORA, "ttt_lora_lr": 0.02, "ttt_num_lrs": 3, "ttt_context": "incremental"},
     "lora_phases": {**LORA, "ttt_phases": "2,4", "asym_logit_rescale": True,
                     "tie_embeddings": False},
 }  # fmt: skip
@@ -136,14 +137,10 @@ def validation_of(ids: np.ndarray) -> Validation:
 @contextlib.contextmanager
 def recorded(found: dict[int, float]) -> Iterator[None]:
     """Within it, whatever a scorer is given is written down, by target; the last value counts."""
-    record, revise, replace = Scorer.record, Scorer.revise, Scorer.replace
+    record, replace = Scorer.record, Scorer.replace
 
     def spy(self: Scorer, first: int, nll: np.ndarray) -> None:
         record(self, first, nll)
-        found.update(enumerate(nll.tolist(), start=first))
-
-    def spy_revise(self: Scorer, first: int, nll: np.ndarray) -> None:
-        revise(self, first, nll)
         found.update(enumerate(nll.tolist(), start=first))
 
     def spy_replace(self: Scorer, text: tuple[int, int], mix: Any) -> None:
@@ -152,7 +149,6 @@ def recorded(found: dict[int, float]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "record", spy)
-        patch.setattr(Scorer, "revise", spy_revise)
         patch.setattr(Scorer, "replace", spy_replace)
         yield
 
@@ -320,7 +316,7 @@ def test_plans_of_all_ranks_score_each_target_once_and_keep_in_step(data, name, 
     ids = text_of(data)
     plans = [plan_of(ids, rank, world_size, **METHODS[name]) for rank in range(world_size)]
     assert len({len(plan) for plan in plans}) == 1
-    collective = ("train", "update_ngrams", "mix", "choose_lr")
+    collective = ("train", "update_ngrams", "mix", "choose_lrs")
     shared = [[(i, s.text) for i, s in enumerate(p) if s.action in collective] for p in plans]
     assert all(row == shared[0] for row in shared)  # the same collectives at the same ticks
     scored = [t for plan in plans for step in plan if step.action in ("score", "adapt")
@@ -442,42 +438,93 @@ def test_the_mixed_distribution_depends_on_the_text_before_the_target_alone(make
         torch.testing.assert_close(after_NV[0], before_NV[row], rtol=0, atol=0)
 
 
-def test_the_first_documents_choose_the_learning_rate_by_what_was_scored_before(
-    make_run: MakeRun, data
-):
-    run, ids = make_run(**METHODS["lora_choice"]), text_of(data)
-    model = random_model(run.cfg)
-    found = nats_of(run, model, ids)
-    fixed = {}
+BOUNDS = [0, 90, 100, 141, 142, 200, 230]  # of the documents of text_of; the pilots are 3 of them
+
+
+def nats_by_lr(make_run: MakeRun, ids: np.ndarray, **knobs: Any) -> dict[float, np.ndarray]:
+    """Nats of all targets with each learning rate alone."""
+    found = {}
     for lr in train_gpt.LORA_LRS:
-        run.cfg = tiny_config(**{**METHODS["lora_choice"], "ttt_lora_lr": lr})
-        fixed[lr] = nats_of(run, model, ids)
-    total, expected, bounds = np.zeros(len(fixed)), list[float](), [0, 90, 100, 141]
+        run = make_run(**{**METHODS["lora_choice"], "ttt_lora_lr": lr, **knobs})
+        found[lr] = nats_of(run, random_model(run.cfg), ids)
+    return found
+
+
+def mixture_of(nll_GN: Sequence[np.ndarray], bounds: Sequence[int]) -> np.ndarray:
+    """Nats of a mixture, whose weights begin anew in each document, by its definition."""
+    mixed, num = list[float](), len(nll_GN)
     for first, stop in itertools.pairwise(bounds):
+        weight_G = np.full(num, 1 / num)
         for start in range(first, stop, C):
-            chunk = slice(start, min(start + C, stop))
-            leader = train_gpt.LORA_LRS[::-1][int(total[::-1].argmin())]  # of equal ones the last
-            expected += fixed[leader][chunk].tolist()
-            total += [nll[chunk].sum(dtype=np.float64) for nll in fixed.values()]
-    np.testing.assert_allclose(found[:141], expected, **TOLERANCE)
-    chosen = train_gpt.LORA_LRS[int(total.argmin())]
-    np.testing.assert_allclose(found[141:], fixed[chosen][141:], **TOLERANCE)
-    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
-    event = next(e for e in map(json.loads, lines) if e["event"] == "ttt_lora_lr")
-    assert (event["chosen"], event["targets"]) == (chosen, 141)
+            nll_GT = np.stack([nll[start : min(start + C, stop)] for nll in nll_GN]).astype(float)
+            mixed += (-np.log(weight_G @ np.exp(-nll_GT))).tolist()
+            weight_G = weight_G * np.exp(-0.1 * nll_GT.sum(1))
+            weight_G = 0.8 * weight_G / weight_G.sum() + 0.2 / num
+    return np.array(mixed)
+
+
+def choice_event(run: Run) -> dict[str, Any]:
+    """What the run has logged about the choice of learning rates."""
+    lines = map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
+    event: dict[str, Any] = next(e for e in lines if e["event"] == "ttt_lora_lrs")
+    return event
+
+
+@pytest.mark.parametrize("num_lrs", [1, 2, 3])
+def test_the_first_documents_choose_the_learning_rates_of_the_others(
+    make_run: MakeRun, data, num_lrs: int
+):
+    run, ids = make_run(**METHODS["lora_choice"], ttt_num_lrs=num_lrs), text_of(data)
+    found = nats_of(run, random_model(run.cfg), ids)
+    fixed = nats_by_lr(make_run, ids)
+    np.testing.assert_allclose(found[:141], mixture_of([*fixed.values()], BOUNDS[:4]), **TOLERANCE)
+    chosen = list[float]()
+    for _ in range(num_lrs):  # what lowers the nats most, together with what is there
+        nats = {lr: mixture_of([fixed[x] for x in [*chosen, lr]], BOUNDS[:4]).sum()
+                for lr in fixed if lr not in chosen}  # fmt: skip
+        chosen.append(min(nats, key=nats.__getitem__))
+    expected = mixture_of([fixed[lr] for lr in chosen], BOUNDS)
+    np.testing.assert_allclose(found[141:], expected[141:], **TOLERANCE)
+    event = choice_event(run)
+    assert event["chosen"] == ",".join(f"{lr:g}" for lr in chosen) and event["targets"] == 141
     assert event["tried"].split(",") == [f"{lr:g}" for lr in fixed]
+    assert event["mixed"] == pytest.approx(min(nats.values()) / 141, abs=1e-4)
     means = [float(nats) for nats in event["nats_per_token"].split(",")]
     assert means == pytest.approx([nll[:141].mean() for nll in fixed.values()], abs=1e-4)
-    assert len({*expected}) > 100 and np.ptp([nll.sum() for nll in fixed.values()]) > 0.1
+    assert np.ptp([nll.sum() for nll in fixed.values()]) > 0.1
+
+
+def test_rates_are_chosen_by_the_score_with_the_n_grams_that_are_mixed_in(make_run: MakeRun, data):
+    mixer = {"mixer": "backoff", "ttt_chunk_tokens": 48}
+    run, ids = make_run(**{**METHODS["lora_choice"], **mixer}), text_of(data)
+    nats_of(run, random_model(run.cfg), ids)
+    fixed = nats_by_lr(make_run, ids, **mixer)
+    means = [float(nats) for nats in choice_event(run)["nats_per_token"].split(",")]
+    assert means == pytest.approx([nll[:141].mean() for nll in fixed.values()], abs=1e-4)
+    plain = nats_by_lr(make_run, ids)
+    assert np.abs(np.array(means) - [nll[:141].mean() for nll in plain.values()]).min() > 0.01
+
+
+def test_a_fixed_learning_rate_is_mixed_with_parts_of_it(make_run: MakeRun, data):
+    run, ids = make_run(**METHODS["lora_choice"]), text_of(data)
+    nll = {}
+    for lr, num_lrs in [(0.03, 3), (0.03, 1), (0.01, 1), (0.03 / 9, 1)]:
+        run.cfg = tiny_config(
+            **{**METHODS["lora_choice"], "ttt_lora_lr": lr, "ttt_num_lrs": num_lrs}
+        )
+        nll[lr, num_lrs] = nats_of(run, random_model(run.cfg), ids)
+    mixed, *alone = nll.values()
+    np.testing.assert_allclose(mixed, mixture_of(alone, BOUNDS), **TOLERANCE)
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
 
 
 def test_a_learning_rate_that_diverges_is_not_chosen(make_run: MakeRun, data, monkeypatch):
     monkeypatch.setattr(train_gpt, "LORA_LRS", (1e30, 0.02, 0.0))
-    run, ids = make_run(**METHODS["lora_choice"]), text_of(data)
+    run, ids = make_run(**METHODS["lora_choice"], ttt_num_lrs=2), text_of(data)
     assert np.isfinite(nats_of(run, random_model(run.cfg), ids)).all()
-    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
-    event = next(e for e in map(json.loads, lines) if e["event"] == "ttt_lora_lr")
-    assert event["nats_per_token"].startswith("inf,") and event["chosen"] == 0.02
+    event = choice_event(run)
+    diverged, *others = map(float, event["nats_per_token"].split(","))
+    assert diverged > 2 * max(others) and event["chosen"] == "0.02,0"
 
 
 @pytest.mark.parametrize(
@@ -485,8 +532,10 @@ def test_a_learning_rate_that_diverges_is_not_chosen(make_run: MakeRun, data, mo
 )
 def test_there_is_no_choice_of_rates_where_documents_depend_on_each_other(knobs):
     cfg = tiny_config(**{**LORA, "ttt_lora_lr": -1.0, **knobs})
-    assert list(cfg.lora_lrs) == [train_gpt.LORA_LRS[0]]
+    assert not cfg.chooses_lrs and list(cfg.lora_lrs) == [train_gpt.LORA_LRS[0]]
     assert tiny_config(**LORA).lora_lrs == [0.02]
+    with pytest.raises(ValueError, match="TTT_NUM_LRS=2: with TTT_WARM_START_A, or a mixer"):
+        tiny_config(**{**LORA, "ttt_num_lrs": 2, **knobs})
 
 
 def test_the_trace_knows_only_a_rank_s_own_targets_where_nothing_is_shared():
@@ -669,6 +718,18 @@ def logits_with(model: GPT, ids_BT: torch.Tensor, merged: dict[int, torch.Tensor
     x = torch.func.functional_call(model, changed, (ids_BT,))
     head = model.head_VD + merged.get(id(model.head), torch.zeros(()))
     return train_gpt.softcap_logits(x @ head.T, model.cap)[0]
+
+
+@pytest.mark.parametrize("train", ["all", "blocks"])
+def test_the_table_of_the_evaluation_is_always_trained(make_run: MakeRun, data, train: str):
+    knobs = {**CHUNK, "ttt_train": train, "eval_hash_rows": 64, "eval_hash_lr_mult": 20.0}
+    run, ids = make_run(**knobs), text_of(data)
+    with_table = nats_of(run, random_model(run.cfg), ids)
+    run = make_run(**{**knobs, "eval_hash_rows": 0})
+    without = nats_of(run, random_model(run.cfg), ids)
+    first_chunk = slice(0, run.cfg.ttt_chunk_tokens)
+    np.testing.assert_array_equal(with_table[first_chunk], without[first_chunk])
+    assert np.abs(with_table - without).max() > 1e-3
 
 
 def test_chunks_learn_as_a_plain_loop_of_sgd(make_run: MakeRun, data):

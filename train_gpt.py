@@ -70,7 +70,7 @@ import subprocess
 import time
 import tokenize
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -921,9 +921,9 @@ def method_rules(cfg: Config) -> list[Rule]:
             f"TTT_POLYAK={cfg.ttt_polyak:g}: TTT_METHOD=lora averages no weights; set it to 0",
         ),
         (
-            cfg.ttt_num_lrs == 1 or not cfg.knows_one_lr,
-            f"TTT_NUM_LRS={cfg.ttt_num_lrs}: with TTT_WARM_START_A, or a mixer other than "
-            "MIXER=backoff, it must be 1",
+            cfg.ttt_num_lrs == 1 or cfg.ttt_method != "lora" or not cfg.knows_one_lr,
+            f"TTT_NUM_LRS={cfg.ttt_num_lrs} must be 1 with TTT_WARM_START_A, NGRAM_TILT, "
+            "ADAPTIVE_TEMPERATURE or MIXER=hedge_entropy",
         ),
         (
             cfg.ttt_lora_lr >= 0 or cfg.ttt_lora_lr == -1,
@@ -1266,6 +1266,27 @@ class Run:
     def is_asynchronous(self) -> bool:
         """Whether the device works on while Python goes on."""
         return self.device.type == "cuda"
+
+    def start_reading(self, number: Tensor) -> Callable[[], float]:
+        """A function that returns a number on the device, and waits for no work queued from now on.
+
+        Tensor.item would wait for all work that is queued when it is called.
+        """
+        if not self.is_asynchronous:
+            return number.item
+        copy = number.to("cpu", non_blocking=True)
+        is_copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        is_copied.record()
+
+        def read() -> float:
+            is_copied.synchronize()
+            return copy.item()
+
+        return read
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """A copy of x, made in the order of the device's work; Python goes on at once."""
+        return (x.pin_memory() if self.is_asynchronous else x).to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
         """Wait for the device, so that timings include its work."""
@@ -4278,11 +4299,10 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
 
 def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Score]) -> None:
     """Run optimizer steps until the budget is used; log, save checkpoints and validate."""
-    run, cfg = trainer.run, trainer.run.cfg
-    last_first_step, previous_loss = trainer.progress.step + FIRST_LOGGED_STEPS, math.nan
+    run, cfg, losses = trainer.run, trainer.run.cfg, LossQueue(trainer)
+    last_first_step = trainer.progress.step + FIRST_LOGGED_STEPS
     clock_s = saved_s = time.perf_counter()  # up to when the clock counts; the last checkpoint
     save_s = 0.0  # duration of the last checkpoint on the slowest rank
-    queued_loss: Tensor | None = None  # of the step before
 
     def advance_clock(*flags: bool) -> StepFlags:
         nonlocal clock_s
@@ -4292,35 +4312,31 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
     while not trainer.progress.is_over(cfg):
         scale = trainer.lr_scale()
         stage = trainer.next_stage()
-        if stage.qat and trainer.solve_grid(loader):
-            advance_clock()  # it took time: look at the clock again
-            continue
+        if stage.qat and not trainer.has_grid:
+            losses.read()
+            losses.check(losses.is_bad, check_weights=True)
+            if trainer.solve_grid(loader):
+                advance_clock()  # it took time: look at the clock again
+                continue
         trainer.enter_stage(stage)
-        loss_1 = trainer.step(loader.batch(trainer.progress.tokens, stage))
+        losses.add(trainer.step(loader.batch(trainer.progress.tokens, stage)))
         step = trainer.progress.step
         validates = cfg.val_loss_every and step % cfg.val_loss_every == 0
         is_logged = step % cfg.train_log_every == 0 or step <= last_first_step
-        # The loss of the step before is known while the device computes this one, so that it never
-        # waits for the host. Where the loss of this step is needed, it has to.
-        is_late = run.is_asynchronous and not (queued_loss is None or validates or is_logged)
-        loss = (queued_loss if is_late else loss_1).item()  # type: ignore[union-attr]
-        queued_loss = loss_1
-        flags = advance_clock(
-            0 < cfg.checkpoint_every_seconds <= time.perf_counter() - saved_s,
-            run.signal_received,
-            not math.isfinite(loss),
-        )
-        queued_s = is_late * trainer.progress.train_s / step
-        is_over = trainer.progress.is_over(cfg, queued_s)
-        has_time_to_save = not trainer.progress.is_over(cfg, queued_s + save_s)
+        # A GPU computes this step while the loss of the one before is read, and so never waits for
+        # the host. Where the loss of this step is needed, it has to.
+        num_queued = int(run.is_asynchronous and not (validates or is_logged))
+        losses.read(num_queued)
+        checkpoint_due = 0 < cfg.checkpoint_every_seconds <= time.perf_counter() - saved_s
+        flags = advance_clock(checkpoint_due, run.signal_received, losses.is_bad)
+        is_over = trainer.progress.is_over(cfg, steps=1 + num_queued)
+        has_time_to_save = not trainer.progress.is_over(cfg, save_s, steps=1 + num_queued)
         saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
-        if saves and is_late:
-            loss, is_late = loss_1.item(), False
-            advance_clock()
-        losses = {step - is_late - 1: previous_loss, step - is_late: loss}
-        check_finite(trainer, losses, bad_loss=flags.bad_loss, check_weights=saves)
-        previous_loss = loss
-        log_step(trainer, loss, scale, is_logged or is_over)
+        if saves and num_queued:
+            losses.read()
+            flags = advance_clock(*flags[:2], flags.bad_loss or losses.is_bad)
+        losses.check(flags.bad_loss, check_weights=saves)
+        log_step(trainer, losses.newest, scale, is_logged or is_over)
         if saves:
             before_s = trainer.progress.train_s
             trainer.muon.gather_buffers()
@@ -4335,6 +4351,48 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         if validates:
             validate_and_log(trainer, validate)
             clock_s = time.perf_counter()  # validation does not count as training time
+
+
+class LossQueue:
+    """The losses of steps, in order; a device may still compute some of them."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.queued = trainer, deque[tuple[int, Callable[[], float]]]()
+        self.first_step = trainer.progress.step
+        # The last two steps whose loss was read, with the losses; all but the last are finite.
+        self.steps, self.losses = (self.first_step, self.first_step), (math.nan, math.nan)
+
+    @property
+    def newest(self) -> float:
+        return self.losses[1]
+
+    @property
+    def is_bad(self) -> bool:
+        return self.steps[1] > self.first_step and not math.isfinite(self.newest)
+
+    def add(self, loss: Tensor) -> None:
+        """Queue the loss of the step that was just given to the device."""
+        self.queued.append((self.trainer.progress.step, self.trainer.run.start_reading(loss)))
+
+    def read(self, num_queued: int = 0) -> None:
+        """Read all but the newest `num_queued` losses, up to one that is not finite."""
+        while len(self.queued) > num_queued and not self.is_bad:
+            step, read = self.queued.popleft()
+            self.steps, self.losses = (self.steps[1], step), (self.newest, read())
+
+    def check(self, bad_loss: bool, *, check_weights: bool) -> None:
+        """Raise RunFailed after a bad loss or, with `check_weights`, if a weight is not finite."""
+        problem = ""
+        if bad_loss:
+            problem = f"the loss is {self.newest}"
+        elif check_weights and not all(bool(x.isfinite().all()) for x in self.trainer.params):
+            problem = "a weight is not finite"
+        if problem:
+            raise RunFailed(
+                f"{problem} at step {self.steps[1]} (last finite: {self.losses[0]:.4f} at step "
+                f"{self.steps[0]}); the checkpoint before it is kept; start again with lower "
+                "learning rates and another RUN_ID"
+            )
 
 
 FIRST_LOGGED_STEPS = 5  # steps after the start or a resumption that are always logged
@@ -4360,26 +4418,6 @@ def sync_step_state(trainer: Trainer, flags: StepFlags, elapsed_s: float) -> Ste
     train_s, *any_rank = reduced.tolist()
     trainer.progress = progress._replace(train_s=train_s)
     return StepFlags(*map(bool, any_rank))
-
-
-def check_finite(
-    trainer: Trainer, losses: Mapping[int, float], *, bad_loss: bool, check_weights: bool
-) -> None:
-    """Raise RunFailed if the loss, or with `check_weights` a weight, is not finite on any rank.
-
-    `losses` are those of two steps; all but the last one were finite.
-    """
-    (before, previous_loss), (step, loss) = losses.items()
-    problem = ""
-    if bad_loss:
-        problem = f"the loss is {loss}"
-    elif check_weights and not all(bool(param.isfinite().all()) for param in trainer.params):
-        problem = "a weight is not finite"
-    if problem:
-        raise RunFailed(
-            f"{problem} at step {step} (last finite: {previous_loss:.4f} at step {before}); the "
-            "checkpoint before it is kept; start again with lower learning rates and another RUN_ID"
-        )
 
 
 def log_step(trainer: Trainer, loss: float, scale: float, is_logged: bool) -> None:
@@ -4452,13 +4490,13 @@ class Progress(NamedTuple):
         limit_s = cfg.train_seconds or math.inf
         return min(1.0, max(self.step / cfg.iterations, self.train_s / limit_s))
 
-    def is_over(self, cfg: Config, extra_s: float = 0.0) -> bool:
-        """Whether all steps are done, or `extra_s` and one more step would exceed the time."""
+    def is_over(self, cfg: Config, extra_s: float = 0.0, steps: int = 1) -> bool:
+        """Whether all steps are done, or `extra_s` and more `steps` would exceed the time."""
         done, schedule = self.fraction(cfg), cfg.train_batch_schedule
         tokens = scheduled_value(schedule, done, cfg.train_batch_tokens)
         growth = max(1.0, tokens * self.step / self.tokens) if self.tokens else 1.0
         next_step_s = SLOW_STEP * growth * self.train_s / max(1, self.step)
-        end_s = self.train_s + extra_s + next_step_s
+        end_s = self.train_s + extra_s + steps * next_step_s
         return self.step >= cfg.iterations or 0 < cfg.train_seconds < end_s
 
     def throughput(self) -> dict[str, float]:
@@ -4601,12 +4639,12 @@ class Trainer:
         rows, T = len(window_BT), window_BT.size(1) - 1
         num_micro = num_micro_batches(rows, T, max_tokens or self.run.cfg.micro_batch_tokens)
         total = torch.zeros((), device=self.run.device)
-        device, mask = self.run.device, None
+        mask = None
         for rows_BT in window_BT.chunk(num_micro):
             if self.uses_cu_seqlens:  # counted on the host, which need not wait for the GPU
-                mask = flash_cu_seqlens(rows_BT[:, :-1], True).to(device, non_blocking=True)
+                mask = self.run.to_device(flash_cu_seqlens(rows_BT[:, :-1], True))
                 torch._dynamo.maybe_mark_dynamic(mask, 0)  # one graph for all lengths
-            rows_BT = rows_BT.to(device, non_blocking=True)
+            rows_BT = self.run.to_device(rows_BT)
             ids_BT, target_BT, forward = rows_BT[:, :-1], rows_BT[:, 1:], self.model.train_forward
             loss = self.model.loss(ids_BT, target_BT, mask=mask, forward=forward) / num_micro
             loss.backward()  # type: ignore[no-untyped-call]
@@ -6798,7 +6836,8 @@ class EvalStep(NamedTuple):
     windows: Sequence[Window] = ()
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
     num_learning_rows: int = 0  # adapt: the first rows are trained, as their documents continue
-    num_lrs: int = 1  # adapt: each document has as many adapters, of different learning rates
+    # adapt: each document has as many adapters, of different learning rates; choose_lrs: so many
+    num_lrs: int = 1
     width: int = 0  # adapt: minimum padded length, so that the KV cache hides document ends
     # train: 0 at the first chunk, 1 at the last one of the plan, which `plan_chunks` only scores
     progress: float = 0.0
@@ -6946,7 +6985,8 @@ class EvalPlanner:
             )
             steps += rank_steps + [EvalStep("score")] * (max_steps - len(rank_steps))
             if last == num_pilots:
-                steps.append(EvalStep("choose_lrs", text=(0, bounds[last])))
+                num_lrs = self.cfg.ttt_num_lrs
+                steps.append(EvalStep("choose_lrs", text=(0, bounds[last]), num_lrs=num_lrs))
             if mixes_at_once and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
@@ -7478,13 +7518,18 @@ class EvalRunner:
                     self.pilot_nll.setdefault(document, []).append(
                         (window.first, nll_GT[:, columns])
                     )
-            is_scored_BT = batch.weight_BT[:, batch.first_column :] > 0
+            offset_B2 = torch.tensor([(w.first - w.start, w.end - w.start) for w in step.windows])
+            column_T = torch.arange(nll_BT.size(1)) + batch.first_column
+            is_scored_BT = (column_T >= offset_B2[:, :1]) & (column_T < offset_B2[:, 1:])
+            is_scored_BT = is_scored_BT.to(self.run.device)
             nll_BT, self.log_weight_BG = mix_lrs(self.log_weight_BG[:rows], nll_BGT, is_scored_BT)
         self.record(step.windows, nll_BT, batch.first_column)
         updates += [
             StateUpdate(step_index, (window.first, window.end), extent, False)
             for window, extent in zip(
-                step.windows[: step.num_learning_rows], self.extents, strict=False
+                step.windows[: rows if step.num_lrs > 1 else step.num_learning_rows],
+                self.extents,
+                strict=False,
             )
         ]
 
@@ -7495,7 +7540,7 @@ class EvalRunner:
         ones the last, 0.
         """
         chosen, num_lrs = list[int](), len(LORA_LRS)
-        for _ in range(self.run.cfg.ttt_num_lrs):
+        for _ in range(step.num_lrs):
             nats_G = [
                 math.inf if i in chosen else self.pilot_nats(step.text, [*chosen, i])
                 for i in range(num_lrs)
@@ -7504,6 +7549,7 @@ class EvalRunner:
             if len(chosen) == 1:
                 nats = ",".join(f"{nats / step.text[1]:.5f}" for nats in nats_G)
         self.lrs, self.pilot_nll = [LORA_LRS[i] for i in chosen], None
+        self.text_mixer = None  # of the first documents alone
         tried, lrs = (",".join(f"{lr:g}" for lr in x) for x in (LORA_LRS, self.lrs))
         mixed_nats = round(nats_G[chosen[-1]] / step.text[1], 5)
         self.run.log(
@@ -7526,7 +7572,10 @@ class EvalRunner:
         own_N = np.flatnonzero(is_own_N)
         nats = float(nll_N.sum(dtype=np.float64))
         if self.run.cfg.mixes_afterwards:
-            mixer, nats = TextMixer(self.run, self.validation.ids[: text[1] + 1], own_N), 0.0
+            if self.text_mixer is None:
+                self.text_mixer = TextMixer(self.run, self.validation.ids[: text[1] + 1], own_N)
+            mixer, nats = self.text_mixer, 0.0
+            mixer.reset()
             for start in range(0, text[1], self.run.cfg.ttt_chunk_tokens):
                 rows = mixer.rows_of((start, start + self.run.cfg.ttt_chunk_tokens))
                 part_N = torch.from_numpy(nll_N[own_N[rows]]).to(self.run.device)
@@ -8100,7 +8149,7 @@ class AdapterTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if before:
-            frac_G = torch.tensor(self.lrs, device=before[0].device) / max(self.lrs)
+            frac_G = torch.tensor(self.lrs, device=before[0].device) / (max(self.lrs) or 1.0)
             frac_B11 = frac_G.repeat(self.rows // len(self.lrs))[:, None, None]
             for param, old in zip(self.params, before, strict=True):
                 torch.lerp(old, param, frac_B11, out=param)
@@ -8473,7 +8522,6 @@ class TextMixer:
     def __init__(self, run: Run, ids: np.ndarray, index_N: np.ndarray):
         self.run, self.cfg, self.index_N = run, run.cfg, index_N
         self.ids = torch.from_numpy(ids.astype(np.int64)).to(run.device)
-        self.weights: Any = (Backoff if run.cfg.mixer == "backoff" else Hedge)(run.cfg, run.device)
         rows, target_N = torch.from_numpy(index_N).to(run.device), self.ids[1:]
         counts = {
             order: count_earlier(hash_N, target_N)[:, rows].int()
@@ -8483,6 +8531,12 @@ class TextMixer:
         # The model's nats of the row before each row; it counts within the document.
         self.before_M = torch.zeros(len(rows) + 1, dtype=torch.float64, device=run.device)
         self.has_before_N = self.ids[rows] != BOS_ID
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again with initial weights."""
+        cfg, device = self.cfg, self.run.device
+        self.weights: Any = (Backoff if cfg.mixer == "backoff" else Hedge)(cfg, device)
 
     def context_hashes(self) -> Iterator[tuple[int, Tensor]]:
         """Hashes (N,) of the tokens before each target, for each order; zeros before the text."""
@@ -8862,7 +8916,10 @@ def check_state(state: Mapping[str, Any], run: Run) -> None:
         f"ledger does not hold the seconds of {', '.join(run.ledger)}",
     )
     require(scores.keys() == {"train_end"}, "scores must be those of train_end alone")
-    steps, train_s, _ = (scores["train_end"][k] for k in ("steps", "train_s", "tokens_per_s"))
+    names = ("steps", "train_s", "tokens_per_s")
+    steps, train_s, tokens_per_s = map(scores["train_end"].__getitem__, names)
+    is_speed = type(tokens_per_s) is int and tokens_per_s >= 0
+    require(is_speed, f"tokens_per_s {tokens_per_s!r:.40} is not a number of tokens")
     is_count = type(steps) is int and 0 < steps <= state["config"]["iterations"]
     require(is_count, f"steps {steps!r:.40} are not in [1, ITERATIONS]")
     require(

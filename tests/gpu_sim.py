@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,9 +194,10 @@ class SimulatedGpu(TorchDispatchMode):
             return x.new_empty(length, dtype=torch.int64)
         return None
 
-    def count(self, function: Any, args: Any, result: Any) -> None:
+    def count(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Count an operation that involves the GPU."""
-        if function is aten._to_copy.default and is_on_gpu(args[0]) and not is_on_gpu(result):
+        is_read = function is aten._to_copy.default and is_on_gpu(args[0])
+        if is_read and not is_on_gpu(result) and not kwargs.get("non_blocking"):
             self.wait("copy to host")
         if function is aten.copy_.default and is_on_gpu(args[1]) and not is_on_gpu(args[0]):
             self.wait("copy to host")
@@ -231,9 +233,20 @@ class SimulatedGpu(TorchDispatchMode):
         if result is None:
             result = function(*args, **(kwargs or {}))
         if any(map(is_on_gpu, tree_iter((args, kwargs, result)))):
-            self.count(function, args, result)
+            self.count(function, args, kwargs or {}, result)
             self.track(result)
         return result
+
+
+class SimulatedEvent:
+    """torch.cuda.Event: a wait for it leaves the GPU idle if nothing was queued since."""
+
+    def record(self) -> None:
+        self.launches = active_gpus[-1].launches
+
+    def synchronize(self) -> None:
+        gpu = active_gpus[-1]
+        gpu.wait("event, idle" if gpu.launches == self.launches else "event, busy")
 
 
 def bytes_of(x: Tensor) -> int:
@@ -366,6 +379,8 @@ def simulated_gpu(
         (t, "attention_error", lambda *_: 0.0),  # the stand-ins have no numbers
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "Event", SimulatedEvent),
+        (torch.Tensor, "pin_memory", lambda x: x),
         (torch.cuda, "current_stream", lambda *_: None),
         (torch.cuda, "stream", contextlib.nullcontext),
         (torch.cuda, "make_graphed_callables", gpu.make_graphed_callables),
@@ -489,6 +504,12 @@ class SimulatedRun:
         stage = t.train_stages(self.cfg)[-1]
         self.trainer.enter_stage(stage)
         self.trainer.step(self.windows(stage)).item()
+
+    def loop(self) -> None:
+        """The script's training loop; without a checkpoint, as there are no numbers to save."""
+        loader: Any = types.SimpleNamespace(batch=lambda _, stage: self.windows(stage))
+        with patched((t, "save_checkpoint", lambda *_: None)):
+            t.train_loop(self.trainer, loader, lambda: t.Score(1.0, 1, 1, False, 0.0))
 
     def stages(self) -> None:
         for stage in t.train_stages(self.cfg):

@@ -513,10 +513,14 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         *(
             (
                 {"ttt_num_lrs": 2, **changes},
-                "TTT_NUM_LRS=2: with TTT_WARM_START_A, or a mixer other than MIXER=backoff, it "
-                "must be 1",
+                "TTT_NUM_LRS=2 must be 1 with TTT_WARM_START_A, NGRAM_TILT, ADAPTIVE_TEMPERATURE "
+                "or MIXER=hedge_entropy",
             )
-            for changes in ({"ttt_warm_start_a": True}, {"ngram_tilt": 2.0})
+            for changes in (
+                {"ttt_method": "lora", "ttt_warm_start_a": True},
+                {"ttt_method": "lora", "ngram_tilt": 2.0},
+                {"ttt_method": "lora", "adaptive_temperature": 0.98},
+            )
         ),
         *(
             (

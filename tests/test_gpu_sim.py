@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib.util
@@ -56,6 +57,17 @@ def test_a_training_step_waits_once_and_ranks_agree_on_collectives():
     assert first == last
     kinds = {line.split()[0] for line in first}
     assert kinds == {"_reduce_scatter_base_", "allreduce_", "_allgather_base_"}
+
+
+def test_the_gpu_is_idle_in_training_only_where_a_step_is_logged_or_saved():
+    knobs = ["ITERATIONS=12", "TRAIN_LOG_EVERY=10", "MAX_WALLCLOCK_SECONDS=0"]
+    *_, loop = simulate("default", *TINY, *knobs, "--parts", "build,loop")
+    waits = collections.Counter[str]()
+    for wait, number in loop["waits"].items():
+        waits[wait.rsplit(" ", 1)[0]] += number
+    # Steps 1 to 5, 10 and 12; the steps 6 to 9 and 11 are read while the next one is computed.
+    assert waits.pop("event, idle") == 7 and waits.pop("event, busy") == 5
+    assert waits.keys() == {"item"}  # whether weights are finite, before they are saved
 
 
 def test_a_small_model_is_quantized_and_evaluated_on_the_gpu():

@@ -222,6 +222,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "fractional steps": lambda s: s["scores"]["train_end"].update(steps=1.5),
     "seconds": lambda s: s["scores"]["train_end"].update(train_s=1e6),
     "no speed": lambda s: s["scores"]["train_end"].pop("tokens_per_s"),
+    "speed": lambda s: s["scores"]["train_end"].update(tokens_per_s="x"),
     "no hash": lambda s: s.pop("artifact_sha256"),
     "other hash": lambda s: s.update(artifact_sha256="0" * 64),
     "source": lambda s: s.update(code_sha256="0" * 64),

@@ -473,6 +473,7 @@ class QueueingTrainer(ClockedTrainer):
         super().__init__(run, monkeypatch)
         self.free_s, self.reads, self.losses = 0.0, list[tuple[int, int]](), dict[int, float]()
         monkeypatch.setattr(Run, "is_asynchronous", True)
+        monkeypatch.setattr(Run, "start_reading", lambda _, loss: loss.item)
 
     def step(self, window_BT: torch.Tensor) -> Any:
         self.now_s += self.HOST_S
@@ -488,8 +489,8 @@ def test_a_device_never_waits_for_the_host_between_steps(
     trainer = QueueingTrainer(run, monkeypatch)
     first = train_gpt.FIRST_LOGGED_STEPS  # each of them is waited for, because it is logged
     assert trainer.run_for(forever(1.0)).train_s == pytest.approx(50 + 0.25 * (first + 1))
-    late = [(step, step - 1) for step in range(first + 1, 50)]
-    assert trainer.reads[first:] == [*late, (50, 49), (50, 50)]
+    late = [(step, step - 1) for step in range(first + 2, 51)]
+    assert trainer.reads == [*((step, step) for step in range(1, first + 1)), *late, (50, 50)]
 
 
 def test_losses_in_the_log_are_those_of_their_steps_on_any_device(
@@ -525,14 +526,26 @@ def test_training_on_a_device_that_runs_ahead_stays_within_the_budget(
 def test_a_loss_that_is_not_finite_is_named_with_its_step_on_any_device(
     new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):
-    for step in (3, 9, 14):
-        trainer = QueueingTrainer(clocked_run(new_run, 30.0), monkeypatch)
+    # 3 is logged, 13 comes before a logged step, 15 before a checkpoint, 16 and 17 as one is due.
+    for step in (3, 9, 12, 13, 14, 15, 16, 17, 20):
+        run = new_run(iterations=20, num_layers=1, train_log_every=7, checkpoint_every_seconds=16.5)
+        trainer = QueueingTrainer(run, monkeypatch)
         trainer.losses[step] = math.nan
         text = (
             rf"the loss is nan at step {step} \(last finite: {step - 1}.0000 at step {step - 1}\)"
         )
         with pytest.raises(RunFailed, match=text):
             trainer.run_for(forever(1.0))
+        assert all(int(f.name[-9:]) < step for f in train_gpt.checkpoint_folders(run))
+
+
+def test_training_stays_within_the_budget_though_its_steps_become_longer(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    for budget_s in np.linspace(40, 43, 16):
+        trainer = QueueingTrainer(clocked_run(new_run, budget_s), monkeypatch)
+        trainer.run_for(itertools.chain([1.0] * 20, forever(1.15)))
+        assert 0.85 * budget_s < trainer.free_s <= budget_s
 
 
 def forever(seconds: float) -> Iterator[float]:

@@ -534,7 +534,7 @@ def test_there_is_no_choice_of_rates_where_documents_depend_on_each_other(knobs)
     cfg = tiny_config(**{**LORA, "ttt_lora_lr": -1.0, **knobs})
     assert not cfg.chooses_lrs and list(cfg.lora_lrs) == [train_gpt.LORA_LRS[0]]
     assert tiny_config(**LORA).lora_lrs == [0.02]
-    with pytest.raises(ValueError, match="TTT_NUM_LRS=2: with TTT_WARM_START_A, or a mixer"):
+    with pytest.raises(ValueError, match="TTT_NUM_LRS=2 must be 1 with TTT_WARM_START_A"):
         tiny_config(**{**LORA, "ttt_num_lrs": 2, **knobs})
 
 
@@ -868,6 +868,7 @@ def verdicts_of(run: Run) -> dict[str, str]:
     "name",
     [
         "sliding",
+        "lora_mixture",
         pytest.param("lora_choice", marks=pytest.mark.slow),
         pytest.param("chunk_hedge", marks=pytest.mark.slow),
         pytest.param("lora_mixer", marks=pytest.mark.slow),

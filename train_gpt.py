@@ -4332,10 +4332,12 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         is_over = trainer.progress.is_over(cfg, steps=1 + num_queued)
         has_time_to_save = not trainer.progress.is_over(cfg, save_s, steps=1 + num_queued)
         saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
-        if saves and num_queued:
+        if saves and num_queued:  # look again, as nothing is queued now
             losses.read()
             flags = advance_clock(*flags[:2], flags.bad_loss or losses.is_bad)
-        losses.check(flags.bad_loss, check_weights=saves)
+            is_over = trainer.progress.is_over(cfg)
+            saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
+        losses.check(flags.bad_loss, check_weights=saves or bool(validates))
         log_step(trainer, losses.newest, scale, is_logged or is_over)
         if saves:
             before_s = trainer.progress.train_s
@@ -7801,7 +7803,7 @@ def plan_pass(
             cost = measure_step_cost(run, model, steps, adaptive=adaptive)
         budget = EvalBudget(run, steps, limit.check(run, -math.inf), cost)
         all_s = PLANNING_FACTOR * max_over_ranks(run, budget.to_score[0] + budget.to_train)
-        if adaptive and all_s > budget.limit_s and cfg.ttt_num_lrs > 1:
+        if name == "ttt_chunk_size" and all_s > budget.limit_s and cfg.ttt_num_lrs > 1:
             cfg = dataclasses.replace(cfg, ttt_num_lrs=1)
             notes["ttt_num_lrs"] = f"{run.cfg.ttt_num_lrs} -> 1"
             continue

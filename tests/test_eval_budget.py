@@ -204,6 +204,12 @@ def test_learning_rates_are_mixed_only_if_there_is_time(
         assert len({*chosen.split(",")}) == 3
 
 
+def test_rates_that_a_method_does_not_have_are_not_adjusted(make_run: MakeRun, data, monkeypatch):
+    run = make_run(**METHODS["chunk"], ttt_num_lrs=3, eval_max_seconds=1.0)
+    outcome = simulate(run, monkeypatch, long_text(data), SPEEDS["constant"])
+    assert not any("ttt_num_lrs" in str(event) for event in outcome.events)
+
+
 def test_the_seconds_of_mixing_ngrams_are_part_of_the_plan(make_run: MakeRun, data, monkeypatch):
     run = make_run(**METHODS["lora_mixer"], eval_max_seconds=100.0)
     outcome = simulate(run, monkeypatch, long_text(data), SPEEDS["constant"])

@@ -701,9 +701,9 @@ def test_a_run_whose_time_is_over_once_the_scales_are_known_makes_no_further_ste
     run = grid_run(new_run, quant_grid="uniform", bigram_vocab_size=0)
     is_over = train_gpt.Progress.is_over
 
-    def is_over_with_grid(self: train_gpt.Progress, *args: Any) -> bool:
+    def is_over_with_grid(self: train_gpt.Progress, *args: Any, **steps: Any) -> bool:
         made = '"begin", "name": "solve_grid"' in (run.directory / "metrics.jsonl").read_text()
-        return made or is_over(self, *args)
+        return made or is_over(self, *args, **steps)
 
     (run.directory / "metrics.jsonl").touch()
     monkeypatch.setattr(train_gpt.Progress, "is_over", is_over_with_grid)

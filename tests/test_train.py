@@ -467,7 +467,7 @@ class LateLoss:
 class QueueingTrainer(ClockedTrainer):
     """Its device takes `durations` for the steps that it is given, one after the other."""
 
-    HOST_S = 0.25  # what the host needs to prepare a step
+    HOST_S = 0.03  # what the host needs to prepare a step
 
     def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch):
         super().__init__(run, monkeypatch)
@@ -488,9 +488,19 @@ def test_a_device_never_waits_for_the_host_between_steps(
     run = new_run(iterations=50, num_layers=1, train_log_every=10**6)
     trainer = QueueingTrainer(run, monkeypatch)
     first = train_gpt.FIRST_LOGGED_STEPS  # each of them is waited for, because it is logged
-    assert trainer.run_for(forever(1.0)).train_s == pytest.approx(50 + 0.25 * (first + 1))
+    assert trainer.run_for(forever(1.0)).train_s == pytest.approx(50 + trainer.HOST_S * (first + 1))
     late = [(step, step - 1) for step in range(first + 2, 51)]
     assert trainer.reads == [*((step, step) for step in range(1, first + 1)), *late, (50, 50)]
+
+
+def test_training_that_the_clock_ended_takes_no_further_step_on_any_device(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    for budget_s in np.linspace(20, 23, 31):
+        run = clocked_run(new_run, budget_s)
+        ended = QueueingTrainer(run, monkeypatch).run_for(forever(1.0))
+        again = QueueingTrainer(run, monkeypatch).run_for(forever(1.0), start=ended)
+        assert again == ended
 
 
 def test_losses_in_the_log_are_those_of_their_steps_on_any_device(

@@ -84,6 +84,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 
@@ -284,11 +285,15 @@ class Config:
     bigram_vocab_size: int = knob(
         0, "rows of the hashed bigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    bigram_dim: int = knob(128, "width of the bigram table", unit="channels", low=1, stored=True)
+    bigram_dim: int = knob(
+        128, "width of the bigram table", unit="channels", low=1, high=2**14, stored=True
+    )
     trigram_vocab_size: int = knob(
         0, "rows of the hashed trigram table; 0 = no table", low=0, high=2**20, stored=True
     )
-    trigram_dim: int = knob(32, "width of the trigram table", unit="channels", low=1, stored=True)
+    trigram_dim: int = knob(
+        32, "width of the trigram table", unit="channels", low=1, high=2**14, stored=True
+    )
     trigram_hash: str = knob(
         "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, stored=True
     )
@@ -302,7 +307,9 @@ class Config:
     ve_layers: str = knob(
         "", "blocks that add the shared value embedding, such as 9,10", stored=True
     )
-    ve_dim: int = knob(128, "width of the value embedding", unit="channels", low=1, stored=True)
+    ve_dim: int = knob(
+        128, "width of the value embedding", unit="channels", low=1, high=2**14, stored=True
+    )
     num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, stored=True)
     loop_start: int = knob(3, "first looped block", low=0, stored=True)
     loop_end: int = knob(5, "last looped block", low=0, stored=True)
@@ -511,6 +518,10 @@ class Config:
     ttt_lora_lr: float = knob(
         -1.0, "learning rate of the LoRA (AdamW); -1 = chosen by the first documents", low=-1
     )
+    ttt_num_lrs: int = knob(
+        1, "learning rates tried side by side by each document; their probabilities are mixed",
+        low=1, high=8,
+    )  # fmt: skip
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
     ttt_beta2: float = knob(0.99, "beta2 of the LoRA's AdamW", low=0, high=0.99999)
@@ -628,14 +639,20 @@ class Config:
         return (self.mixer, self.ngram_tilt, self.adaptive_temperature) != ("none", 0, 1)
 
     @property
+    def knows_one_lr(self) -> bool:
+        """Whether a mixer that is applied at once, or LoRA over documents, need a single rate."""
+        return (self.needs_mixer and not self.mixes_afterwards) or self.ttt_warm_start_a
+
+    @property
+    def chooses_lrs(self) -> bool:
+        """Whether the first documents choose the learning rates of LoRA."""
+        return self.ttt_lora_lr < 0 and self.ttt_method == "lora" and not self.knows_one_lr
+
+    @property
     def lora_lrs(self) -> Sequence[float]:
-        """The learning rates that the first documents try; a single one if there is no choice."""
-        if self.ttt_lora_lr >= 0:
-            return [self.ttt_lora_lr]
-        # A mixer that is applied at once, or adapters that go on from document to document, know
-        # one rate.
-        depends = (self.needs_mixer and not self.mixes_afterwards) or self.ttt_warm_start_a
-        return LORA_LRS if self.ttt_method == "lora" and not depends else LORA_LRS[:1]
+        """The learning rates of LoRA where they are not chosen: the first one, its third, ..."""
+        first_lr = LORA_LRS[0] if self.ttt_lora_lr < 0 else self.ttt_lora_lr
+        return [first_lr / 3**i for i in range(self.ttt_num_lrs)]
 
     @property
     def mixes_afterwards(self) -> bool:
@@ -691,11 +708,12 @@ MAX_LIST_LEN = 4096  # entries of a list knob; checked before a range is expande
 
 
 def parse_int_list(text: str) -> list[int]:
-    """The integers of a list such as 0,2,5-7; ValueError if malformed or too long."""
+    """The integers of a list such as 0,2,5-7; ValueError for a bad, empty or long range."""
     parts = [part.split("-") if "-" in part else (part, part) for part in text.split(",") if text]
     spans = [(int(first), int(last)) for first, last in parts]
-    if sum(last - first + 1 for first, last in spans if last >= first) > MAX_LIST_LEN:
-        raise ValueError(f"{text!r} has more than {MAX_LIST_LEN} entries")
+    sizes = [last - first + 1 for first, last in spans]
+    if min(sizes, default=1) < 1 or sum(sizes) > MAX_LIST_LEN:
+        raise ValueError(f"{text!r} has an empty range, or more than {MAX_LIST_LEN} entries")
     return [n for first, last in spans for n in range(first, last + 1)]
 
 
@@ -885,6 +903,32 @@ def method_rules(cfg: Config) -> list[Rule]:
         (
             not cfg.trains_on_grid or (cfg.solves_scales and cfg.averaging == "none"),
             "QAT_GRID=artifact needs AVERAGING=none and ROW_STEPS=solved without CLIP_SIGMAS",
+        ),
+        (
+            cfg.late_qat_threshold == 0
+            or cfg.min_lr < cfg.late_qat_threshold
+            and cfg.warmdown_frac + cfg.warmdown_iters > 0,
+            f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold:g} must be above MIN_LR={cfg.min_lr:g}, "
+            "with WARMDOWN_FRAC or WARMDOWN_ITERS; otherwise it never begins",
+        ),
+        (
+            cfg.ttt_method != "lora" or not cfg.eval_hash_rows or bool(cfg.ttt_phases),
+            f"EVAL_HASH_ROWS={cfg.eval_hash_rows}: TTT_METHOD=lora trains this table in TTT_PHASES "
+            "alone; set them, or EVAL_HASH_ROWS=0",
+        ),
+        (
+            cfg.ttt_method != "lora" or not cfg.ttt_polyak,
+            f"TTT_POLYAK={cfg.ttt_polyak:g}: TTT_METHOD=lora averages no weights; set it to 0",
+        ),
+        (
+            cfg.ttt_num_lrs == 1 or not cfg.knows_one_lr,
+            f"TTT_NUM_LRS={cfg.ttt_num_lrs}: with TTT_WARM_START_A, or a mixer other than "
+            "MIXER=backoff, it must be 1",
+        ),
+        (
+            cfg.ttt_lora_lr >= 0 or cfg.ttt_lora_lr == -1,
+            f"TTT_LORA_LR={cfg.ttt_lora_lr:g} must be -1 (chosen by the first documents) or at "
+            "least 0",
         ),
         (
             cfg.ttt_method != "pretrain" or cfg.allow_noncompliant,
@@ -1218,6 +1262,11 @@ class Run:
         if self.signal_received:
             raise Interrupted("stopped by a signal; start again with the same RUN_DIR to continue")
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device works on while Python goes on."""
+        return self.device.type == "cuda"
+
     def synchronize(self) -> None:
         """Wait for the device, so that timings include its work."""
         if self.device.type == "cuda":
@@ -1236,7 +1285,7 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
         cfg=cfg, directory=Path(), rank=rank, world_size=world_size, device=device, dtype=dtype
     )
     if world_size > 1:
-        join_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     with run.at_exit as undo:
         now = f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}"
         run_id = cfg.run_id or run.broadcast_object(now)
@@ -2104,11 +2153,11 @@ def ways_to_data(cfg: Config) -> str:
     """How to get the data set that DATA_PATH names, and how to go on without it."""
     name = Path(os.path.abspath(cfg.data_path)).name
     source, demo = "--input FILE_OR_FOLDER", "; for a first look without a download: make run"
-    if published := re.fullmatch(r"fineweb10B_(sp\d+)(.*)", name):
+    if published := re.fullmatch(r"fineweb10B_(sp(?:1024|4096|8192))(.*)", name):
         variant = published[1] + "-caseops" * bool(published[2])
         return f"fetch the published shards: python data/download.py --variant {variant}{demo}"
     if name == "demo":
-        source, demo = "--source stdlib", ", or let `make run` do all"
+        source, demo = "--source stdlib --write-val-text", ", or let `make run` do all"
     command = f"python data/prepare.py {source} --vocab-size {cfg.vocab_size} --out {cfg.data_path}"
     return f"make it: {command}{demo}"
 
@@ -2180,6 +2229,8 @@ def read_manifest(cfg: Config) -> Manifest:
     """
     path = Path(cfg.data_path) / "manifest.json"
     if not path.exists():
+        unfinished = path.with_name(".partial").exists()
+        require(not unfinished, f"{path.parent} is unfinished; run data/prepare.py again")
         return Manifest({})
     regular_file_size(path)
     try:
@@ -2647,6 +2698,8 @@ def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     Source: arXiv:2603.09078. With grouped queries, all G heads of a group share that vector.
     """
     y_BTKGE, v_BTK1E = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3)), v_BTKE[:, :, :, None]
+    if is_compiled_for_gpu(y_BTHE):  # then |v|^2 comes from the pass over y and v
+        v_BTK1E = v_BTK1E.expand_as(y_BTKGE)
     if is_eager_on_gpu(y_BTHE):
         rest_BTKGE = Rejection.apply(y_BTKGE, v_BTK1E)  # type: ignore[no-untyped-call]
     else:
@@ -3246,6 +3299,9 @@ class GPT(nn.Module):
         self.blend_skip = torch.compile(blend_skip, dynamic=False)
         self.nll = torch.compile(softcapped_cross_entropy, dynamic=False)
         if self.cfg.compile_forward and self.skip_weights.is_cuda:
+            # Otherwise some streams are saved for the backward pass in float32.
+            functorch_config: Any = importlib.import_module("torch._functorch.config")
+            functorch_config.ban_recompute_long_fusible_chains = False
             options = AUTOTUNE_OPTIONS if self.cfg.kernels == "auto" else None
             whole = torch.compile(GPT.forward, dynamic=False, options=options)
             self.train_forward = functools.partial(whole, self)
@@ -3293,9 +3349,9 @@ class GPT(nn.Module):
             if call.skip is not None:
                 gate_D = None if self.skip_gates is None else self.skip_gates[call.skip]
                 skip = saved.pop(), self.skip_weights[call.skip], gate_D
-                x_BTD = self.blend_skip(x_BTD, *skip)
+                x_BTD = self.blend(x_BTD, *skip)
                 if side_BTD is not None and form == "routed":
-                    side_BTD = self.blend_skip(side_BTD, *skip)
+                    side_BTD = self.blend(side_BTD, *skip)
             if call.split_lanes and form == "merge":
                 side_BTD = x_BTD
             self.attach_adapters(index)
@@ -3307,6 +3363,13 @@ class GPT(nn.Module):
                 saved.append(x_BTD)
         x_BTD = x_BTD if side_BTD is None else self.merge_lanes(x_BTD, side_BTD)
         return rms_norm(torch.cat([x_BTD, middle_BTD]) if self.deep_supervision else x_BTD)
+
+    def blend(self, x_BTD: Tensor, *skip: Any) -> Tensor:
+        """`blend_skip`; compiled for a GPU, computed again for the backward pass, not saved."""
+        if is_compiled_for_gpu(x_BTD):
+            again: Any = torch.utils.checkpoint.checkpoint
+            return again(blend_skip, x_BTD, *skip, use_reentrant=False, preserve_rng_state=False)
+        return self.blend_skip(x_BTD, *skip)
 
     def use_final_schedule(self) -> None:
         """Run as the training ends: all loops, and no loss in the middle."""
@@ -4216,42 +4279,60 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
 def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Score]) -> None:
     """Run optimizer steps until the budget is used; log, save checkpoints and validate."""
     run, cfg = trainer.run, trainer.run.cfg
-    resumed_step, previous_loss = trainer.progress.step, math.nan
+    last_first_step, previous_loss = trainer.progress.step + FIRST_LOGGED_STEPS, math.nan
     clock_s = saved_s = time.perf_counter()  # up to when the clock counts; the last checkpoint
     save_s = 0.0  # duration of the last checkpoint on the slowest rank
+    queued_loss: Tensor | None = None  # of the step before
+
+    def advance_clock(*flags: bool) -> StepFlags:
+        nonlocal clock_s
+        before_s, clock_s = clock_s, time.perf_counter()
+        return sync_step_state(trainer, StepFlags(*flags), clock_s - before_s)
+
     while not trainer.progress.is_over(cfg):
         scale = trainer.lr_scale()
         stage = trainer.next_stage()
-        if stage.qat:
-            trainer.solve_grid(loader)
+        if stage.qat and trainer.solve_grid(loader):
+            advance_clock()  # it took time: look at the clock again
+            continue
         trainer.enter_stage(stage)
-        loss = trainer.step(loader.batch(trainer.progress.tokens, stage)).item()
-        now_s = time.perf_counter()
-        flags = StepFlags(
-            checkpoint_due=0 < cfg.checkpoint_every_seconds <= now_s - saved_s,
-            interrupted=run.signal_received,
-            bad_loss=not math.isfinite(loss),
+        loss_1 = trainer.step(loader.batch(trainer.progress.tokens, stage))
+        step = trainer.progress.step
+        validates = cfg.val_loss_every and step % cfg.val_loss_every == 0
+        is_logged = step % cfg.train_log_every == 0 or step <= last_first_step
+        # The loss of the step before is known while the device computes this one, so that it never
+        # waits for the host. Where the loss of this step is needed, it has to.
+        is_late = run.is_asynchronous and not (queued_loss is None or validates or is_logged)
+        loss = (queued_loss if is_late else loss_1).item()  # type: ignore[union-attr]
+        queued_loss = loss_1
+        flags = advance_clock(
+            0 < cfg.checkpoint_every_seconds <= time.perf_counter() - saved_s,
+            run.signal_received,
+            not math.isfinite(loss),
         )
-        flags, clock_s = sync_step_state(trainer, flags, now_s - clock_s), now_s
-        step, is_over = trainer.progress.step, trainer.progress.is_over(cfg)
-        has_time_to_save = not trainer.progress.is_over(cfg, save_s)
+        queued_s = is_late * trainer.progress.train_s / step
+        is_over = trainer.progress.is_over(cfg, queued_s)
+        has_time_to_save = not trainer.progress.is_over(cfg, queued_s + save_s)
         saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
-        check_finite(trainer, loss, previous_loss, bad_loss=flags.bad_loss, check_weights=saves)
+        if saves and is_late:
+            loss, is_late = loss_1.item(), False
+            advance_clock()
+        losses = {step - is_late - 1: previous_loss, step - is_late: loss}
+        check_finite(trainer, losses, bad_loss=flags.bad_loss, check_weights=saves)
         previous_loss = loss
-        is_first = step <= resumed_step + FIRST_LOGGED_STEPS
-        is_logged = step % cfg.train_log_every == 0 or is_first or is_over
-        log_step(trainer, loss, scale, is_logged)
+        log_step(trainer, loss, scale, is_logged or is_over)
         if saves:
             before_s = trainer.progress.train_s
             trainer.muon.gather_buffers()
             run.run_on_rank0(functools.partial(save_checkpoint, trainer))
             saved_s = time.perf_counter()
-            if not is_over:  # saving counts as training time
-                sync_step_state(trainer, StepFlags(), saved_s - clock_s)
-                clock_s, save_s = saved_s, trainer.progress.train_s - before_s
-        if flags.interrupted and not is_over:
+            if is_over:
+                return
+            advance_clock()  # saving counts as training time
+            save_s = trainer.progress.train_s - before_s
+        if flags.interrupted:
             raise Interrupted(f"stopped by a signal after step {step}; restart to resume")
-        if cfg.val_loss_every and step % cfg.val_loss_every == 0 and not is_over:
+        if validates:
             validate_and_log(trainer, validate)
             clock_s = time.perf_counter()  # validation does not count as training time
 
@@ -4274,24 +4355,29 @@ def sync_step_state(trainer: Trainer, flags: StepFlags, elapsed_s: float) -> Ste
     """
     run, progress = trainer.run, trainer.progress
     values = [progress.train_s + elapsed_s, *map(float, flags)]
-    reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64, device=run.device))
+    # On the host, which so does not wait for a GPU.
+    reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64))
     train_s, *any_rank = reduced.tolist()
     trainer.progress = progress._replace(train_s=train_s)
     return StepFlags(*map(bool, any_rank))
 
 
 def check_finite(
-    trainer: Trainer, loss: float, previous_loss: float, *, bad_loss: bool, check_weights: bool
+    trainer: Trainer, losses: Mapping[int, float], *, bad_loss: bool, check_weights: bool
 ) -> None:
-    """Raise RunFailed if the loss, or with `check_weights` a weight, is not finite on any rank."""
-    step, problem = trainer.progress.step, ""
+    """Raise RunFailed if the loss, or with `check_weights` a weight, is not finite on any rank.
+
+    `losses` are those of two steps; all but the last one were finite.
+    """
+    (before, previous_loss), (step, loss) = losses.items()
+    problem = ""
     if bad_loss:
         problem = f"the loss is {loss}"
     elif check_weights and not all(bool(param.isfinite().all()) for param in trainer.params):
         problem = "a weight is not finite"
     if problem:
         raise RunFailed(
-            f"{problem} at step {step} (last finite: {previous_loss:.4f} at step {step - 1}); the "
+            f"{problem} at step {step} (last finite: {previous_loss:.4f} at step {before}); the "
             "checkpoint before it is kept; start again with lower learning rates and another RUN_ID"
         )
 
@@ -4315,17 +4401,24 @@ def log_step(trainer: Trainer, loss: float, scale: float, is_logged: bool) -> No
 
 
 def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
-    """Score the current weights without QAT; a signal meanwhile still saves a checkpoint."""
-    run, step = trainer.run, trainer.progress.step
+    """Score the current weights and log it."""
+    with pass_between_steps(trainer):
+        score = validate()
+    trainer.run.log("val", step=trainer.progress.step, **score.summary())
+
+
+@contextlib.contextmanager
+def pass_between_steps(trainer: Trainer) -> Generator[None]:
+    """Use the weights without QAT; save a checkpoint if a signal stops this rank or another."""
     trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
     # A collective, so before the pass: an interrupted rank would not join it when saving.
     trainer.muon.gather_buffers()
     try:
-        score = validate()
-    except Interrupted:
-        save_checkpoint(trainer)
+        yield
+    except RuntimeError:  # Interrupted, or a collective that another rank has left
+        if trainer.progress.step:
+            save_checkpoint(trainer)
         raise
-    run.log("val", step=step, **score.summary())
 
 
 MAX_INITIAL_EMA_WEIGHT = 0.01  # of the initial weights in the exported EMA, without a warning
@@ -4343,7 +4436,8 @@ def warn_about_average(trainer: Trainer) -> None:
             run.log("warning", text=text)
 
 
-SLOW_STEP = 1.2  # the next step is assumed to take this multiple of the mean step time
+# The next step is assumed to take this multiple of the mean step time; more with a larger batch.
+SLOW_STEP = 1.2
 
 
 class Progress(NamedTuple):
@@ -4360,7 +4454,10 @@ class Progress(NamedTuple):
 
     def is_over(self, cfg: Config, extra_s: float = 0.0) -> bool:
         """Whether all steps are done, or `extra_s` and one more step would exceed the time."""
-        next_step_s = SLOW_STEP * self.train_s / max(1, self.step)
+        done, schedule = self.fraction(cfg), cfg.train_batch_schedule
+        tokens = scheduled_value(schedule, done, cfg.train_batch_tokens)
+        growth = max(1.0, tokens * self.step / self.tokens) if self.tokens else 1.0
+        next_step_s = SLOW_STEP * growth * self.train_s / max(1, self.step)
         end_s = self.train_s + extra_s + next_step_s
         return self.step >= cfg.iterations or 0 < cfg.train_seconds < end_s
 
@@ -4542,6 +4639,9 @@ class Trainer:
             self.clip_gradients()
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
+        # Without a gradient AdamW would not count the step, and the checkpoint would be refused.
+        for param in self.adam_params:
+            param.grad = grad_or_zeros(param)
         self.adam.step()
         (step, train_s, tokens), done = self.progress, self.progress.fraction(cfg)
         self.muon.step(cfg.matrix_lr * scale, momentum_at(step, done, cfg), cfg.muon_wd)
@@ -4551,16 +4651,19 @@ class Trainer:
         self.averager.update(step + 1, scale, self.progress.fraction(cfg))
         return loss
 
-    def solve_grid(self, loader: BatchLoader) -> None:
-        """Set the grid of late QAT, unless it is known: the scales of an artifact made now."""
+    def solve_grid(self, loader: BatchLoader) -> bool:
+        """Set the grid of late QAT, unless it is known: the scales of an artifact made now.
+
+        Returns whether it had to be made.
+        """
         run, model = self.run, self.model
         if self.has_grid:  # asked before every step: the device need not be waited for
-            return
+            return False
         self.has_grid = True
         unknown = {k: m for k, m in self.late_modules.items() if m.grid and m.grid[0][0] < 0}
         if not unknown:  # they came from a checkpoint
-            return
-        with run.stage("solve_grid"):
+            return False
+        with pass_between_steps(self), run.stage("solve_grid"):
             hessians = calibrate(run, model, loader, self.progress)
 
             def scales() -> dict[str, list[Tensor]]:
@@ -4571,6 +4674,7 @@ class Trainer:
 
             for name, pair in run.run_on_rank0(scales).items():
                 torch._foreach_copy_([*(unknown[name].grid or ())], pair)
+        return True
 
     @torch.no_grad()
     def round_to_grid(self) -> None:
@@ -4605,21 +4709,28 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile everything: run WARMUP_STEPS of each stage on random tokens, then undo them."""
-        cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        for stage in train_stages(cfg) if cfg.warmup_steps else []:
-            self.enter_stage(stage)
-            rows = stage.batch_tokens // stage.seq_len // self.run.world_size
-            shape = (rows, stage.seq_len + 1)
-            if cfg.kernels == "auto" and cfg.compile and self.run.device.type == "cuda":
-                self.check_compiled(torch.randint(cfg.vocab_size, shape, generator=generator))
-            for _ in range(cfg.warmup_steps):
-                self.run.check_signal()
-                self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
-            if self.uses_cu_seqlens:
-                self.warm_up_capacities(torch.randint(cfg.vocab_size, shape, generator=generator))
+        form: Any = None
+        # Again if a later stage has led to less being compiled.
+        while form != (form := (self.model.train_forward, self.model.run_block)):
+            for stage in train_stages(self.run.cfg) if self.run.cfg.warmup_steps else []:
+                self.warm_up_stage(stage)
         self.load(before, Progress())
         self.run.synchronize()
+
+    def warm_up_stage(self, stage: TrainStage) -> None:
+        """Run WARMUP_STEPS of a stage on random tokens."""
+        cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
+        self.enter_stage(stage)
+        rows = stage.batch_tokens // stage.seq_len // self.run.world_size
+        shape = (rows, stage.seq_len + 1)
+        if cfg.kernels == "auto" and cfg.compile and self.run.is_asynchronous:
+            self.check_compiled(torch.randint(cfg.vocab_size, shape, generator=generator))
+        for _ in range(cfg.warmup_steps):
+            self.run.check_signal()
+            self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
+        if self.uses_cu_seqlens:
+            self.warm_up_capacities(torch.randint(cfg.vocab_size, shape, generator=generator))
 
     def check_compiled(self, window_BT: Tensor) -> None:
         """Compile less until loss and gradient are those without compilation, and sooner known.
@@ -5892,10 +6003,10 @@ def is_storage_spec(spec: Sequence[Any], shape: Sequence[int], coder: str) -> bo
     if bits == PLAIN_BITS:
         return num_scales == 0 and flags == 0
     size, num_flags = math.prod(shape), 16 if coder == "ans" else 8
-    divides = 0 < num_scales <= size and size % num_scales == 0
-    is_matrix = len(shape) == 2 and num_scales == shape[0]
+    fits = 0 < size and num_scales == (shape[0] if len(shape) > 1 else 1)
+    is_matrix = len(shape) == 2
     needs_matrix = bool(flags & (COLUMN_SCALES | TRELLIS_GRID))
-    return bits in BITS and divides and 0 <= flags < num_flags and (is_matrix or not needs_matrix)
+    return bits in BITS and fits and 0 <= flags < num_flags and (is_matrix or not needs_matrix)
 
 
 def stream_slots(stored: Sequence[Quantized]) -> dict[str, list[tuple[int, str]]]:
@@ -6339,13 +6450,25 @@ def script_source() -> str:
     return globals().get("PACKED_SOURCE") or Path(__file__).read_text(encoding="utf-8")
 
 
+# How a packed script starts.
+PACKED_START = "# coding:latin-1\nimport linecache,lzma\nPACKED_SOURCE="
+
+
+@functools.cache
+def packed_script() -> bytes:
+    """The file of this script in its packed form: the own file if that is what runs."""
+    if "PACKED_SOURCE" in globals():
+        return Path(__file__).read_bytes()
+    return pack_source(script_source())
+
+
+# A packed script need not pack: it leaves out what follows, up to the line "# end of packing".
+# packing
 # The packed script holds the compressed source as a string of Latin-1 characters, one per byte: a
 # fifth shorter than base85. The stub puts the unpacked source where tracebacks, inspect and Triton
 # look for a file's lines.
 PACKED_STUB = (
-    "# coding:latin-1\n"
-    "import linecache,lzma\n"
-    'PACKED_SOURCE=lzma.decompress("""{payload}""".encode("latin-1"),format=lzma.FORMAT_RAW,'
+    PACKED_START + 'lzma.decompress("""{payload}""".encode("latin-1"),format=lzma.FORMAT_RAW,'
     'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9}}]).decode()\n'
     'linecache.cache["<train_gpt>"]='
     '(len(PACKED_SOURCE),None,PACKED_SOURCE.splitlines(True),"<train_gpt>")\n'
@@ -6355,15 +6478,16 @@ PACKED_STUB = (
 PAYLOAD_ESCAPES = str.maketrans({"\r": "\\r", "\\": "\\\\"})
 # Parameters of LZMA for text: the position of a byte modulo 4 says nothing about it.
 PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
+PACKING_CODE = re.compile(r"^# packing\n.*?^# end of packing\n", re.MULTILINE | re.DOTALL)
 
 
 @functools.cache
 def pack_source(source: str) -> bytes:
-    """The file of a script that runs as `source` does, minified and compressed; idempotent.
+    """The file of a script that runs as `source` does, minified and compressed.
 
     Only the standard library is used, so that the counted size depends on no installed package.
     """
-    source = shorten_globals(shorten_locals(minify(source)))
+    source = shorten_globals(shorten_locals(minify(PACKING_CODE.sub("", source))))
     packed = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER])
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
@@ -6618,6 +6742,7 @@ def bound_names(nodes: Iterable[ast.AST]) -> set[str]:
 
 # Fields of syntax nodes that hold names.
 NAMING_FIELDS = {"name", "names", "asname", "arg", "rest"}
+# end of packing
 
 
 def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
@@ -6649,6 +6774,9 @@ Span = tuple[int, int]  # targets: the first, and one past the last
 LORA_LRS = (3e-3, 1e-3, 1e-2, 3e-4, 1e-4, 3e-5, 1e-5, 0.0)
 # The documents that begin before this target try all of them.
 PILOT_TARGETS = 16_384
+# Weights of learning rates in a document: see mix_lrs.
+LR_EVIDENCE, LR_SHARE = 0.1, 0.2
+MAX_NATS = 99.0  # of a target in a mixture
 
 
 class Window(NamedTuple):
@@ -6665,7 +6793,7 @@ class EvalStep(NamedTuple):
     # score: score the windows. adapt: score them, then train each row's adapter on them.
     # train: train the weights on them. update_ngrams: count the n-grams of `text`.
     # mix: mix n-grams into the scores of the targets `text`, then learn the mixture's weights.
-    # choose_lr: choose the learning rate of LoRA by the scores of `text`.
+    # choose_lrs: choose the learning rates of LoRA by the scores of `text`.
     action: str
     windows: Sequence[Window] = ()
     resets: bool = False  # start with new adapters, or with a new optimizer of the weights
@@ -6800,12 +6928,12 @@ class EvalPlanner:
         if mixes_at_once:  # n-grams are counted whenever a chunk of text is complete
             size, ends = self.cfg.ttt_chunk_tokens, enumerate(documents, start=1)
             group_ends |= {n for n, (first, stop) in ends if stop // size > first // size}
-        num_lrs, num_pilots = len(self.cfg.lora_lrs), 0
-        if num_lrs > 1:
+        num_pilots = 0
+        if self.cfg.chooses_lrs:
             num_pilots = bisect.bisect_left(bounds[:-1], PILOT_TARGETS)
             group_ends.add(num_pilots)
         for first, last in itertools.pairwise(sorted(group_ends)):
-            lrs = num_lrs if last <= num_pilots else 1
+            lrs = len(LORA_LRS) if last <= num_pilots else self.cfg.ttt_num_lrs
             by_rank = self.batches_by_rank(documents[first:last], lrs)
             rank_steps = [
                 step._replace(num_lrs=lrs)
@@ -6818,7 +6946,7 @@ class EvalPlanner:
             )
             steps += rank_steps + [EvalStep("score")] * (max_steps - len(rank_steps))
             if last == num_pilots:
-                steps.append(EvalStep("choose_lr", text=(0, bounds[last])))
+                steps.append(EvalStep("choose_lrs", text=(0, bounds[last])))
             if mixes_at_once and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
@@ -6999,13 +7127,6 @@ class Scorer:
         self.nats += float(nll.sum(dtype=np.float64))
         self.num_bytes += int(self.validation.target_bytes[span].sum())
 
-    def revise(self, first: int, nll: np.ndarray) -> None:
-        """Replace the nats of targets first, first + 1, ... that were recorded before."""
-        span = slice(first, first + len(nll))
-        assert self.scored_at[span].all(), f"a target in {span} was not scored before"
-        self.nats += float(nll.sum(dtype=np.float64) - self.nll_T[span].sum(dtype=np.float64))
-        self.nll_T[span] = nll
-
     def replace(self, text: Span, mix: Callable[[np.ndarray], np.ndarray]) -> None:
         """Let `mix` replace the nats of the targets of `text` that this rank has scored."""
         span = slice(*text)
@@ -7074,6 +7195,7 @@ class StepCost(NamedTuple):
     step_s: float = 1.0  # of a step that scores
     position_s: float = 0.0  # of each position in it
     mix_s: float = 1.0  # of a step that mixes n-grams in
+    positions: float = 0.0  # in each step that scores, if all are padded to one shape
 
 
 class EvalBudget:
@@ -7109,15 +7231,16 @@ class EvalBudget:
 
     def seconds(self, step: EvalStep) -> float:
         """Estimated seconds of the step without training."""
-        step_s, position_s, mix_s = self.cost
+        step_s, position_s, mix_s, _ = self.cost
         if step.action == "mix":
             return mix_s
         return step_s * (len(step.windows) > 0) + position_s * math.prod(step.shape)
 
     def training_seconds(self, step: EvalStep) -> float:
         """Estimated seconds that training adds to the step."""
-        if step.action == "train":
-            return TRAIN_COST * self.seconds(step)
+        if step.action == "train":  # a small one is bound by launches
+            size = self.cost.positions or math.prod(step.shape)
+            return max(1.0, TRAIN_COST * math.prod(step.shape) / size) * self.seconds(step)
         learning_frac = step.num_learning_rows / max(1, len(step.windows))
         num_steps = self.run.cfg.ttt_grad_steps  # the first one reuses the scoring forward pass
         return learning_frac * (TRAIN_COST * num_steps - 1) * self.seconds(step)
@@ -7185,6 +7308,22 @@ class Batch(NamedTuple):
         return Batch(ids_BT, target_BT, self.first_column, None, weight_BT)
 
 
+def mix_lrs(log_weight_BG: Tensor, nll_BGT: Tensor, is_scored_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats (B, T) of mixtures of G predictions of a chunk, and log-weights for the next chunk.
+
+    A document's weights begin equal and are multiplied by the chunk's probabilities to the power
+    LR_EVIDENCE; then all share a part LR_SHARE equally ("fixed share", Herbster and Warmuth 1998).
+    """
+    nll_BGT = nll_BGT.nan_to_num(MAX_NATS).clamp(max=MAX_NATS)  # of a rate that diverges
+    log_weight_BG = log_weight_BG.log_softmax(1)
+    mixed_BT = -(log_weight_BG[..., None] - nll_BGT).logsumexp(1)
+    nats_BG = (nll_BGT * is_scored_BT[:, None]).sum(2)
+    weight_BG = (log_weight_BG - LR_EVIDENCE * nats_BG).softmax(1)
+    return mixed_BT, torch.lerp(
+        weight_BG, weight_BG.mean(1, keepdim=True).expand_as(weight_BG), LR_SHARE
+    ).log()
+
+
 class EvalRunner:
     """Runs the steps of a plan, with the model, adapters or optimizer, mixer, and the trace."""
 
@@ -7214,9 +7353,12 @@ class EvalRunner:
         self.weights: WeightTrainer | None = None
         self.adapters: AdapterTrainer | None = None
         self.extents: list[Span] = []  # of the documents that the adapters belong to
-        self.lora_lr = run.cfg.lora_lrs[0]
+        # The first documents try all learning rates, if they choose those of the others.
+        chooses = any(step.action == "choose_lrs" for step in plan)
+        self.lrs: Sequence[float] = LORA_LRS if chooses else run.cfg.lora_lrs
+        self.log_weight_BG = torch.zeros(0)  # of the rates of each document
         # First targets of chunks by document, with the nats (G, T) by learning rate.
-        self.pilot_nll: dict[int, list[tuple[int, Tensor]]] = {}
+        self.pilot_nll: dict[int, list[tuple[int, Tensor]]] | None = {} if chooses else None
 
     def run_steps(self, budget: EvalBudget | None = None) -> Score:
         """Run all steps in order; `budget` may drop the training of some of them.
@@ -7230,7 +7372,7 @@ class EvalRunner:
             "train": self.train,
             "update_ngrams": self.update_ngrams,
             "mix": self.mix,
-            "choose_lr": self.choose_lr,
+            "choose_lrs": self.choose_lrs,
         }
         for step_index, planned in enumerate(self.plan, start=1):
             self.run.check_signal()
@@ -7319,23 +7461,26 @@ class EvalRunner:
                 (w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
                 for w in step.windows
             ]
-            lrs = self.run.cfg.lora_lrs if step.num_lrs > 1 else [self.lora_lr]
+            lrs = self.lrs[: step.num_lrs]
             self.adapters = AdapterTrainer(self.run, self.model, len(step.windows), initial_a, lrs)
+            self.log_weight_BG = torch.zeros(len(step.windows), len(lrs), device=self.run.device)
             self.weights = None  # new adapters turn off the gradients of the weights
-        batch = self.batch(step.windows, len(step.windows), step.shape[1])
-        nll_NT = self.adapters.step(batch, step.num_learning_rows)
-        nll_BGT = nll_NT.view(len(step.windows), step.num_lrs, -1)
-        # The last rate is 0: its nats are finite, so that choose_lr can replace them.
-        self.record(step.windows, nll_BGT[:, -1], batch.first_column)
+        batch, rows = self.batch(step.windows, len(step.windows), step.shape[1]), len(step.windows)
+        nll_BT = self.adapters.step(batch, step.num_learning_rows)
         if step.num_lrs > 1:
-            nll_BGT = nll_BGT.nan_to_num(math.inf)  # the smallest number for argmin is NaN
-            for window, nll_GT in zip(step.windows, nll_BGT.cpu(), strict=True):
-                document = bisect.bisect_right(self.bounds, window.first)
-                columns = slice(
-                    *(x - window.start - batch.first_column for x in (window.first, window.end))
-                )
-                chunk = (window.first, nll_GT[:, columns].double())
-                self.pilot_nll.setdefault(document, []).append(chunk)
+            nll_BGT = nll_BT.view(rows, step.num_lrs, -1)
+            if self.pilot_nll is not None:
+                for window, nll_GT in zip(step.windows, nll_BGT.cpu(), strict=True):
+                    document = bisect.bisect_right(self.bounds, window.first)
+                    columns = slice(
+                        *(x - window.start - batch.first_column for x in (window.first, window.end))
+                    )
+                    self.pilot_nll.setdefault(document, []).append(
+                        (window.first, nll_GT[:, columns])
+                    )
+            is_scored_BT = batch.weight_BT[:, batch.first_column :] > 0
+            nll_BT, self.log_weight_BG = mix_lrs(self.log_weight_BG[:rows], nll_BGT, is_scored_BT)
+        self.record(step.windows, nll_BT, batch.first_column)
         updates += [
             StateUpdate(step_index, (window.first, window.end), extent, False)
             for window, extent in zip(
@@ -7343,30 +7488,52 @@ class EvalRunner:
             )
         ]
 
-    def choose_lr(self, step: EvalStep) -> None:
-        """Choose the learning rate of LoRA with the fewest nats in the documents of `step.text`.
+    def choose_lrs(self, step: EvalStep) -> None:
+        """Choose the learning rates of LoRA with the fewest nats in the documents of `step.text`.
 
-        The scores of these documents are those of the rate that was the best one before each chunk:
-        in the documents before, and in the chunks of the same document before; of equal rates the
-        last one, 0.
+        The first one is best alone, each other one best in a mixture with those before it; of equal
+        ones the last, 0.
         """
-        lrs, stop = self.run.cfg.lora_lrs, bisect.bisect_right(self.bounds, step.text[1] - 1)
-        sums_PG = torch.zeros(stop + 1, len(lrs), dtype=torch.float64)
-        for document, chunks in self.pilot_nll.items():
-            sums_PG[document] = sum(nll_GT.sum(1) for _, nll_GT in chunks)
-        sums_PG = self.run.all_reduce_sum(sums_PG.to(self.run.device)).cpu()
-        for document, chunks in self.pilot_nll.items():
-            total_G = sums_PG[:document].sum(0)
+        chosen, num_lrs = list[int](), len(LORA_LRS)
+        for _ in range(self.run.cfg.ttt_num_lrs):
+            nats_G = [
+                math.inf if i in chosen else self.pilot_nats(step.text, [*chosen, i])
+                for i in range(num_lrs)
+            ]
+            chosen.append(min(range(num_lrs), key=lambda i: (nats_G[i], -i)))
+            if len(chosen) == 1:
+                nats = ",".join(f"{nats / step.text[1]:.5f}" for nats in nats_G)
+        self.lrs, self.pilot_nll = [LORA_LRS[i] for i in chosen], None
+        tried, lrs = (",".join(f"{lr:g}" for lr in x) for x in (LORA_LRS, self.lrs))
+        mixed_nats = round(nats_G[chosen[-1]] / step.text[1], 5)
+        self.run.log(
+            "ttt_lora_lrs", chosen=lrs, tried=tried, nats_per_token=nats, mixed=mixed_nats,
+            targets=step.text[1],
+        )  # fmt: skip
+
+    def pilot_nats(self, text: Span, chosen: Sequence[int]) -> float:
+        """Nats of the first documents with a mixture of these learning rates, and with n-grams."""
+        nll_N = np.zeros(text[1], dtype=np.float32)
+        is_own_N = np.zeros(text[1], dtype=bool)
+        assert self.pilot_nll is not None, "the learning rates are known"
+        for chunks in self.pilot_nll.values():
+            log_weight_1G = torch.zeros(1, len(chosen))
             for first, nll_GT in chunks:
-                best = -1 - int(total_G.flip(0).argmin())
-                self.scorer.revise(first, nll_GT[best].float().numpy())
-                total_G = total_G + nll_GT.sum(1)
-        total_G, self.pilot_nll = sums_PG.sum(0), {}
-        self.lora_lr = lrs[int(total_G.argmin())]
-        tried = ",".join(f"{lr:g}" for lr in lrs)
-        nats = ",".join(f"{float(x) / step.text[1]:.5f}" for x in total_G)
-        chosen = {"chosen": self.lora_lr, "tried": tried, "nats_per_token": nats}
-        self.run.log("ttt_lora_lr", **chosen, targets=step.text[1])
+                span = slice(first, first + nll_GT.size(1))
+                nll_1GT, is_scored_1T = nll_GT[None, chosen], torch.ones(1, nll_GT.size(1))
+                nll_1T, log_weight_1G = mix_lrs(log_weight_1G, nll_1GT, is_scored_1T)
+                nll_N[span], is_own_N[span] = nll_1T[0].numpy(), True
+        own_N = np.flatnonzero(is_own_N)
+        nats = float(nll_N.sum(dtype=np.float64))
+        if self.run.cfg.mixes_afterwards:
+            mixer, nats = TextMixer(self.run, self.validation.ids[: text[1] + 1], own_N), 0.0
+            for start in range(0, text[1], self.run.cfg.ttt_chunk_tokens):
+                rows = mixer.rows_of((start, start + self.run.cfg.ttt_chunk_tokens))
+                part_N = torch.from_numpy(nll_N[own_N[rows]]).to(self.run.device)
+                nats += float(mixer.nll(rows, part_N, start).sum(dtype=torch.float64))
+                mixer.update_weights()
+        total = torch.tensor(nats, dtype=torch.float64, device=self.run.device)
+        return float(self.run.all_reduce_sum(total))
 
     def update_ngrams(self, step: EvalStep) -> None:
         """Let the mixer count the n-grams of scored text."""
@@ -7406,6 +7573,9 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     for x, value in before:
         narrow = casts and x is not model.caps and x is not model.skip_gates
         x.data = value.to(model.dtype if narrow else x.dtype, copy=True)
+    if cfg.ttt_method == "lora" and cfg.score_seq_len > cfg.train_seq_len:
+        # Else the end of a document, which the length of its batch shows, would choose the angles.
+        model.rotary.data = model.long_rotary.data
     hashes = model.hashes
     compiled = (model.run_block, model.blend_skip, model.nll, model.prepare_mask)
     if cfg.ttt_method == "lora":  # chunks have too many different lengths for compilation
@@ -7504,7 +7674,8 @@ def measure_step_cost(
         model.loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
     steps = [step for step in plan if step.windows and step.action != "train"]
-    length, step_s, position_s = max((step.shape[1] for step in steps), default=0), 0.0, 0.0
+    length, step_s = max((step.shape[1] for step in steps), default=0), 0.0
+    position_s = positions = 0.0
     if steps:
         longest = [step for step in steps if step.shape[1] == length]
         rows = sorted(step.shape[0] for step in longest)
@@ -7512,6 +7683,7 @@ def measure_step_cost(
         few, many = rows[0], rows[-1]
         if not (adaptive and run.cfg.ttt_method == "lora"):
             few, length = many, run.cfg.score_seq_len
+            positions = many * length
         step_s = measure_scoring(run, model, (few, length), first, adaptive=adaptive)
         if many > few:
             many_s = measure_scoring(run, model, (many, length), first, adaptive=adaptive)
@@ -7520,7 +7692,8 @@ def measure_step_cost(
     texts, mix_s = [step.text for step in plan if step.action == "mix"], 0.0
     if texts:
         mix_s = measure_mixing(run, texts[-1][1], texts[0][1])
-    cost = torch.tensor([step_s, position_s, mix_s], dtype=torch.float64, device=run.device)
+    costs = [step_s, position_s, mix_s, positions]
+    cost = torch.tensor(costs, dtype=torch.float64, device=run.device)
     return StepCost(*run.all_reduce_max(cost).tolist())
 
 
@@ -7556,8 +7729,9 @@ def plan_pass(
     """The steps of a pass, its budget, and what was adjusted (`ttt_chunk_size 24 -> 48`) or "".
 
     A plan fits if there is time for scoring and for a part of the training, as measured. Until it
-    does, TTT_CHUNK_SIZE (with LoRA) or EVAL_STRIDE is doubled; PassAbandoned if it never does. The
-    learning rate of LoRA is only chosen if there is time for all of the training.
+    does, TTT_CHUNK_SIZE (with LoRA) or EVAL_STRIDE is doubled; PassAbandoned if it never does. If
+    there is no time for all of the training, LoRA first gets a single learning rate, then a fixed
+    one.
     """
     cfg: Any = run.cfg  # fields are replaced by name
     adaptive, cost, notes = kind == "ttt", None, dict[str, str]()
@@ -7578,7 +7752,11 @@ def plan_pass(
             cost = measure_step_cost(run, model, steps, adaptive=adaptive)
         budget = EvalBudget(run, steps, limit.check(run, -math.inf), cost)
         all_s = PLANNING_FACTOR * max_over_ranks(run, budget.to_score[0] + budget.to_train)
-        if adaptive and len(cfg.lora_lrs) > 1 and all_s > budget.limit_s:
+        if adaptive and all_s > budget.limit_s and cfg.ttt_num_lrs > 1:
+            cfg = dataclasses.replace(cfg, ttt_num_lrs=1)
+            notes["ttt_num_lrs"] = f"{run.cfg.ttt_num_lrs} -> 1"
+            continue
+        if adaptive and all_s > budget.limit_s and cfg.chooses_lrs:
             cfg = dataclasses.replace(cfg, ttt_lora_lr=LORA_LRS[0])
             notes["ttt_lora_lr"] = f"-1 -> {LORA_LRS[0]:g}"
             continue
@@ -7657,7 +7835,9 @@ def evaluate_and_log(
     limit, expected = limit or TimeLimit(), dict[str, float]()
     if kind in ("prequant", "quantized") and "train_end" in run.scores:
         tokens_per_s = run.scores["train_end"]["tokens_per_s"]
-        expected["estimated_s"] = round(validation.num_targets / TRAIN_COST / tokens_per_s, 1)
+        expected["estimated_s"] = round(
+            validation.num_targets / TRAIN_COST / max(1, tokens_per_s), 1
+        )
     budget_name = "other" if kind == "prequant" else "evaluation"
     with run.stage(f"evaluate_{kind}", budget_name, **expected):
         score, budget, marks = run_pass(run, model, validation, kind, limit)
@@ -7724,16 +7904,17 @@ ROW_PER_BLOCK = ("block_scalars.x0", "block_scalars.write", "block_scalars.carry
 def ttt_parameters(cfg: Config, model: GPT) -> dict[str, nn.Parameter]:
     """The parameters that test-time training of the weights changes, by name.
 
-    TTT_TRAIN=blocks selects the blocks that are not frozen, and every parameter whose name has
-    norm, scale or lm_head in it (openai/parameter-golf#430); WeightTrainer masks the rows of
-    ROW_PER_BLOCK that belong to frozen blocks.
+    TTT_TRAIN=blocks selects the blocks that are not frozen, the table of EVAL_HASH_ROWS, and every
+    parameter whose name has norm, scale or lm_head in it (openai/parameter-golf#430);
+    WeightTrainer masks the rows of ROW_PER_BLOCK that belong to frozen blocks.
     """
     frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
     names = list(parameter_roles(model))
     if cfg.ttt_train == "all":
         chosen = [name for name in names if not name.startswith(frozen)]
     else:
-        always = re.compile(r"lm_head|block_scalars\.shared|\b\w*(norm|scale)$")
+        table = f"|hashes.{len(model.hashes) - 1}" if cfg.eval_hash_rows else ""
+        always = re.compile(rf"lm_head|block_scalars\.shared|\b\w*(norm|scale)${table}")
         chosen = [
             name
             for name in names
@@ -8036,7 +8217,8 @@ class NgramCounts:
 
     def update(self, ids_N: Tensor) -> None:
         """Count the n-grams of text that continues the text of the last call."""
-        for piece in torch.split(ids_N, min(16_384, len(self.keys) // (16 * len(self.orders)))):
+        piece_len = max(1, min(16_384, len(self.keys) // (16 * len(self.orders))))
+        for piece in torch.split(ids_N, piece_len):
             text = torch.cat([self.history_K, piece])
             window, self.history_K = text.unfold(0, len(self.history_K) + 1, 1), text[len(piece) :]
             document_M = self.document + F.pad((piece == BOS_ID).cumsum(0), (1, 0))
@@ -8427,6 +8609,8 @@ def sample_tokens(run: Run, model: GPT, ids: Sequence[int], seed: int) -> list[i
         run.check_signal()
         ids_BT = torch.tensor([ids], device=run.device)
         logits_V = model.logits(ids_BT, past)[0, -1].cpu().double()
+        if not logits_V.isfinite().all():
+            raise RunFailed("the logits are not finite; make another artifact")
         count = min(cfg.top_k or len(logits_V), len(logits_V)) if cfg.temperature else 1
         top_K, id_K = logits_V.topk(count)
         p_K = ((top_K - top_K[0]) / (cfg.temperature or 1)).softmax(0)
@@ -8577,7 +8761,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
         not (cfg.trains and (directory / "submission.json").exists()),
         f"{directory} holds a finished run; set another RUN_ID or RUN_DIR",
     )
-    code = pack_source(script_source())
+    code = packed_script()
     identity = {
         "config": dataclasses.asdict(cfg),
         "code_sha256": hash_bytes(code),
@@ -8595,7 +8779,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
 
 def check_own_files(directory: Path) -> None:
     """Raise InputError if RUN_DIR holds files of other programs under names that a run writes."""
-    require_regular_file(directory / "train_gpt.py", PACKED_STUB.partition("lzma.dec")[0])
+    require_regular_file(directory / "train_gpt.py", PACKED_START)
     require_regular_file(directory / "train_gpt_source.py", '"""Train', "from __future__")
     require_regular_file(directory / "train.log", "config ")
     require_regular_file(directory / "metrics.jsonl", '{"event": ')
@@ -8678,7 +8862,7 @@ def check_state(state: Mapping[str, Any], run: Run) -> None:
         f"ledger does not hold the seconds of {', '.join(run.ledger)}",
     )
     require(scores.keys() == {"train_end"}, "scores must be those of train_end alone")
-    steps, train_s = scores["train_end"]["steps"], scores["train_end"]["train_s"]
+    steps, train_s, _ = (scores["train_end"][k] for k in ("steps", "train_s", "tokens_per_s"))
     is_count = type(steps) is int and 0 < steps <= state["config"]["iterations"]
     require(is_count, f"steps {steps!r:.40} are not in [1, ITERATIONS]")
     require(
@@ -8947,7 +9131,7 @@ def estimate_bytes(cfg: Config, sizes: Mapping[str, int]) -> dict[str, float]:
 
     With solved scales the artifact fills the budget, which gives the bits of a weight.
     """
-    code_bytes = len(pack_source(script_source()))
+    code_bytes = len(packed_script())
     bits: dict[str, float] = {**cfg.bits}
     for group in sizes.keys() - {"gate", "control"}:
         if cfg.solves_scales and cfg.bits[group] < PLAIN_BITS:

@@ -1290,7 +1290,7 @@ class Run:
 
     def synchronize(self) -> None:
         """Wait for the device, so that timings include its work."""
-        if self.device.type == "cuda":
+        if self.is_asynchronous:
             torch.cuda.synchronize(self.device)
 
 
@@ -4321,7 +4321,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         trainer.enter_stage(stage)
         losses.add(trainer.step(loader.batch(trainer.progress.tokens, stage)))
         step = trainer.progress.step
-        validates = cfg.val_loss_every and step % cfg.val_loss_every == 0
+        validates = cfg.val_loss_every > 0 and step % cfg.val_loss_every == 0
         is_logged = step % cfg.train_log_every == 0 or step <= last_first_step
         # A GPU computes this step while the loss of the one before is read, and so never waits for
         # the host. Where the loss of this step is needed, it has to.
@@ -4337,7 +4337,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
             flags = advance_clock(*flags[:2], flags.bad_loss or losses.is_bad)
             is_over = trainer.progress.is_over(cfg)
             saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
-        losses.check(flags.bad_loss, check_weights=saves or bool(validates))
+        losses.check(flags.bad_loss, check_weights=saves or validates)
         log_step(trainer, losses.newest, scale, is_logged or is_over)
         if saves:
             before_s = trainer.progress.train_s
@@ -7361,9 +7361,7 @@ def mix_lrs(log_weight_BG: Tensor, nll_BGT: Tensor, is_scored_BT: Tensor) -> tup
     mixed_BT = -(log_weight_BG[..., None] - nll_BGT).logsumexp(1)
     nats_BG = (nll_BGT * is_scored_BT[:, None]).sum(2)
     weight_BG = (log_weight_BG - LR_EVIDENCE * nats_BG).softmax(1)
-    return mixed_BT, torch.lerp(
-        weight_BG, weight_BG.mean(1, keepdim=True).expand_as(weight_BG), LR_SHARE
-    ).log()
+    return mixed_BT, ((1 - LR_SHARE) * weight_BG + LR_SHARE / weight_BG.size(1)).log()
 
 
 class EvalRunner:
@@ -7511,20 +7509,7 @@ class EvalRunner:
         nll_BT = self.adapters.step(batch, step.num_learning_rows)
         if step.num_lrs > 1:
             nll_BGT = nll_BT.view(rows, step.num_lrs, -1)
-            if self.pilot_nll is not None:
-                for window, nll_GT in zip(step.windows, nll_BGT.cpu(), strict=True):
-                    document = bisect.bisect_right(self.bounds, window.first)
-                    columns = slice(
-                        *(x - window.start - batch.first_column for x in (window.first, window.end))
-                    )
-                    self.pilot_nll.setdefault(document, []).append(
-                        (window.first, nll_GT[:, columns])
-                    )
-            offset_B2 = torch.tensor([(w.first - w.start, w.end - w.start) for w in step.windows])
-            column_T = torch.arange(nll_BT.size(1)) + batch.first_column
-            is_scored_BT = (column_T >= offset_B2[:, :1]) & (column_T < offset_B2[:, 1:])
-            is_scored_BT = is_scored_BT.to(self.run.device)
-            nll_BT, self.log_weight_BG = mix_lrs(self.log_weight_BG[:rows], nll_BGT, is_scored_BT)
+            nll_BT = self.mix_predictions(step.windows, nll_BGT, batch.first_column)
         self.record(step.windows, nll_BT, batch.first_column)
         updates += [
             StateUpdate(step_index, (window.first, window.end), extent, False)
@@ -7534,6 +7519,26 @@ class EvalRunner:
                 strict=False,
             )
         ]
+
+    def mix_predictions(self, windows: Sequence[Window], nll_BGT: Tensor, first: int) -> Tensor:
+        """Nats (B, T) of mixtures of learning rates; column 0 is position `first` of a row.
+
+        Those of all rates are kept while the first documents choose.
+        """
+        is_scored_BT = torch.zeros(nll_BGT[:, 0].shape, dtype=torch.bool)
+        for window, is_scored_T in zip(windows, is_scored_BT, strict=True):
+            offset = window.start + first
+            is_scored_T[window.first - offset : window.end - offset] = True
+        if self.pilot_nll is not None:
+            chunks = zip(windows, nll_BGT.cpu(), is_scored_BT, strict=True)
+            for window, nll_GT, is_scored_T in chunks:
+                document = bisect.bisect_right(self.bounds, window.first)
+                chunk = window.first, nll_GT[:, is_scored_T]
+                self.pilot_nll.setdefault(document, []).append(chunk)
+        mixed_BT, self.log_weight_BG = mix_lrs(
+            self.log_weight_BG[: len(windows)], nll_BGT, is_scored_BT.to(self.run.device)
+        )
+        return mixed_BT
 
     def choose_lrs(self, step: EvalStep) -> None:
         """Choose the learning rates of LoRA with the fewest nats in the documents of `step.text`.

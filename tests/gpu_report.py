@@ -30,6 +30,7 @@ from torch._inductor import ir
 from torch._inductor.choices import InductorChoices
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplateCaller
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -180,7 +181,7 @@ def kernel_of(node: Any, num_bytes: float) -> Kernel | None:
     """The kernel of a scheduler node, or None if it launches none."""
     inner: Any = getattr(node, "node", None)
     name = str(getattr(inner, "python_kernel_name", None) or "")
-    if isinstance(inner, ir.MultiOutput):
+    if isinstance(inner, ir.MultiOutput) or isinstance(node, NopKernelSchedulerNode):
         return None
     if "flash_stub" in name:
         q = inner.inputs[0 if "forward" in name else 1].get_size()
@@ -193,7 +194,8 @@ def kernel_of(node: Any, num_bytes: float) -> Kernel | None:
         a, b = ([*map(int, x.get_size())] for x in (template or inner).inputs[-2:])
         flops = 2.0 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == 3 else 1)
         # Inductor does not count the transposed inputs of templates.
-        words = math.prod(a) + math.prod(b) + math.prod([*a[:-1], b[-1]])
+        added = (template or inner).inputs[:-2]  # a product that is added to something
+        words = math.prod(a) + math.prod(b) + math.prod([*a[:-1], b[-1]]) * (1 + len(added))
         num_bytes = max(num_bytes, 2 * words)
         fused = "" if len(node.get_nodes()) == 1 else " with " + origins(node)
         kind = "product with epilogue" if fused else "product"

@@ -78,7 +78,11 @@ BYTES_PER_S = 2.8e12  # that kernels reach
 CARDS_GIB = (80, 24, 16, 8)
 RESERVED_GB = 2.0  # CUDA context, communication buffers, fragmentation
 # Views launch no kernel; most of them are marked as such in the operators' schemas.
-ALLOCATIONS = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default}
+ALLOCATIONS = {
+    aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default,
+    aten.new_empty.default,
+}  # fmt: skip
+OVERWRITES = {aten.copy_, aten.zero_, aten.fill_}
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
 OTHER_VIEWS = {aten._unsafe_view.default, aten.detach.default, torch.ops.prim.device.default}
 
@@ -218,8 +222,12 @@ class SimulatedGpu(TorchDispatchMode):
     def count_by_line(self, function: Any, args: Any, result: Any) -> None:
         """Add the bytes and FLOPs of an operation to those of its line."""
         name = f"{function.overloadpacket.__name__} {script_line()}"
-        written = () if function._schema.is_mutable else tree_iter(result)
-        for x in filter(is_on_gpu, [*tree_iter(args), *written]):
+        written: Any = result
+        if function._schema.is_mutable:  # changed in place, and read as well by most
+            arguments = zip(function._schema.arguments, args, strict=False)
+            written = [x for at, x in arguments if at.alias_info and at.alias_info.is_write]
+            written = () if function.overloadpacket in OVERWRITES else written or result
+        for x in filter(is_on_gpu, [*tree_iter(args), *tree_iter(written)]):
             self.traffic[name] += bytes_of(x)
         self.launches_of[name] += 1
         if function.overloadpacket in PRODUCTS:

@@ -98,6 +98,35 @@ def test_an_adapter_step_of_the_default_model_takes_few_launches():
     assert 2_100 < step["launches"] <= 2_400 and not step["waits"]
 
 
+TRAFFIC = """
+from tests import gpu_sim as g
+import json
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+gpu = g.SimulatedGpu(by_line=True)
+with FakeTensorMode(), gpu:
+    x, y = torch.empty(2, 100, device=g.DEVICE)
+    gpu.reset()
+    x + y
+    x.add_(y)
+    x.copy_(y)
+    x.zero_()
+    torch.mul(x, y, out=x)
+    torch._foreach_lerp_([x, y], [y, x], 0.5)
+    x.new_empty(50)
+print(json.dumps({name.split()[0]: number for name, number in gpu.traffic.items()}))
+"""
+
+
+def test_what_an_operation_changes_in_place_is_counted_as_read_and_written():
+    found = subprocess.run(
+        [sys.executable, "-c", TRAFFIC], cwd=ROOT, check=True, capture_output=True
+    )
+    assert json.loads(found.stdout) == {  # x and y have 400 bytes each
+        "add": 1200, "add_": 1200, "copy_": 800, "zero_": 400, "mul": 1200, "_foreach_lerp_": 2400,
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_path_of_a_recipe_runs_on_the_gpu(recipe: str):

@@ -2420,7 +2420,97 @@ def combine_hashes(paths: Iterable[Path], max_bytes: int | None = None) -> str:
 
 def rms_norm(x: Tensor) -> Tensor:
     """RMSNorm without a learned weight: x / sqrt(mean(x^2) + eps), arXiv:1910.07467."""
+    if is_compiled_for_gpu(x):
+        return RmsNorm.apply(x)  # type: ignore[no-untyped-call]
     return F.rms_norm(x, (x.size(-1),))
+
+
+def rms_factor(x: Tensor) -> Tensor:
+    """The factor of rms_norm, float32 (..., 1)."""
+    mean_square = x.float().square().mean(dim=-1, keepdim=True)
+    return torch.rsqrt(mean_square + torch.finfo(torch.float32).eps)
+
+
+def norm_gradient(grad: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """The gradient by x of rms_norm(x), from the one for a constant factor."""
+    # Products in the dtype of x: Inductor would write out a gradient in float32.
+    along = (grad * x).sum(dim=-1, keepdim=True, dtype=torch.float32) / x.size(-1)
+    return (grad - along * factor.square() * x).to(x.dtype)
+
+
+class RmsNorm(torch.autograd.Function):
+    """`rms_norm` for a compiled graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x * rms_factor(x)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        factor = rms_factor(x)
+        return (factor * norm_gradient(grad, x, factor)).to(x.dtype)
+
+
+class NormProduct(torch.autograd.Function):
+    """Products of scale * rms_norm(x) with matrices, for a compiled graph.
+
+    The norm's factor multiplies the products, so that neither the normalized x nor a gradient by it
+    is written to memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        """W (scale * rms_norm(x)) for each W (O, I) and x (..., I)."""
+        factor, weight_OI = rms_factor(x), torch.cat(weights)
+        scaled = factor if scale is None else factor * scale
+        ctx.save_for_backward(x, weight_OI, factor, scaled)
+        y = (F.linear(x, weight_OI) * scaled).to(x.dtype)
+        return torch.split(y, [len(weight) for weight in weights], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight_OI, factor, scaled = ctx.saved_tensors
+        # Scaled before they are joined: otherwise Inductor writes them twice.
+        grad = torch.cat([(grad * scaled).to(x.dtype) for grad in grads], dim=-1)
+        by_x = norm_gradient(grad @ weight_OI, x, factor)
+        by_weight_OI = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return by_x, None, *torch.split(by_weight_OI, [grad.size(-1) for grad in grads])
+
+
+class NormMLP(torch.autograd.Function):
+    """W2 leaky_relu(W1 scale * rms_norm(x), slope)^2, for a compiled graph; see NormProduct.
+
+    The norm's gradient needs the mean of u x, with u as in norm_gradient. As the activation has
+    degree 2, that is twice the mean of the output times its gradient. Known before u, it lets u be
+    corrected in the epilogue of the product that computes it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor | None, slope: float, *weights: Tensor
+    ) -> Tensor:
+        """The MLP's output (..., D) for x (..., D) and the matrices W1 (F, D) and W2 (D, F)."""
+        (w1_FD, w2_DF), ctx.slope, factor = weights, slope, rms_factor(x)
+        scaled = factor if scale is None else factor * scale
+        h = (F.linear(x, w1_FD) * scaled).to(x.dtype)
+        y = F.linear(F.leaky_relu(h, slope).square(), w2_DF)
+        ctx.save_for_backward(x, w1_FD, w2_DF, factor, scaled, h, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradients by x and the matrices."""
+        x, w1_FD, w2_DF, factor, scaled, h, y = ctx.saved_tensors
+        mean = 2 * (grad * y).sum(dim=-1, keepdim=True, dtype=torch.float32) / x.size(-1)
+        by_h = (grad @ w2_DF) * 2 * F.leaky_relu(h, ctx.slope**2)
+        by_h = (by_h * scaled).to(x.dtype)
+        by_x = (by_h @ w1_FD - mean * factor.square() * x).to(x.dtype)
+        by_w1_FD = by_h.flatten(0, -2).T @ x.flatten(0, -2)
+        active = F.leaky_relu(h, ctx.slope).square()
+        by_w2_DF = grad.flatten(0, -2).T @ active.flatten(0, -2)
+        return by_x, None, None, by_w1_FD, by_w2_DF
 
 
 def rotary_table(cfg: Config, num_positions: int, span: Span | None = None) -> Tensor:
@@ -2503,11 +2593,9 @@ class CastedLinear(nn.Linear):
         """The weight, or with late QAT the rounded one."""
         return fake_quantize(self.weight, self.qat_bits, self.grid)
 
-    def forward(self, x: Tensor, scale_O: Tensor | None = None) -> Tensor:
-        """W x, and the adapter's output; `scale_O` multiplies the rows of W."""
-        weight_OI = self.used_weight()
-        weight_OI = weight_OI if scale_O is None else scale_O[:, None] * weight_OI
-        weight_OI = weight_OI.to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """W x, and the adapter's output."""
+        weight_OI = self.used_weight().to(x.dtype)
         if self.adapter is None:
             return F.linear(x, weight_OI)
         if is_eager_on_gpu(x) and isinstance(self.adapter, BatchedLoRA):
@@ -2526,6 +2614,40 @@ def is_compiled_for_gpu(x: Tensor) -> bool:
 def is_eager_on_gpu(x: Tensor) -> bool:
     """Whether x is on a GPU without compilation, where few launches of kernels matter."""
     return x.is_cuda and not torch.compiler.is_compiling()
+
+
+class FusedUpdate(NamedTuple):
+    """A block's update for the stream x where it is compiled for a GPU.
+
+    The norm, with a factor, and the scale of each channel become parts of the products before and
+    after attention or the MLP, so that less memory is moved.
+    """
+
+    x_BTD: Tensor
+    norm_scale: Tensor | None
+    scale_D: Tensor
+
+    def weight_of(self, *linears: CastedLinear, scale: Tensor | None = None) -> Tensor:
+        """The weights of layers below each other, each row scaled, in the dtype of x."""
+        assert all(linear.adapter is None for linear in linears), "adapters in a compiled graph"
+        weight_OI = torch.cat([linear.used_weight() for linear in linears])
+        return (weight_OI if scale is None else scale[:, None] * weight_OI).to(self.x_BTD.dtype)
+
+    def products(self, *groups: Sequence[CastedLinear]) -> tuple[Tensor, ...]:
+        """The outputs of each group of layers for the norm of x, computed as one product."""
+        args = self.x_BTD, self.norm_scale, *[self.weight_of(*group) for group in groups]
+        return NormProduct.apply(*args)  # type: ignore[no-untyped-call]
+
+    def columns(self, count: int) -> Tensor:
+        """The first channels of the norm of x."""
+        n_BTI = self.x_BTD[..., :count] * rms_factor(self.x_BTD)
+        return (n_BTI if self.norm_scale is None else n_BTI * self.norm_scale).to(self.x_BTD.dtype)
+
+    def mlp(self, fc: CastedLinear, proj: CastedLinear, slope: float) -> Tensor:
+        """The update of an MLP."""
+        weights = self.weight_of(fc), self.weight_of(proj, scale=self.scale_D)
+        args = self.x_BTD, self.norm_scale, slope, *weights
+        return NormMLP.apply(*args)  # type: ignore[no-untyped-call]
 
 
 class BatchedLoRA(nn.Module):
@@ -2697,20 +2819,18 @@ class AttnOutputGate(nn.Module):
         self.weight = nn.Parameter(torch.ones(H) if self.form == "head" else torch.zeros(H, width))
         self.bias = nn.Parameter(torch.full((H,), 4.0)) if self.form == "input" else None
 
-    def forward(self, y_BTHE: Tensor, n_BTD: Tensor) -> Tensor:
-        """Gated head outputs (B, T, H, E) from those outputs and the normalized stream."""
-        weight = self.weight.to(y_BTHE.dtype)
+    def forward(self, n_BTD: Tensor) -> Tensor:
+        """The factors (B, T, H), or (H,), from the normalized stream or its first channels."""
+        weight = self.weight.to(n_BTD.dtype)
         if self.form == "head":
-            return y_BTHE * weight[:, None]
+            return weight
         logit_BTH = F.linear(n_BTD[..., : weight.size(1)], weight)
         if self.bias is not None:
             logit_BTH = logit_BTH + self.bias.to(weight.dtype)
         if self.form == "sparse":
             logit_BTH = logit_BTH * self.sharpness
         gate_BTH = torch.sigmoid(logit_BTH)
-        if self.form == "window":
-            gate_BTH = 2 * gate_BTH
-        return y_BTHE * gate_BTH[..., None]
+        return 2 * gate_BTH if self.form == "window" else gate_BTH
 
 
 def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
@@ -2719,8 +2839,6 @@ def exclusive_self_attention(y_BTHE: Tensor, v_BTKE: Tensor) -> Tensor:
     Source: arXiv:2603.09078. With grouped queries, all G heads of a group share that vector.
     """
     y_BTKGE, v_BTK1E = y_BTHE.view(*v_BTKE.shape[:3], -1, v_BTKE.size(3)), v_BTKE[:, :, :, None]
-    if is_compiled_for_gpu(y_BTHE):  # then |v|^2 comes from the pass over y and v
-        v_BTK1E = v_BTK1E.expand_as(y_BTKGE)
     if is_eager_on_gpu(y_BTHE):
         rest_BTKGE = Rejection.apply(y_BTKGE, v_BTK1E)  # type: ignore[no-untyped-call]
     else:
@@ -2753,6 +2871,37 @@ class Rejection(torch.autograd.Function):
         grad_y, _, grad_factor, _ = reject(grad, v, square)
         by_v = torch.addcmul(grad_factor * (along - rest), factor, grad, value=-1)
         return grad_y, by_v.sum(dim=-2, keepdim=True)
+
+
+class GatedRejection(torch.autograd.Function):
+    """XSA and gate of y (B, T, K, G, E), v (B, T, K, E) and gate (B, T, K, G), for compiled graphs.
+
+    The G heads that share a value are kept apart, so that Inductor computes all gradients, with
+    the sum of those by the value, in one pass that reads only y, v and the incoming gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(y, v, gate)
+        heads = zip(y.unbind(3), gate[..., None].unbind(3), strict=True)
+        return torch.stack([reject(y, v)[0] * gate for y, gate in heads], dim=3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradients by y, v and gate."""
+        y, v, gate = ctx.saved_tensors
+        square = v.square().sum(dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-24)
+        heads = zip(y.unbind(3), gate[..., None].unbind(3), grad.unbind(3), strict=True)
+        by_y, by_v, by_gate = [], [], []
+        for y, gate, grad in heads:
+            y, grad = y.float(), grad.float()
+            y_factor, grad_factor = [(x * v).sum(-1, keepdim=True) / square for x in (y, grad)]
+            by_gate.append((grad * y).sum(-1) - (y_factor * grad_factor * square)[..., 0])
+            grad, grad_factor = grad * gate, grad_factor * gate
+            by_y.append((grad - grad_factor * v).to(v.dtype))
+            part = 2 * y_factor * grad_factor * v - y_factor * grad - grad_factor * y
+            by_v.append(part.to(v.dtype))  # not float32, which Inductor would write out
+        return torch.stack(by_y, dim=3), sum(by_v), torch.stack(by_gate, dim=3).to(v.dtype)
 
 
 # Tokens before a position that its embedding depends on: SmearGate reads the previous token's
@@ -2840,50 +2989,56 @@ class CausalSelfAttention(nn.Module):
         self.head_dim, self.use_xsa, self.attend = E, layer in cfg.xsa_blocks, attention.attend
         self.adapter: nn.Module | None = None  # parallel to the whole module
 
-    def forward(
-        self,
-        n_BTD: Tensor,
-        inputs: BlockInputs,
-        scalars: BlockScalars,
-        scale_D: Tensor | None = None,
-    ) -> Tensor:
-        """Attention output (B, T, D), scaled, for the normalized stream n."""
-        q_BTD, k_BTC, v_BTC = self.project(n_BTD)
-        v_BTC = self.values(v_BTC, inputs, scalars)
-        heads = (-1, self.head_dim)
+    def forward(self, n_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
+        """Attention output (B, T, D) for the normalized stream n."""
+        q_BTD, k_BTC, v_BTC = self.c_q(n_BTD), self.c_k(n_BTD), self.c_v(n_BTD)
+        v_BTC, heads = self.values(v_BTC, inputs, scalars), (-1, self.head_dim)
         q_BTHE, k_BTKE, v_BTKE = [torch.unflatten(x, -1, heads) for x in (q_BTD, k_BTC, v_BTC)]
-        qk, sizes, all_v_BTKE = [q_BTHE, k_BTKE], [q_BTHE.size(2), k_BTKE.size(2)], v_BTKE
+        qk, sizes = [q_BTHE, k_BTKE], [q_BTHE.size(2), k_BTKE.size(2)]
         if is_eager_on_gpu(n_BTD):  # half as many launches
             qk = [torch.cat(qk, dim=2)]
-        qk, gain_H1 = [rms_norm(x) for x in qk], self.q_gain.to(n_BTD.dtype)[:, None]
-        if is_compiled_for_gpu(n_BTD):  # the gradient of the gain is summed by rows first
-            qk[0] = qk[0] * gain_H1.expand(*qk[0].shape[:2], -1, 1)
-        qk = [apply_rotary_emb(x, inputs.rotary_3TE) for x in qk]
+        qk = [apply_rotary_emb(rms_norm(x), inputs.rotary_3TE) for x in qk]
         q_BTHE, k_BTKE = qk if len(qk) == 2 else torch.split(qk[0], sizes, dim=2)
-        if not is_compiled_for_gpu(n_BTD):
-            q_BTHE = q_BTHE * gain_H1
-        if inputs.kv_cache is not None:
-            k_BTKE, all_v_BTKE = inputs.kv_cache.append(k_BTKE, v_BTKE)
-        y_BTHE = self.attend(q_BTHE, k_BTKE, all_v_BTKE, inputs.mask)
+        q_BTHE = q_BTHE * self.q_gain.to(n_BTD.dtype)[:, None]
+        y_BTHE = self.attend_cached(q_BTHE, k_BTKE, v_BTKE, inputs)
         if self.use_xsa:
             y_BTHE = exclusive_self_attention(y_BTHE, v_BTKE)
         if self.gate is not None:
-            y_BTHE = self.gate(y_BTHE, n_BTD)
-        y_BTD = self.proj(y_BTHE.flatten(2), scale_D)
+            y_BTHE = y_BTHE * self.gate(n_BTD)[..., None]
+        y_BTD = self.proj(y_BTHE.flatten(2))
         return y_BTD if self.adapter is None else self.adapter(n_BTD, y_BTD)
 
-    def project(self, n_BTD: Tensor) -> list[Tensor]:
-        """Queries (B, T, D), keys and values (B, T, K * E).
+    def fused_forward(
+        self, fused: FusedUpdate, inputs: BlockInputs, scalars: BlockScalars
+    ) -> Tensor:
+        """`forward` for a graph compiled for a GPU: fewer passes over memory; see FusedUpdate."""
+        qk_BTC, v_BTC = fused.products([self.c_q, self.c_k], [self.c_v])
+        v_BTC, heads = self.values(v_BTC, inputs, scalars), (-1, self.head_dim)
+        qk_BTHE, v_BTKE = [torch.unflatten(x, -1, heads) for x in (qk_BTC, v_BTC)]
+        H, by_group = len(self.q_gain), (*v_BTKE.shape[:3], -1)
+        gain_H1 = F.pad(self.q_gain.to(qk_BTC.dtype), (0, v_BTKE.size(2)), value=1.0)[:, None]
+        # The gradient of an expanded gain is summed by rows first.
+        qk_BTHE = rms_norm(qk_BTHE) * gain_H1.expand(*qk_BTHE.shape[:2], -1, 1)
+        qk_BTHE = apply_rotary_emb(qk_BTHE, inputs.rotary_3TE)
+        y_BTHE = self.attend_cached(qk_BTHE[:, :, :H], qk_BTHE[:, :, H:], v_BTKE, inputs)
+        gate = y_BTHE.new_ones(())
+        if self.gate is not None:
+            gate = self.gate(fused.columns(self.gate.weight.size(-1)))
+        if self.use_xsa:
+            gate_BTKG = gate.expand(y_BTHE.shape[:3]).reshape(by_group)
+            args = y_BTHE.view(*by_group, self.head_dim), v_BTKE, gate_BTKG
+            y_BTHE = GatedRejection.apply(*args)  # type: ignore[no-untyped-call]
+        elif self.gate is not None:
+            y_BTHE = y_BTHE * gate[..., None]
+        return F.linear(y_BTHE.flatten(2), fused.weight_of(self.proj, scale=fused.scale_D))
 
-        Compiled for a GPU, this is one product, which reads n once and not three times.
-        """
-        linears = (self.c_q, self.c_k, self.c_v)
-        if not is_compiled_for_gpu(n_BTD):
-            return [linear(n_BTD) for linear in linears]
-        assert all(linear.adapter is None for linear in linears), "adapters in a compiled graph"
-        weights = [linear.used_weight() for linear in linears]
-        qkv_BTC = F.linear(n_BTD, torch.cat(weights).to(n_BTD.dtype))
-        return list(torch.split(qkv_BTC, [len(weight) for weight in weights], dim=-1))
+    def attend_cached(
+        self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, inputs: BlockInputs
+    ) -> Tensor:
+        """Head outputs (B, T, H, E), over the cached keys and values as well if there are any."""
+        if inputs.kv_cache is not None:
+            k_BTKE, v_BTKE = inputs.kv_cache.append(k_BTKE, v_BTKE)
+        return self.attend(q_BTHE, k_BTKE, v_BTKE, inputs.mask)
 
     def values(self, v_BTC: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
         """Values (B, T, K * E) with the value residual and the shared value embedding added.
@@ -2912,11 +3067,15 @@ class MLP(nn.Module):
         self.slope = cfg.leaky_slope
         self.adapter: nn.Module | None = None  # parallel to the whole module
 
-    def forward(self, x_BTD: Tensor, scale_D: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         h_BTF = self.fc(x_BTD)
         h_BTF = F.leaky_relu(h_BTF, self.slope) if self.slope else F.relu(h_BTF)
-        y_BTD = self.proj(h_BTF.square(), scale_D)
+        y_BTD = self.proj(h_BTF.square())
         return y_BTD if self.adapter is None else self.adapter(x_BTD, y_BTD)
+
+    def fused_forward(self, fused: FusedUpdate) -> Tensor:
+        """`forward` for a graph compiled for a GPU; see FusedUpdate."""
+        return fused.mlp(self.fc, self.proj, self.slope)
 
 
 # The stream that attention reads, and the MLP's lane once the stream is split into two.
@@ -2962,10 +3121,10 @@ class Block(nn.Module):
         if side_BTD is not None and scalars.write is not None:
             return self.route(x_BTD, side_BTD, inputs, scalars)
         x_BTD = self.mix_x0(x_BTD, inputs)
-        after_BTD = x_BTD + self.attn_update(x_BTD, inputs, scalars)
+        after_BTD = self.update(self.attn, x_BTD, x_BTD, inputs, scalars)
         if side_BTD is not None:
-            return after_BTD, side_BTD + self.mlp_update(side_BTD)
-        x_BTD = after_BTD + self.mlp_update(x_BTD if self.shares_input else after_BTD)
+            return after_BTD, self.update(self.mlp, side_BTD, side_BTD)
+        x_BTD = self.update(self.mlp, x_BTD if self.shares_input else after_BTD, after_BTD)
         if scalars.x0 is not None:
             x_BTD = x_BTD + scalars.x0.to(x_BTD.dtype) * inputs.x0_BTD
         return x_BTD, None
@@ -2976,15 +3135,15 @@ class Block(nn.Module):
         """The two lanes after this block in the forms `lanes` and `routed`; see forward."""
         assert scalars.write is not None and scalars.carry is not None, "lanes without factors"
         write, carry = scalars.write.to(x_BTD.dtype), scalars.carry.to(x_BTD.dtype)
-        a_BTD = self.attn_update(self.mix_x0(x_BTD, inputs), inputs, scalars)
+        a_BTD = self.update(self.attn, self.mix_x0(x_BTD, inputs), None, inputs, scalars)
         if self.form == "lanes":
-            m_BTD = self.mlp_update(side_BTD)
+            m_BTD = self.update(self.mlp, side_BTD, None)
             x_BTD = carry[0] * x_BTD + write[0, 0] * a_BTD + write[1, 0] * m_BTD
             side_BTD = carry[1] * side_BTD + write[0, 1] * a_BTD + write[1, 1] * m_BTD
             return x_BTD, side_BTD
         x_BTD = carry[0] * x_BTD + write[0, 0] * a_BTD
         side_BTD = carry[0] * side_BTD + write[0, 1] * a_BTD
-        m_BTD = self.mlp_update(self.mix_x0(side_BTD, inputs))
+        m_BTD = self.update(self.mlp, self.mix_x0(side_BTD, inputs), None)
         return carry[1] * x_BTD + write[1, 0] * m_BTD, carry[1] * side_BTD + write[1, 1] * m_BTD
 
     def norm(self, x_BTD: Tensor) -> Tensor:
@@ -2996,15 +3155,16 @@ class Block(nn.Module):
         keep, inject = self.resid_mix.to(x_BTD.dtype)
         return keep * x_BTD + inject * inputs.x0_BTD
 
-    def attn_update(self, x_BTD: Tensor, inputs: BlockInputs, scalars: BlockScalars) -> Tensor:
+    def update(self, module: Any, x_BTD: Tensor, residual: Tensor | None, *inputs: Any) -> Tensor:
+        """The update of attention or the MLP for the stream x, added to the residual if any."""
+        scale_D = self.attn_scale if module is self.attn else self.mlp_scale
         if is_compiled_for_gpu(x_BTD):
-            return self.attn(self.norm(x_BTD), inputs, scalars, self.attn_scale)
-        return self.attn_scale.to(x_BTD.dtype) * self.attn(self.norm(x_BTD), inputs, scalars)
-
-    def mlp_update(self, x_BTD: Tensor) -> Tensor:
-        if is_compiled_for_gpu(x_BTD):
-            return self.mlp(self.norm(x_BTD), self.mlp_scale)
-        return self.mlp_scale.to(x_BTD.dtype) * self.mlp(self.norm(x_BTD))
+            assert module.adapter is None, "adapters in a compiled graph"
+            fused = FusedUpdate(x_BTD, self.norm_scale, scale_D)
+            y_BTD: Tensor = module.fused_forward(fused, *inputs)
+        else:
+            y_BTD = scale_D.to(x_BTD.dtype) * module(self.norm(x_BTD), *inputs)
+        return y_BTD if residual is None else residual + y_BTD
 
 
 def run_block(block: nn.Module, *args: Any) -> Lanes:
@@ -3132,7 +3292,7 @@ def softcapped_cross_entropy(
 # 256 MiB, because small products do not fill it. The training loss passes over its logits several
 # times: on a CPU they stay in the caches.
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
-MAX_LOSS_LOGITS = MAX_LOGITS | {"cpu": 2**20}
+MAX_LOSS_LOGITS = {"cpu": 2**20, "cuda": 2**27}
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -3205,6 +3365,7 @@ AdaptedModule = CastedLinear | Embedding | CausalSelfAttention | MLP  # modules 
 # library's, and takes the faster. It would print a table for each.
 AUTOTUNE_OPTIONS: dict[str, Any] = {
     "max_autotune_gemm": True,
+    "epilogue_fusion_first": True,
     "max_autotune_report_choices_stats": False,
     "autotune_num_choices_displayed": 0,
 }
@@ -4024,18 +4185,18 @@ class Muon:
         return stack_LOI.chunk(self.run.world_size)[self.run.rank]
 
     def start_reduce(self) -> None:
-        """Start to average the gradients over the ranks; each rank receives its shard."""
+        """Start to sum the gradients over the ranks; each rank receives its shard."""
         for stack, buffer in zip(self.stacks, self.buffers, strict=False):
-            grad_LOI, work = torch.stack([grad_or_zeros(param) for param in stack]), None
+            padding = [torch.zeros_like(stack[0])] * (len(buffer) - len(stack))
+            grad_LOI = torch.stack([*map(grad_or_zeros, stack), *padding])
+            work = None
             if self.run.world_size > 1:
-                pad_stack = (0, 0, 0, 0, 0, len(buffer) - len(stack))
-                padded_LOI = F.pad(grad_LOI, pad_stack).div_(self.run.world_size)
-                grad_LOI = torch.empty_like(self.local_shard(padded_LOI))
-                work = start_reduce_scatter(grad_LOI, padded_LOI)
+                all_LOI, grad_LOI = grad_LOI, torch.empty_like(self.local_shard(grad_LOI))
+                work = start_reduce_scatter(grad_LOI, all_LOI)
             self.pending.append((grad_LOI, work))
 
     def reduced_gradients(self) -> list[Tensor]:
-        """The averaged gradients of this rank's shards; waits until they are there."""
+        """The gradients of this rank's shards; waits until they are there."""
         self.pending = [(wait_for(*pair), None) for pair in self.pending]
         return [grad_LOI for grad_LOI, _ in self.pending]
 
@@ -4634,9 +4795,10 @@ class Trainer:
         self.current_stage = stage
 
     def accumulate_gradients(self, window_BT: Tensor, max_tokens: int = 0) -> Tensor:
-        """Add the gradient of the mean loss over this rank's windows (rows, T + 1); returns it.
+        """Add this rank's part of the gradient of the mean loss; returns its part of that loss.
 
-        A forward pass has MICRO_BATCH_TOKENS at most, or `max_tokens`.
+        The mean is over the windows (rows, T + 1) of all ranks. A forward pass has
+        MICRO_BATCH_TOKENS at most, or `max_tokens`.
         """
         rows, T = len(window_BT), window_BT.size(1) - 1
         num_micro = num_micro_batches(rows, T, max_tokens or self.run.cfg.micro_batch_tokens)
@@ -4648,7 +4810,8 @@ class Trainer:
                 torch._dynamo.maybe_mark_dynamic(mask, 0)  # one graph for all lengths
             rows_BT = self.run.to_device(rows_BT)
             ids_BT, target_BT, forward = rows_BT[:, :-1], rows_BT[:, 1:], self.model.train_forward
-            loss = self.model.loss(ids_BT, target_BT, mask=mask, forward=forward) / num_micro
+            loss = self.model.loss(ids_BT, target_BT, mask=mask, forward=forward)
+            loss = loss / (num_micro * self.run.world_size)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -4672,9 +4835,8 @@ class Trainer:
         cfg, scale = self.run.cfg, self.lr_scale()
         loss = self.accumulate_gradients(window_BT)
         self.muon.start_reduce()
-        if self.run.world_size > 1:  # average the loss and the gradients that AdamW uses
-            flat = all_reduce_gradients(self.run, loss, self.adam_params)
-            loss = flat.div_(self.run.world_size)[-1]
+        if self.run.world_size > 1:  # sum the loss and the gradients that AdamW uses
+            loss = all_reduce_gradients(self.run, loss, self.adam_params)[-1]
         if cfg.grad_clip_norm:
             self.clip_gradients()
         for group in self.adam.param_groups:

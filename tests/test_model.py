@@ -410,6 +410,9 @@ def test_xsa_with_a_value_of_zero_changes_nothing():
         {"value_residual": "vrl", "ve_layers": "1,2", "ve_dim": 8, "leaky_slope": 0.5},
         {"xsa_last_n": 2, "attn_gate": "window", "gate_window": 4, "num_kv_heads": 2},
         {"parallel_residual": "lanes", "parallel_start_layer": 1, "num_kv_heads": 4},
+        {"parallel_residual": "routed", "parallel_start_layer": 1, "attn_gate": "sparse"},
+        {"parallel_residual": "merge", "parallel_start_layer": 1, "attn_gate": "input"},
+        {"parallel_residual": "stream", "parallel_start_layer": 1, "xsa_last_n": 3},
     ],
 )
 @pytest.mark.parametrize("bits", [0, 6])

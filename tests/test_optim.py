@@ -433,14 +433,14 @@ def test_the_ranks_together_orthogonalise_every_matrix_once(
     monkeypatch.setattr(train_gpt, "orthogonalize", noted)
     ranks = Ranks([make_run() for _ in range(world_size)], monkeypatch)
     muons, params = zip(*map(make_muon, ranks.runs), strict=True)
-    ranks.each(lambda rank: train(muons[rank], params[rank], gradients[:, rank]))
+    ranks.each(lambda rank: train(muons[rank], params[rank], gradients[:, rank] / world_size))
     share = math.ceil(5 / world_size)
     wanted = [(share, 6, 8), (1, 10, 4)] * 3 * world_size
     assert sorted(orthogonalized) == sorted(wanted)  # as few as can be, and as many on each rank
     for own in params:
         assert all(torch.equal(a, b) for a, b in zip(own, params[0], strict=True))
         for p, q in zip(own, expected, strict=True):
-            # The mean of the gradients in another order; the iteration amplifies its rounding.
+            # The sum of the gradients in another order; the iteration amplifies its rounding.
             torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
     ranks.each(lambda rank: muons[rank].gather_buffers())
     for muon in muons:
@@ -452,7 +452,7 @@ def test_the_ranks_together_orthogonalise_every_matrix_once(
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("bound", [0.1, 1e6])
-def test_the_clip_bounds_the_norm_of_the_gradient_averaged_over_all_ranks(
+def test_the_clip_bounds_the_norm_of_the_gradient_of_all_ranks(
     bound: float, world_size: int, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):
     runs = [make_run(grad_clip_norm=bound, beta1=0.5) for _ in range(world_size)]
@@ -460,11 +460,11 @@ def test_the_clip_bounds_the_norm_of_the_gradient_averaged_over_all_ranks(
     trainers = [Trainer(run, random_model(run.cfg)) for run in runs]
     noted = [give_gradients(trainer, monkeypatch) for trainer in trainers]
     losses = ranks.each(lambda rank: trainers[rank].step(torch.empty(8, 33)))
-    mean = {
-        name: torch.stack([gradients[0][name] for gradients in noted]).double().mean(dim=0)
+    total = {
+        name: torch.stack([gradients[0][name] for gradients in noted]).double().sum(dim=0)
         for name in noted[0][0]
     }
-    norm = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in total.values()))
     assert norm > 1
     checked: set[str] = set()
     for trainer, loss in zip(trainers, losses, strict=True):
@@ -472,10 +472,10 @@ def test_the_clip_bounds_the_norm_of_the_gradient_averaged_over_all_ranks(
         seen = first_gradients(trainer)
         for name, p in trainer.model.named_parameters():
             if p in seen:
-                expected = (mean[name] * min(1, bound / norm)).float()
+                expected = (total[name] * min(1, bound / norm)).float()
                 torch.testing.assert_close(seen[p], expected, msg=name)
                 checked.add(name)
-    assert checked == mean.keys()  # each matrix on the rank that keeps its momentum
+    assert checked == total.keys()  # each matrix on the rank that keeps its momentum
     for trainer in trainers[1:]:
         for p, q in zip(trainer.params, trainers[0].params, strict=True):
             assert torch.equal(p, q)

@@ -968,7 +968,7 @@ def test_parallel_muon_is_muon_on_the_averaged_gradients(
         muon = Muon(params, as_rank_of(make_run(**knobs), rank, world_size))
         for step in range(3):
             for param, grad in zip(params, brought[step][rank], strict=True):
-                param.grad = grad.clone()
+                param.grad = grad / world_size
             muon.start_reduce()
             muon.step(0.1, 0.9, 0.1)
             muon.gather_buffers()  # as for a checkpoint: training goes on from it

@@ -264,11 +264,38 @@ def test_every_block_is_one_graph(module: str):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def compiles(_: Tensor) -> bool:
+    return torch.compiler.is_compiling()
+
+
+def test_the_graph_for_a_gpu_has_the_gradients_of_the_model(monkeypatch: pytest.MonkeyPatch):
+    cfg = tiny_config(
+        num_layers=4, xsa_last_n=2, attn_gate="sparse", ln_scale=True, num_loops=1, loop_start=1,
+        loop_end=2, parallel_residual="lanes", parallel_start_layer=2, leaky_slope=0.5,
+    )  # fmt: skip
+    model, gradients = random_model(cfg), []
+    torch._dynamo.reset()
+    whole = torch.compile(GPT.forward, backend="aot_eager", dynamic=False, fullgraph=True)
+    ids_BT = torch.randint(2, cfg.vocab_size, (2, 16))
+    for forward in (None, functools.partial(whole, model)):
+        model.zero_grad(set_to_none=True)
+        model.loss(ids_BT, ids_BT.roll(-1, 1), forward=forward).backward()
+        named = model.named_parameters()
+        gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        monkeypatch.setattr(train_gpt, "is_compiled_for_gpu", compiles)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "form",
     ["lanes", *(pytest.param(f, marks=slow) for f in ("none", "stream", "merge", "routed"))],
 )
-def test_the_forward_pass_of_training_is_one_graph_for_all_numbers_of_documents(form: str):
+@pytest.mark.parametrize("for_gpu", [False, True])
+def test_the_forward_pass_of_training_is_one_graph_for_all_numbers_of_documents(
+    form: str, monkeypatch: pytest.MonkeyPatch, *, for_gpu: bool
+):
+    if for_gpu:
+        monkeypatch.setattr(train_gpt, "is_compiled_for_gpu", compiles)
     cfg = tiny_config(
         num_layers=4, isolate_documents=True, xsa_last_n=1, model_dim=64, attn_gate="head",
         num_loops=1, loop_start=1, loop_end=2, parallel_residual=form, parallel_start_layer=2,

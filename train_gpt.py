@@ -2425,10 +2425,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rms_factor(x: Tensor) -> Tensor:
-    """The factor of rms_norm, float32 (..., 1)."""
+def rms_factors(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The factor of rms_norm, float32 (..., 1), and the same times `scale`."""
     mean_square = x.float().square().mean(dim=-1, keepdim=True)
-    return torch.rsqrt(mean_square + torch.finfo(torch.float32).eps)
+    factor = torch.rsqrt(mean_square + torch.finfo(torch.float32).eps)
+    return factor, factor if scale is None else factor * scale
 
 
 def norm_gradient(grad: Tensor, x: Tensor, factor: Tensor) -> Tensor:
@@ -2444,13 +2445,18 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return (x * rms_factor(x)).to(x.dtype)
+        return (x * rms_factors(x)[0]).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        factor = rms_factor(x)
+        factor, _ = rms_factors(x)
         return (factor * norm_gradient(grad, x, factor)).to(x.dtype)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient (O, I) by W of y = W x, from that by y (..., O) and x (..., I)."""
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 class NormProduct(torch.autograd.Function):
@@ -2463,8 +2469,7 @@ class NormProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
         """W (scale * rms_norm(x)) for each W (O, I) and x (..., I)."""
-        factor, weight_OI = rms_factor(x), torch.cat(weights)
-        scaled = factor if scale is None else factor * scale
+        (factor, scaled), weight_OI = rms_factors(x, scale), torch.cat(weights)
         ctx.save_for_backward(x, weight_OI, factor, scaled)
         y = (F.linear(x, weight_OI) * scaled).to(x.dtype)
         return torch.split(y, [len(weight) for weight in weights], dim=-1)
@@ -2475,8 +2480,8 @@ class NormProduct(torch.autograd.Function):
         # Scaled before they are joined: otherwise Inductor writes them twice.
         grad = torch.cat([(grad * scaled).to(x.dtype) for grad in grads], dim=-1)
         by_x = norm_gradient(grad @ weight_OI, x, factor)
-        by_weight_OI = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        return by_x, None, *torch.split(by_weight_OI, [grad.size(-1) for grad in grads])
+        sizes = [grad.size(-1) for grad in grads]
+        return by_x, None, *torch.split(weight_gradient(grad, x), sizes)
 
 
 class NormMLP(torch.autograd.Function):
@@ -2492,8 +2497,7 @@ class NormMLP(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor | None, slope: float, *weights: Tensor
     ) -> Tensor:
         """The MLP's output (..., D) for x (..., D) and the matrices W1 (F, D) and W2 (D, F)."""
-        (w1_FD, w2_DF), ctx.slope, factor = weights, slope, rms_factor(x)
-        scaled = factor if scale is None else factor * scale
+        (w1_FD, w2_DF), ctx.slope, (factor, scaled) = weights, slope, rms_factors(x, scale)
         h = (F.linear(x, w1_FD) * scaled).to(x.dtype)
         y = F.linear(F.leaky_relu(h, slope).square(), w2_DF)
         ctx.save_for_backward(x, w1_FD, w2_DF, factor, scaled, h, y)
@@ -2507,10 +2511,8 @@ class NormMLP(torch.autograd.Function):
         by_h = (grad @ w2_DF) * 2 * F.leaky_relu(h, ctx.slope**2)
         by_h = (by_h * scaled).to(x.dtype)
         by_x = (by_h @ w1_FD - mean * factor.square() * x).to(x.dtype)
-        by_w1_FD = by_h.flatten(0, -2).T @ x.flatten(0, -2)
         active = F.leaky_relu(h, ctx.slope).square()
-        by_w2_DF = grad.flatten(0, -2).T @ active.flatten(0, -2)
-        return by_x, None, None, by_w1_FD, by_w2_DF
+        return by_x, None, None, weight_gradient(by_h, x), weight_gradient(grad, active)
 
 
 def rotary_table(cfg: Config, num_positions: int, span: Span | None = None) -> Tensor:
@@ -2640,8 +2642,8 @@ class FusedUpdate(NamedTuple):
 
     def columns(self, count: int) -> Tensor:
         """The first channels of the norm of x."""
-        n_BTI = self.x_BTD[..., :count] * rms_factor(self.x_BTD)
-        return (n_BTI if self.norm_scale is None else n_BTI * self.norm_scale).to(self.x_BTD.dtype)
+        _, factor_BT1 = rms_factors(self.x_BTD, self.norm_scale)
+        return (self.x_BTD[..., :count] * factor_BT1).to(self.x_BTD.dtype)
 
     def mlp(self, fc: CastedLinear, proj: CastedLinear, slope: float) -> Tensor:
         """The update of an MLP."""
@@ -6689,7 +6691,8 @@ def pack_source(source: str) -> bytes:
 
     Only the standard library is used, so that the counted size depends on no installed package.
     """
-    source = shorten_globals(shorten_locals(minify(PACKING_CODE.sub("", source))))
+    source = shorten_locals(minify(PACKING_CODE.sub("", source)))
+    source = shorten_globals(shorten_shaped_names(source))
     packed = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER])
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
@@ -6892,9 +6895,39 @@ def shorten_globals(source: str) -> str:
     return replace_names(source, give_names(is_free, (x for x in pairs if x not in taken)))
 
 
+SHAPED_NAME = re.compile(r"[a-z]\w*_\d*[A-Z][A-Z0-9]*")
+
+
+def shorten_shaped_names(source: str) -> str:
+    """The source with names of two letters for those that end with a shape, as x_BTD.
+
+    Attributes and arguments of libraries have no such names. A name that a string contains stays.
+    """
+    nodes, kinds = list(ast.walk(ast.parse(source))), ast.Name | ast.arg | ast.keyword
+    kinds = kinds | ast.Attribute | ast.FunctionDef
+    texts = [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+    in_f_strings = [x for node in nodes if isinstance(node, ast.JoinedStr) for x in ast.walk(node)]
+    kept = {word for text in texts for word in re.findall(r"\w+", text)}
+    kept |= {name_of(x) for x in in_f_strings if isinstance(x, kinds)}
+    kept |= bound_names(x for x in nodes if not isinstance(x, kinds))
+    named = [x for x in nodes if isinstance(x, kinds)]
+    shaped = [x for x in named if SHAPED_NAME.fullmatch(name_of(x)) and name_of(x) not in kept]
+    words, pairs = {*re.findall(r"\w+", source)}, itertools.product(string.ascii_letters, repeat=2)
+    names = (name for name in map("".join, pairs) if name not in words | {*keyword.kwlist})
+    return replace_names(source, give_names(shaped, names))
+
+
 def name_of(node: Any) -> str:
-    """The name of a variable, an argument, a function or a class."""
-    return str(next(getattr(node, x) for x in ("id", "arg", "name") if hasattr(node, x)))
+    """The name of a variable, an argument, an attribute, a function or a class."""
+    return str(next(getattr(node, x) for x in ("id", "arg", "attr", "name") if hasattr(node, x)))
+
+
+def name_position(node: Any) -> tuple[int, int]:
+    """Row and column where the name of a node starts; that of an attribute ends the node."""
+    if isinstance(node, ast.Attribute):
+        return node.end_lineno or 0, (node.end_col_offset or 0) - len(node.attr)
+    before = {ast.FunctionDef: len("def "), ast.ClassDef: len("class ")}.get(type(node), 0)
+    return node.lineno, node.col_offset + before
 
 
 def mentioned_names(nodes: Iterable[ast.AST], kinds: Any) -> set[str]:
@@ -6905,7 +6938,7 @@ def mentioned_names(nodes: Iterable[ast.AST], kinds: Any) -> set[str]:
 
 def give_names(nodes: Iterable[Any], names: Iterator[str]) -> list[tuple[Any, str]]:
     """Nodes in the order of the source, each with a new name; equal old names, equal new names."""
-    ordered, new = sorted(nodes, key=lambda node: (node.lineno, node.col_offset)), dict[str, str]()
+    ordered, new = sorted(nodes, key=name_position), dict[str, str]()
     for node in ordered:
         if name_of(node) not in new:
             new[name_of(node)] = next(names)
@@ -6916,8 +6949,7 @@ def replace_names(source: str, renamed: Iterable[tuple[Any, str]]) -> str:
     """The source with the new names of `renamed`."""
     offset, output, end = character_offsets(source), list[str](), 0
     for node, name in renamed:
-        start = offset(node.lineno, node.col_offset)
-        start += {ast.FunctionDef: len("def "), ast.ClassDef: len("class ")}.get(type(node), 0)
+        start = offset(*name_position(node))
         output += [source[end:start], name]
         end = start + len(name_of(node))
     return "".join(output) + source[end:]

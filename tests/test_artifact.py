@@ -1143,6 +1143,31 @@ def test_short_names_of_global_variables_change_nothing_else():
     assert changed.isdisjoint(train_gpt.__all__)
 
 
+SHAPED = """
+class C(NamedTuple):
+    x_BTD: int
+    keep_BT: int
+    @property
+    def w_VD(self): return self.w_VD
+    def g(self, y_BT=1): return self.x_BTD.abs().z_2TE[y_BT].T + (self
+        .x_BTD)
+C(x_BTD=1, keep_BT=2).g(y_BT=3)
+import numpy as np_N; np_N.w_VD
+"named_BT\\nx_AB", getattr(x, "named_BT"), x.named_BT
+f"{c.keep_BT} {shown_N:>{width_N}}", c.keep_BT, width_N, c.LIMIT_BT, c.cu_seqlens, aa
+"""
+
+
+def test_short_names_of_what_ends_with_a_shape_change_nothing_else():
+    shortened = train_gpt.shorten_shaped_names(SHAPED)
+    names = {"x_BTD": "ab", "w_VD": "ac", "y_BT": "ad", "z_2TE": "ae"}
+    expected = SHAPED
+    for name, short in names.items():
+        expected = expected.replace(name, short)
+    assert shortened == expected
+    assert train_gpt.shorten_shaped_names(shortened) == shortened
+
+
 @pytest.mark.parametrize(
     "name",
     [n if n != "the script" else pytest.param(n, marks=pytest.mark.slow) for n in ODD_SOURCES],

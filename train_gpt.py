@@ -519,8 +519,10 @@ class Config:
         -1.0, "learning rate of the LoRA (AdamW); -1 = chosen by the first documents", low=-1
     )
     ttt_num_lrs: int = knob(
-        1, "learning rates tried side by side by each document; their probabilities are mixed",
-        low=1, high=8,
+        0,
+        "learning rates tried side by side by each document; their probabilities are mixed; "
+        "0 = 3 if the first documents choose them, else 1",
+        low=0, high=8,
     )  # fmt: skip
     ttt_lora_wd: float = knob(0.0, "weight decay of the LoRA", low=0)
     ttt_beta1: float = knob(0.0, "beta1 of the LoRA's AdamW", low=0, high=0.9999)
@@ -652,7 +654,12 @@ class Config:
     def lora_lrs(self) -> Sequence[float]:
         """The learning rates of LoRA where they are not chosen: the first one, its third, ..."""
         first_lr = LORA_LRS[0] if self.ttt_lora_lr < 0 else self.ttt_lora_lr
-        return [first_lr / 3**i for i in range(self.ttt_num_lrs)]
+        return [first_lr / 3**i for i in range(self.num_lrs)]
+
+    @property
+    def num_lrs(self) -> int:
+        """How many learning rates of LoRA a document has; see TTT_NUM_LRS."""
+        return self.ttt_num_lrs or (3 if self.chooses_lrs else 1)
 
     @property
     def mixes_afterwards(self) -> bool:
@@ -921,7 +928,7 @@ def method_rules(cfg: Config) -> list[Rule]:
             f"TTT_POLYAK={cfg.ttt_polyak:g}: TTT_METHOD=lora averages no weights; set it to 0",
         ),
         (
-            cfg.ttt_num_lrs == 1 or cfg.ttt_method != "lora" or not cfg.knows_one_lr,
+            cfg.ttt_num_lrs <= 1 or cfg.ttt_method != "lora" or not cfg.knows_one_lr,
             f"TTT_NUM_LRS={cfg.ttt_num_lrs} must be 1 with TTT_WARM_START_A, NGRAM_TILT, "
             "ADAPTIVE_TEMPERATURE or MIXER=hedge_entropy",
         ),
@@ -7168,7 +7175,7 @@ class EvalPlanner:
             num_pilots = bisect.bisect_left(bounds[:-1], PILOT_TARGETS)
             group_ends.add(num_pilots)
         for first, last in itertools.pairwise(sorted(group_ends)):
-            lrs = len(LORA_LRS) if last <= num_pilots else self.cfg.ttt_num_lrs
+            lrs = len(LORA_LRS) if last <= num_pilots else self.cfg.num_lrs
             by_rank = self.batches_by_rank(documents[first:last], lrs)
             rank_steps = [
                 step._replace(num_lrs=lrs)
@@ -7181,8 +7188,8 @@ class EvalPlanner:
             )
             steps += rank_steps + [EvalStep("score")] * (max_steps - len(rank_steps))
             if last == num_pilots:
-                num_lrs = self.cfg.ttt_num_lrs
-                steps.append(EvalStep("choose_lrs", text=(0, bounds[last]), num_lrs=num_lrs))
+                text = 0, bounds[last]
+                steps.append(EvalStep("choose_lrs", text=text, num_lrs=self.cfg.num_lrs))
             if mixes_at_once and last < len(documents):
                 steps.append(EvalStep("update_ngrams", text=(bounds[first], bounds[last])))
             if last in phase_ends:
@@ -8002,9 +8009,9 @@ def plan_pass(
             cost = measure_step_cost(run, model, steps, adaptive=adaptive)
         budget = EvalBudget(run, steps, limit.check(run, -math.inf), cost)
         all_s = PLANNING_FACTOR * max_over_ranks(run, budget.to_score[0] + budget.to_train)
-        if name == "ttt_chunk_size" and all_s > budget.limit_s and cfg.ttt_num_lrs > 1:
+        if name == "ttt_chunk_size" and all_s > budget.limit_s and cfg.num_lrs > 1:
             cfg = dataclasses.replace(cfg, ttt_num_lrs=1)
-            notes["ttt_num_lrs"] = f"{run.cfg.ttt_num_lrs} -> 1"
+            notes["ttt_num_lrs"] = f"{run.cfg.num_lrs} -> 1"
             continue
         if adaptive and all_s > budget.limit_s and cfg.chooses_lrs:
             cfg = dataclasses.replace(cfg, ttt_lora_lr=LORA_LRS[0])

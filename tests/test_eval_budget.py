@@ -177,7 +177,7 @@ def test_a_pass_that_fits_only_in_longer_chunks_is_marked(make_run: MakeRun, dat
 def test_the_learning_rate_is_chosen_only_if_there_is_time(make_run: MakeRun, data, monkeypatch):
     for limit_s, is_chosen in ((100.0, True), (1.2, False)):
         with monkeypatch.context() as patch:
-            run = make_run(**METHODS["lora_choice"], eval_max_seconds=limit_s)
+            run = make_run(**METHODS["lora_choice"], ttt_num_lrs=1, eval_max_seconds=limit_s)
             outcome = simulate(run, patch, long_text(data), SPEEDS["constant"])
         score = outcome.last("final_ttt")
         assert score.get("adjusted") == (None if is_chosen else "ttt_lora_lr -1 -> 0.003")
@@ -196,7 +196,7 @@ def test_learning_rates_are_mixed_only_if_there_is_time(
     make_run: MakeRun, data, monkeypatch, limit_s: float, adjusted: str | None
 ):
     monkeypatch.setattr(train_gpt, "PILOT_TARGETS", 100)
-    run = make_run(**METHODS["lora_choice"], ttt_num_lrs=3, eval_max_seconds=limit_s)
+    run = make_run(**METHODS["lora_choice"], eval_max_seconds=limit_s)
     outcome = simulate(run, monkeypatch, long_text(data), SPEEDS["constant"])
     assert outcome.last("final_ttt").get("adjusted") == adjusted
     if limit_s == 100.0:

@@ -527,6 +527,13 @@ def test_a_learning_rate_that_diverges_is_not_chosen(make_run: MakeRun, data, mo
     assert diverged > 2 * max(others) and event["chosen"] == "0.02,0"
 
 
+def test_three_rates_are_mixed_where_they_are_chosen_and_otherwise_one():
+    chosen = tiny_config(**METHODS["lora_choice"])
+    assert chosen.num_lrs == 3 and len(chosen.lora_lrs) == 3
+    for knobs in ({"ttt_lora_lr": 1e-4}, {"ttt_warm_start_a": True}, {"ttt_num_lrs": 1}):
+        assert tiny_config(**{**METHODS["lora_choice"], **knobs}).num_lrs == 1
+
+
 @pytest.mark.parametrize(
     "knobs", [{"mixer": "backoff", "ngram_tilt": 1.0}, {"ttt_warm_start_a": True}]
 )

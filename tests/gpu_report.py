@@ -235,9 +235,12 @@ def columns_of(dep: Any, width: int) -> set[int]:
     everything = {*range(width)}
     if not isinstance(dep, MemoryDep):
         return everything
-    steps = {x: dep.index.coeff(x) for x in dep.ranges}
+    index = dep.index
+    while index.has(Identity):  # they can be nested
+        index = index.replace(Identity, lambda x: x)
+    steps = {x: index.coeff(x) for x in dep.ranges}
     rows = [x for x, step in steps.items() if step.is_Integer and step and step % width == 0]
-    index = dep.index.subs(dict.fromkeys(rows, 0)).replace(Identity, lambda x: x)
+    index = index.subs(dict.fromkeys(rows, 0))
     others = {x: int(dep.ranges[x]) for x in dep.ranges if x in index.free_symbols}
     is_known = index.free_symbols <= others.keys() and math.prod(others.values())
     if not is_known or is_known > MAX_COLUMN_TERMS:

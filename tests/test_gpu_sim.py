@@ -174,6 +174,7 @@ print([
     columns(64 * t + 8 * h + e + 16),
     columns(64 * t + 8 * FloorDiv(h, 2) + e + 16),
     columns(64 * t + 8 * h + Identity(e - 2) + 18),
+    columns(64 * Identity(Identity(t)) + 8 * Identity(Identity(h)) + e + 16),
     columns(64 * t + e, (6, 1, 3)),
     columns(e, (6, 4, 8)),
 ])
@@ -185,7 +186,7 @@ print([
 def test_only_the_columns_that_a_kernel_reads_are_counted():
     command = [sys.executable, "-c", COLUMNS]
     found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert found.strip() == "[(16, 48), (16, 32), (16, 48), (0, 3), (0, 8)]"
+    assert found.strip() == "[(16, 48), (16, 32), (16, 48), (16, 48), (0, 3), (0, 8)]"
 
 
 @pytest.mark.parametrize("fails", [False, True])

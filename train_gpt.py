@@ -2432,15 +2432,14 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rms_factors(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The factor of rms_norm, float32 (..., 1), and the same times `scale`."""
+def rms_factor(x: Tensor) -> Tensor:
+    """The factor of rms_norm, float32 (..., 1)."""
     mean_square = x.float().square().mean(dim=-1, keepdim=True)
-    factor = torch.rsqrt(mean_square + torch.finfo(torch.float32).eps)
-    return factor, factor if scale is None else factor * scale
+    return torch.rsqrt(mean_square + torch.finfo(torch.float32).eps)
 
 
 def norm_gradient(grad: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """The gradient by x of rms_norm(x), from the one for a constant factor."""
+    """The gradient by x of rms_norm(x), where `grad` is that by x if the factor is a constant."""
     # Products in the dtype of x: Inductor would write out a gradient in float32.
     along = (grad * x).sum(dim=-1, keepdim=True, dtype=torch.float32) / x.size(-1)
     return (grad - along * factor.square() * x).to(x.dtype)
@@ -2452,12 +2451,12 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return (x * rms_factors(x)[0]).to(x.dtype)
+        return (x * rms_factor(x)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        factor, _ = rms_factors(x)
+        factor = rms_factor(x)  # norm_gradient is linear in the gradient
         return (factor * norm_gradient(grad, x, factor)).to(x.dtype)
 
 
@@ -2467,32 +2466,33 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class NormProduct(torch.autograd.Function):
-    """Products of scale * rms_norm(x) with matrices, for a compiled graph.
+    """Products of rms_norm(x) with two matrices, for a compiled graph.
 
     The norm's factor multiplies the products, so that neither the normalized x nor a gradient by it
-    is written to memory.
+    is written to memory. (The parameters have names: without gradients Dynamo mistakes a variable
+    number of them.)
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        """W (scale * rms_norm(x)) for each W (O, I) and x (..., I)."""
-        (factor, scaled), weight_OI = rms_factors(x, scale), torch.cat(weights)
-        ctx.save_for_backward(x, weight_OI, factor, scaled)
-        y = (F.linear(x, weight_OI) * scaled).to(x.dtype)
-        return torch.split(y, [len(weight) for weight in weights], dim=-1)
+    def forward(ctx: Any, x: Tensor, w1_OI: Tensor, w2_OI: Tensor) -> tuple[Tensor, ...]:
+        """W rms_norm(x) for both W (O, I) and x (..., I)."""
+        factor, weight_OI = rms_factor(x), torch.cat([w1_OI, w2_OI])
+        ctx.save_for_backward(x, weight_OI, factor)
+        y = (F.linear(x, weight_OI) * factor).to(x.dtype)
+        return torch.split(y, [len(w1_OI), len(w2_OI)], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight_OI, factor, scaled = ctx.saved_tensors
+        x, weight_OI, factor = ctx.saved_tensors
         # Scaled before they are joined: otherwise Inductor writes them twice.
-        grad = torch.cat([(grad * scaled).to(x.dtype) for grad in grads], dim=-1)
+        grad = torch.cat([(grad * factor).to(x.dtype) for grad in grads], dim=-1)
         by_x = norm_gradient(grad @ weight_OI, x, factor)
         sizes = [grad.size(-1) for grad in grads]
-        return by_x, None, *torch.split(weight_gradient(grad, x), sizes)
+        return by_x, *torch.split(weight_gradient(grad, x), sizes)
 
 
 class NormMLP(torch.autograd.Function):
-    """W2 leaky_relu(W1 scale * rms_norm(x), slope)^2, for a compiled graph; see NormProduct.
+    """W2 leaky_relu(W1 rms_norm(x), slope)^2, for a compiled graph; see NormProduct.
 
     The norm's gradient needs the mean of u x, with u as in norm_gradient. As the activation has
     degree 2, that is twice the mean of the output times its gradient. Known before u, it lets u be
@@ -2500,26 +2500,24 @@ class NormMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor | None, slope: float, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slope: float, w1_FD: Tensor, w2_DF: Tensor) -> Tensor:
         """The MLP's output (..., D) for x (..., D) and the matrices W1 (F, D) and W2 (D, F)."""
-        (w1_FD, w2_DF), ctx.slope, (factor, scaled) = weights, slope, rms_factors(x, scale)
-        h = (F.linear(x, w1_FD) * scaled).to(x.dtype)
+        ctx.slope, factor = slope, rms_factor(x)
+        h = (F.linear(x, w1_FD) * factor).to(x.dtype)
         y = F.linear(F.leaky_relu(h, slope).square(), w2_DF)
-        ctx.save_for_backward(x, w1_FD, w2_DF, factor, scaled, h, y)
+        ctx.save_for_backward(x, w1_FD, w2_DF, factor, h, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The gradients by x and the matrices."""
-        x, w1_FD, w2_DF, factor, scaled, h, y = ctx.saved_tensors
+        x, w1_FD, w2_DF, factor, h, y = ctx.saved_tensors
         mean = 2 * (grad * y).sum(dim=-1, keepdim=True, dtype=torch.float32) / x.size(-1)
         by_h = (grad @ w2_DF) * 2 * F.leaky_relu(h, ctx.slope**2)
-        by_h = (by_h * scaled).to(x.dtype)
+        by_h = (by_h * factor).to(x.dtype)
         by_x = (by_h @ w1_FD - mean * factor.square() * x).to(x.dtype)
         active = F.leaky_relu(h, ctx.slope).square()
-        return by_x, None, None, weight_gradient(by_h, x), weight_gradient(grad, active)
+        return by_x, None, weight_gradient(by_h, x), weight_gradient(grad, active)
 
 
 def rotary_table(cfg: Config, num_positions: int, span: Span | None = None) -> Tensor:
@@ -2636,27 +2634,28 @@ class FusedUpdate(NamedTuple):
     norm_scale: Tensor | None
     scale_D: Tensor
 
-    def weight_of(self, *linears: CastedLinear, scale: Tensor | None = None) -> Tensor:
-        """The weights of layers below each other, each row scaled, in the dtype of x."""
-        assert all(linear.adapter is None for linear in linears), "adapters in a compiled graph"
-        weight_OI = torch.cat([linear.used_weight() for linear in linears])
-        return (weight_OI if scale is None else scale[:, None] * weight_OI).to(self.x_BTD.dtype)
+    def norm_weight(self, *linears: CastedLinear) -> Tensor:
+        """The weights of layers that follow the norm, below each other, times the norm's factor."""
+        weight_OI = torch.cat([self.weight_of(linear) for linear in linears])
+        if self.norm_scale is not None:  # rounded, as in Block.norm
+            weight_OI = self.norm_scale.to(self.x_BTD.dtype) * weight_OI
+        return weight_OI.to(self.x_BTD.dtype)
 
-    def products(self, *groups: Sequence[CastedLinear]) -> tuple[Tensor, ...]:
-        """The outputs of each group of layers for the norm of x, computed as one product."""
-        args = self.x_BTD, self.norm_scale, *[self.weight_of(*group) for group in groups]
-        return NormProduct.apply(*args)  # type: ignore[no-untyped-call]
+    def scaled_weight(self, linear: CastedLinear) -> Tensor:
+        """The weight of the last layer, with its rows scaled."""
+        return (self.scale_D[:, None] * self.weight_of(linear)).to(self.x_BTD.dtype)
+
+    @staticmethod
+    def weight_of(linear: CastedLinear) -> Tensor:
+        assert linear.adapter is None, "adapters in a compiled graph"
+        return linear.used_weight()
 
     def columns(self, count: int) -> Tensor:
-        """The first channels of the norm of x."""
-        _, factor_BT1 = rms_factors(self.x_BTD, self.norm_scale)
-        return (self.x_BTD[..., :count] * factor_BT1).to(self.x_BTD.dtype)
-
-    def mlp(self, fc: CastedLinear, proj: CastedLinear, slope: float) -> Tensor:
-        """The update of an MLP."""
-        weights = self.weight_of(fc), self.weight_of(proj, scale=self.scale_D)
-        args = self.x_BTD, self.norm_scale, slope, *weights
-        return NormMLP.apply(*args)  # type: ignore[no-untyped-call]
+        """The first channels of the norm of x, with its factor."""
+        x_BTI = self.x_BTD[..., :count] * rms_factor(self.x_BTD)
+        if self.norm_scale is not None:
+            x_BTI = x_BTI * self.norm_scale.to(self.x_BTD.dtype)
+        return x_BTI.to(self.x_BTD.dtype)
 
 
 class BatchedLoRA(nn.Module):
@@ -3021,7 +3020,8 @@ class CausalSelfAttention(nn.Module):
         self, fused: FusedUpdate, inputs: BlockInputs, scalars: BlockScalars
     ) -> Tensor:
         """`forward` for a graph compiled for a GPU: fewer passes over memory; see FusedUpdate."""
-        qk_BTC, v_BTC = fused.products([self.c_q, self.c_k], [self.c_v])
+        weights = fused.norm_weight(self.c_q, self.c_k), fused.norm_weight(self.c_v)
+        qk_BTC, v_BTC = NormProduct.apply(fused.x_BTD, *weights)  # type: ignore[no-untyped-call]
         v_BTC, heads = self.values(v_BTC, inputs, scalars), (-1, self.head_dim)
         qk_BTHE, v_BTKE = [torch.unflatten(x, -1, heads) for x in (qk_BTC, v_BTC)]
         H, by_group = len(self.q_gain), (*v_BTKE.shape[:3], -1)
@@ -3039,7 +3039,7 @@ class CausalSelfAttention(nn.Module):
             y_BTHE = GatedRejection.apply(*args)  # type: ignore[no-untyped-call]
         elif self.gate is not None:
             y_BTHE = y_BTHE * gate[..., None]
-        return F.linear(y_BTHE.flatten(2), fused.weight_of(self.proj, scale=fused.scale_D))
+        return F.linear(y_BTHE.flatten(2), fused.scaled_weight(self.proj))
 
     def attend_cached(
         self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, inputs: BlockInputs
@@ -3084,7 +3084,9 @@ class MLP(nn.Module):
 
     def fused_forward(self, fused: FusedUpdate) -> Tensor:
         """`forward` for a graph compiled for a GPU; see FusedUpdate."""
-        return fused.mlp(self.fc, self.proj, self.slope)
+        weights = fused.norm_weight(self.fc), fused.scaled_weight(self.proj)
+        args = fused.x_BTD, self.slope, *weights
+        return NormMLP.apply(*args)  # type: ignore[no-untyped-call]
 
 
 # The stream that attention reads, and the MLP's lane once the stream is split into two.
@@ -3298,8 +3300,8 @@ def softcapped_cross_entropy(
 
 
 # Logits that exist at a time: 64 MiB in float32 on a CPU, where more is not faster; on a GPU
-# 256 MiB, because small products do not fill it. The training loss passes over its logits several
-# times: on a CPU they stay in the caches.
+# 256 MiB, because small products do not fill it. The training loss has them in bf16, and passes over
+# them several times: on a CPU they stay in the caches.
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 MAX_LOSS_LOGITS = {"cpu": 2**20, "cuda": 2**27}
 
@@ -4162,7 +4164,7 @@ class Muon:
     """Muon: Nesterov momentum, orthogonalized updates, decoupled weight decay.
 
     Source: kellerjordan.github.io/posts/muon. Matrices of equal shape form a stack. Parallel Muon
-    (openai/parameter-golf#399): a stack's gradients are averaged and scattered over the ranks, each
+    (openai/parameter-golf#399): a stack's gradients are summed and scattered over the ranks, each
     rank orthogonalizes its shard, and the updates are gathered, so that the replicas stay
     identical to the bit. The computation of one stack overlaps with the communication of others.
     Momentum buffers are float32; openai/parameter-golf#2135 keeps them in bf16.
@@ -4819,8 +4821,9 @@ class Trainer:
                 torch._dynamo.maybe_mark_dynamic(mask, 0)  # one graph for all lengths
             rows_BT = self.run.to_device(rows_BT)
             ids_BT, target_BT, forward = rows_BT[:, :-1], rows_BT[:, 1:], self.model.train_forward
-            loss = self.model.loss(ids_BT, target_BT, mask=mask, forward=forward)
-            loss = loss / (num_micro * self.run.world_size)
+            weight = 1 / (target_BT.numel() * num_micro * self.run.world_size)
+            weight_BT = torch.full_like(target_BT, weight, dtype=torch.float32)
+            loss = self.model.loss(ids_BT, target_BT, weight_BT, mask=mask, forward=forward)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -4984,7 +4987,7 @@ class Trainer:
     def loss_and_gradient(
         self, window_BT: Tensor, max_tokens: int
     ) -> tuple[tuple[Tensor, Tensor], float]:
-        """Mean loss of windows and its whole gradient, and the seconds of a second time."""
+        """This rank's parts of the mean loss and the gradient, and the seconds of a second time."""
         for _ in range(2):
             self.model.zero_grad(set_to_none=True)
             self.run.synchronize()

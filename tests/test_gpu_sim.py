@@ -285,6 +285,19 @@ def test_the_graph_for_a_gpu_has_the_gradients_of_the_model(monkeypatch: pytest.
         gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
         monkeypatch.setattr(train_gpt, "is_compiled_for_gpu", compiles)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    # Block by block, as in evaluation: without gradients, and with those of some blocks.
+    model.run_block = torch.compile(train_gpt.run_block, backend="aot_eager", fullgraph=True)
+    model.blocks[:2].requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        loss = model.loss(ids_BT, ids_BT.roll(-1, 1))
+    again = model.loss(ids_BT, ids_BT.roll(-1, 1))
+    again.backward()
+    torch.testing.assert_close(again.detach(), loss, rtol=1e-6, atol=0)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert not any(name.startswith(("blocks.0.", "blocks.1.")) for name in found)
+    expected = {name: gradients[0][name] for name in found}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

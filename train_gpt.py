@@ -3300,7 +3300,7 @@ def softcapped_cross_entropy(
 
 
 # Logits that exist at a time: 64 MiB in float32 on a CPU, where more is not faster; on a GPU
-# 256 MiB, because small products do not fill it. The training loss has them in bf16, and passes over
+# 256 MiB, because small products do not fill it. The training loss has them in bf16 and passes over
 # them several times: on a CPU they stay in the caches.
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 MAX_LOSS_LOGITS = {"cpu": 2**20, "cuda": 2**27}

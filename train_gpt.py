@@ -6906,6 +6906,7 @@ def shorten_globals(source: str) -> str:
 
 
 SHAPED_NAME = re.compile(r"[a-z]\w*_\d*[A-Z][A-Z0-9]*")
+READ_BY_TOOLS = {"nll_T"}  # names of a packed script's attributes that records/*.py read
 
 
 def shorten_shaped_names(source: str) -> str:
@@ -6917,7 +6918,7 @@ def shorten_shaped_names(source: str) -> str:
     kinds = kinds | ast.Attribute | ast.FunctionDef
     texts = [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
     in_f_strings = [x for node in nodes if isinstance(node, ast.JoinedStr) for x in ast.walk(node)]
-    kept = {word for text in texts for word in re.findall(r"\w+", text)}
+    kept = READ_BY_TOOLS | {word for text in texts for word in re.findall(r"\w+", text)}
     kept |= {name_of(x) for x in in_f_strings if isinstance(x, kinds)}
     kept |= bound_names(x for x in nodes if not isinstance(x, kinds))
     named = [x for x in nodes if isinstance(x, kinds)]

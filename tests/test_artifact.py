@@ -1168,6 +1168,22 @@ def test_short_names_of_what_ends_with_a_shape_change_nothing_else():
     assert train_gpt.shorten_shaped_names(shortened) == shortened
 
 
+def test_attributes_that_tools_read_from_a_packed_script_keep_their_names():
+    trees = [
+        ast.parse(path.read_text())
+        for path in (Path(train_gpt.__file__).parent / "records").glob("*.py")
+    ]
+    read = {
+        node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    }
+    read |= {
+        x.arg for tree in trees for x in ast.walk(tree) if isinstance(x, ast.keyword) and x.arg
+    }
+    shaped = {name for name in read if train_gpt.SHAPED_NAME.fullmatch(name)}
+    assert shaped == train_gpt.READ_BY_TOOLS
+    assert train_gpt.shorten_shaped_names("x.nll_T, x.nll_BT") == "x.nll_T, x.aa"
+
+
 @pytest.mark.parametrize(
     "name",
     [n if n != "the script" else pytest.param(n, marks=pytest.mark.slow) for n in ODD_SOURCES],

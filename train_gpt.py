@@ -4198,7 +4198,8 @@ class Muon:
     def start_reduce(self) -> None:
         """Start to sum the gradients over the ranks; each rank receives its shard."""
         for stack, buffer in zip(self.stacks, self.buffers, strict=False):
-            padding = [torch.zeros_like(stack[0])] * (len(buffer) - len(stack))
+            missing = len(buffer) - len(stack)
+            padding = [torch.zeros_like(stack[0])] * missing if missing else []
             grad_LOI = torch.stack([*map(grad_or_zeros, stack), *padding])
             work = None
             if self.run.world_size > 1:

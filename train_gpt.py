@@ -184,7 +184,7 @@ class Config:
     )
     kernels: str = knob(
         "auto",
-        "auto = on a GPU, measure products with fused epilogues and compare the compiled model",
+        "auto = on a GPU, measure fused products, CUDA graphs and quack; compare the compiled model",
         choices=("auto", "off"),
     )
     attention: str = knob(
@@ -4188,6 +4188,7 @@ class Muon:
         self.coefficients = newton_schulz_coefficients(
             cfg.muon_coefficients, cfg.muon_backend_steps
         )
+        self.product = dense_product
         # This rank's shard of each stack's gradient, and the communication that fills it.
         self.pending: list[tuple[Tensor, Any]] = []
 
@@ -4225,7 +4226,7 @@ class Muon:
             update_LOI = grad_LOI.add_(buffer_LOI, alpha=momentum)  # Nesterov
             if cfg.muon_row_norm:  # MuonEq-R (arXiv:2603.28254)
                 update_LOI = F.normalize(update_LOI, dim=-1, eps=1e-7)
-            update_LOI = orthogonalize(update_LOI, self.coefficients, self.run.dtype)
+            update_LOI = self.orthogonalize(update_LOI, self.product)
             if cfg.muon_beta2:
                 update_LOI = normalize_rows(update_LOI, more[-1], cfg.muon_beta2)
             updates.append(self.gather(update_LOI))
@@ -4240,6 +4241,34 @@ class Muon:
             torch._foreach_mul_(stack, shrink)
             torch._foreach_add_(stack, list(update_LOI.float()), alpha=update_factor)
         self.pending = []
+
+    def orthogonalize(self, update_LOI: Tensor, product: Callable[..., Tensor]) -> Tensor:
+        """Newton-Schulz with the run's coefficients and dtype."""
+        return orthogonalize(update_LOI, self.coefficients, self.run.dtype, product)
+
+    def try_symmetric_products(self) -> None:
+        """Use quack's products with a symmetric result if installed, right and faster here."""
+        generator, stacks = torch.Generator().manual_seed(0), list[Tensor]()
+        for buffer in map(self.local_shard, self.buffers[: len(self.stacks)]):
+            stacks.append(torch.randn(buffer.shape, generator=generator).to(buffer))
+
+        def all_updates(product: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+            """The sum of squares, which a wrong scale changes, and all values."""
+            updates = [self.orthogonalize(x_LOI, product).flatten() for x_LOI in stacks]
+            x = torch.cat(updates).float()
+            return x.norm(), x
+
+        try:
+            product = importlib.import_module("quack.gemm_interface").gemm_symmetric
+            dense, symmetric = (
+                second_time(self.run, functools.partial(all_updates, form))
+                for form in (dense_product, product)
+            )
+        except Exception as error:  # of a compiler, or it is not installed
+            self.run.log("kernels", form="symmetric", reason=format_line(f"{error}")[:300])
+        else:
+            if is_right_and_faster(self.run, "symmetric", symmetric, dense):
+                self.product = product
 
     def gather(self, shard_LOI: Tensor) -> tuple[Tensor, Any]:
         """The stack of all ranks' shards, complete once the returned work is done."""
@@ -4296,8 +4325,18 @@ def newton_schulz_coefficients(name: str, num_iterations: int) -> list[tuple[flo
     return [NS_CLASSIC] * num_iterations
 
 
+def dense_product(
+    A: Tensor, B: Tensor, C: Tensor | None = None, *, alpha: float = 1, beta: float = 1
+) -> Tensor:
+    """alpha A B + beta C for stacks of matrices; in place of quack's gemm_symmetric."""
+    return A @ B if C is None else torch.baddbmm(C, A, B, alpha=alpha, beta=beta)
+
+
 def orthogonalize(
-    g_LOI: Tensor, coefficients: Sequence[tuple[float, float, float]], dtype: torch.dtype
+    g_LOI: Tensor,
+    coefficients: Sequence[tuple[float, float, float]],
+    dtype: torch.dtype,
+    symmetric_product: Callable[..., Tensor] = dense_product,
 ) -> Tensor:
     """Newton-Schulz: approximately the nearest semi-orthogonal matrix of each in the stack."""
     x = g_LOI.to(dtype)
@@ -4306,8 +4345,8 @@ def orthogonalize(
     is_tall = x.size(-2) > x.size(-1)
     x = x.mT if is_tall else x  # iterate with the smaller Gram matrix
     for a, b, c in coefficients:
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = symmetric_product(x, x.mT)
+        polynomial = symmetric_product(gram, gram, C=gram, alpha=c, beta=b)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
@@ -4455,6 +4494,7 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
     limit_s = run.cfg.train_seconds
     run.log("begin", name="train", **({"limit_s": limit_s} if limit_s else {}))
     train_loop(trainer, loader, validate)
+    trainer.graphs, trainer.graph_grads = None, []  # the evaluation needs their memory
     progress = trainer.progress
     run.ledger["training"] = progress.train_s
     run.scores["train_end"] = {
@@ -4765,6 +4805,32 @@ def late_qat_modules(cfg: Config, model: nn.Module) -> dict[str, CastedLinear]:
 MAX_LOSS_ERROR, MAX_GRAD_ERROR = 2e-3, 0.05
 
 
+Timed = tuple[tuple[Tensor, ...], float]  # results, seconds
+
+
+def second_time(run: Run, function: Callable[[], Any]) -> tuple[Any, float]:
+    """Result and seconds of a function; the first time, it may compile or load kernels."""
+    for _ in range(2):
+        run.synchronize()
+        started_s = time.perf_counter()
+        result = function()
+        run.synchronize()
+    return result, time.perf_counter() - started_s
+
+
+def is_right_and_faster(run: Run, form: str, new: Timed, plain: Timed) -> bool:
+    """Whether loss and gradient are nearly those of the plain form and took less time; logs it."""
+    loss_error, grad_error = (
+        ((a - b).norm() / b.norm()).item() for a, b in zip(new[0], plain[0], strict=True)
+    )
+    run.log(
+        "kernels", form=form, loss_error=loss_error, grad_error=grad_error,
+        ms=1e3 * new[1], plain_ms=1e3 * plain[1],
+    )  # fmt: skip
+    is_right = loss_error <= MAX_LOSS_ERROR and grad_error <= MAX_GRAD_ERROR
+    return is_right and new[1] < plain[1]
+
+
 class Trainer:
     """Model, optimizers and weight average; `step` updates them all."""
 
@@ -4778,6 +4844,9 @@ class Trainer:
             rows_O, columns_I = module.weight.detach()[:, 0], module.weight.detach()[0]
             module.grid = torch.full_like(rows_O, UNKNOWN_SCALE), torch.ones_like(columns_I)
         self.uses_cu_seqlens = run.cfg.isolate_documents and model.prepare_mask is flash_cu_seqlens
+        # By stage and shapes: a CUDA graph of `micro_step`, its inputs, its loss. None: not used.
+        self.graphs: dict[Any, tuple[Any, list[Tensor], Tensor]] | None = None
+        self.graph_grads: list[Tensor] = []  # the gradients that the graphs add to
         self.progress, self.current_stage = Progress(), train_stages(run.cfg)[0]
         self.run_token = os.urandom(16).hex()  # marks the checkpoints that this run has written
         self.enter_stage(self.current_stage)
@@ -4815,19 +4884,57 @@ class Trainer:
         rows, T = len(window_BT), window_BT.size(1) - 1
         num_micro = num_micro_batches(rows, T, max_tokens or self.run.cfg.micro_batch_tokens)
         total = torch.zeros((), device=self.run.device)
-        mask = None
+        if self.graphs is not None:
+            torch._foreach_zero_(self.graph_grads)
+            for param, grad in zip(self.params, self.graph_grads, strict=True):
+                param.grad = grad
         for rows_BT in window_BT.chunk(num_micro):
+            inputs = [rows_BT]
             if self.uses_cu_seqlens:  # counted on the host, which need not wait for the GPU
-                mask = self.run.to_device(flash_cu_seqlens(rows_BT[:, :-1], True))
-                torch._dynamo.maybe_mark_dynamic(mask, 0)  # one graph for all lengths
-            rows_BT = self.run.to_device(rows_BT)
-            ids_BT, target_BT, forward = rows_BT[:, :-1], rows_BT[:, 1:], self.model.train_forward
-            weight = 1 / (target_BT.numel() * num_micro * self.run.world_size)
-            weight_BT = torch.full_like(target_BT, weight, dtype=torch.float32)
-            loss = self.model.loss(ids_BT, target_BT, weight_BT, mask=mask, forward=forward)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+                inputs.append(flash_cu_seqlens(rows_BT[:, :-1], True))
+            weight = 1 / (rows_BT[:, 1:].numel() * num_micro * self.run.world_size)
+            run_micro_step = self.micro_step if self.graphs is None else self.replay
+            total += run_micro_step(weight, *map(self.run.to_device, inputs))
         return total
+
+    def micro_step(self, weight: float, rows_BT: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Add the gradient of the loss of windows, summed and times `weight`; returns that loss."""
+        ids_BT, target_BT, forward = rows_BT[:, :-1], rows_BT[:, 1:], self.model.train_forward
+        if mask is not None:
+            torch._dynamo.maybe_mark_dynamic(mask, 0)  # one graph for all lengths
+        weight_BT = torch.full_like(target_BT, weight, dtype=torch.float32)
+        loss = self.model.loss(ids_BT, target_BT, weight_BT, mask=mask, forward=forward)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def replay(self, weight: float, *inputs: Tensor) -> Tensor:
+        """`micro_step` as a CUDA graph: one launch. It is captured where its shapes first occur."""
+        key, problem = (self.current_stage, weight, *(x.shape for x in inputs)), ""
+        graphs = self.graphs = {} if self.graphs is None else self.graphs
+        if key not in graphs:
+            copies, pool = [x.clone() for x in inputs], None
+            for other, _, _ in graphs.values():
+                pool = other.pool()  # memory that all use, one after the other
+            try:
+                graph: Any = torch.cuda.CUDAGraph()
+                with (
+                    # A failed capture leaves its own stream.
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    # Other threads, as that which watches collectives, may go on to use the GPU.
+                    torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),
+                ):
+                    loss = self.micro_step(weight, *copies)
+                graphs[key] = graph, copies, loss
+            except RuntimeError as error:
+                problem = format_line(f"{error}")[:300]
+        if problem:
+            warn_once(f"training uses no CUDA graphs: {problem}")
+            self.graphs = None
+            return self.micro_step(weight, *inputs)
+        graph, copies, loss = graphs[key]
+        torch._foreach_copy_(copies, list(inputs))
+        graph.replay()
+        return loss
 
     def clip_gradients(self) -> None:
         """Clip the global norm of the gradient averaged over the ranks.
@@ -4878,6 +4985,8 @@ class Trainer:
         unknown = {k: m for k, m in self.late_modules.items() if m.grid and m.grid[0][0] < 0}
         if not unknown:  # they came from a checkpoint
             return False
+        if self.graphs:  # calibration needs their memory; they are captured again
+            self.graphs = {}
         with pass_between_steps(self), run.stage("solve_grid"):
             hessians = calibrate(run, model, loader, self.progress)
 
@@ -4925,27 +5034,40 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile everything: run WARMUP_STEPS of each stage on random tokens, then undo them."""
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        form: Any = None
+        cfg, form, stages = self.run.cfg, None, train_stages(self.run.cfg)
+        checks_kernels = cfg.kernels == "auto" and cfg.compile and self.run.is_asynchronous
         # Again if a later stage has led to less being compiled.
         while form != (form := (self.model.train_forward, self.model.run_block)):
-            for stage in train_stages(self.run.cfg) if self.run.cfg.warmup_steps else []:
+            for stage in stages if cfg.warmup_steps else []:
+                self.enter_stage(stage)
+                if checks_kernels:
+                    self.check_compiled(self.random_windows(stage))
                 self.warm_up_stage(stage)
+        if checks_kernels and cfg.warmup_steps:
+            self.try_graphs(self.random_windows(stages[-1]))
+            self.muon.try_symmetric_products()
         self.load(before, Progress())
         self.run.synchronize()
 
-    def warm_up_stage(self, stage: TrainStage) -> None:
-        """Run WARMUP_STEPS of a stage on random tokens."""
-        cfg, generator = self.run.cfg, torch.Generator().manual_seed(0)
-        self.enter_stage(stage)
+    def random_windows(self, stage: TrainStage) -> Tensor:
+        """Windows of random tokens, as many as a rank's part of a step of the stage."""
         rows = stage.batch_tokens // stage.seq_len // self.run.world_size
-        shape = (rows, stage.seq_len + 1)
-        if cfg.kernels == "auto" and cfg.compile and self.run.is_asynchronous:
-            self.check_compiled(torch.randint(cfg.vocab_size, shape, generator=generator))
-        for _ in range(cfg.warmup_steps):
+        generator = torch.Generator().manual_seed(0)
+        shape = rows, stage.seq_len + 1
+        return torch.randint(self.run.cfg.vocab_size, shape, generator=generator)
+
+    def warm_up_stage(self, stage: TrainStage) -> None:
+        """Run WARMUP_STEPS of the current stage on random tokens."""
+        for _ in range(self.run.cfg.warmup_steps):
             self.run.check_signal()
-            self.step(torch.randint(cfg.vocab_size, shape, generator=generator))
+            self.step(self.random_windows(stage))
         if self.uses_cu_seqlens:
-            self.warm_up_capacities(torch.randint(cfg.vocab_size, shape, generator=generator))
+            self.warm_up_capacities(self.random_windows(stage))
+
+    def one_micro_batch(self, window_BT: Tensor) -> Tensor:
+        """The first of the micro-batches that a step makes of windows."""
+        (rows, T), limit = window_BT[:, 1:].shape, self.run.cfg.micro_batch_tokens
+        return window_BT.chunk(num_micro_batches(rows, T, limit))[0]
 
     def check_compiled(self, window_BT: Tensor) -> None:
         """Compile less until loss and gradient are those without compilation, and sooner known.
@@ -4954,27 +5076,17 @@ class Trainer:
         The weights change: at first many are zero, which would hide errors.
         """
         run, model, limit = self.run, self.model, self.run.cfg.micro_batch_tokens
-        rows, T = window_BT[:, 1:].shape
-        window_BT = window_BT.chunk(num_micro_batches(rows, T, limit))[0]
+        window_BT = self.one_micro_batch(window_BT)
         generator = torch.Generator().manual_seed(1)
         for param in self.params:
             param.data += 0.02 * torch.randn(param.shape, generator=generator).to(param)
         with torch.compiler.set_stance("force_eager"):  # an eighth at a time: it takes more memory
-            expected, eager_s = self.loss_and_gradient(window_BT, limit // 8)
+            eager = self.loss_and_gradient(window_BT, limit // 8)
         while model.run_block is not run_block:
             form, reason, is_good = "whole" if model.train_forward else "blocks", "", False
             try:
-                actual, compiled_s = self.loss_and_gradient(window_BT, limit)
-                loss_error, grad_error = (
-                    ((a - b).norm() / b.norm()).item()
-                    for a, b in zip(actual, expected, strict=True)
-                )
-                run.log(
-                    "kernels", form=form, loss_error=loss_error, grad_error=grad_error,
-                    compiled_ms=1e3 * compiled_s, eager_ms=1e3 * eager_s,
-                )  # fmt: skip
-                is_good = loss_error <= MAX_LOSS_ERROR and grad_error <= MAX_GRAD_ERROR
-                is_good = is_good and compiled_s < eager_s
+                compiled = self.loss_and_gradient(window_BT, limit)
+                is_good = is_right_and_faster(run, form, compiled, eager)
             except (Interrupted, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # of a compiler
@@ -4985,19 +5097,34 @@ class Trainer:
             run.log("warning", text=f"{text}; training compiles less and is slower. {reason}")
             model.compile_less()
 
+    def start_graphs(self) -> None:
+        """Replay micro-batches as CUDA graphs from now on."""
+        self.graphs, self.graph_grads = {}, [torch.zeros_like(param) for param in self.params]
+
+    def try_graphs(self, window_BT: Tensor) -> None:
+        """Use CUDA graphs from now on if they give the same loss and gradient sooner."""
+        window_BT, limit = self.one_micro_batch(window_BT), self.run.cfg.micro_batch_tokens
+        direct = self.loss_and_gradient(window_BT, limit)
+        self.start_graphs()
+        replayed = self.loss_and_gradient(window_BT, limit)
+        is_good = self.graphs is not None
+        if not is_good or not is_right_and_faster(self.run, "graph", replayed, direct):
+            self.graphs, self.graph_grads = None, []
+
     def loss_and_gradient(
         self, window_BT: Tensor, max_tokens: int
     ) -> tuple[tuple[Tensor, Tensor], float]:
         """This rank's parts of the mean loss and the gradient, and the seconds of a second time."""
-        for _ in range(2):
+
+        def measured() -> tuple[Tensor, Tensor]:
             self.model.zero_grad(set_to_none=True)
-            self.run.synchronize()
-            started_s = time.perf_counter()
             loss = self.accumulate_gradients(window_BT, max_tokens)
-            self.run.synchronize()
-        gradients = [x.grad.flatten().float() for x in self.params if x.grad is not None]
+            gradient = [grad_or_zeros(param).flatten().float() for param in self.params]
+            return loss, torch.cat(gradient)
+
+        result = second_time(self.run, measured)
         self.model.zero_grad(set_to_none=True)
-        return (loss, torch.cat(gradients)), time.perf_counter() - started_s
+        return result
 
     def warm_up_capacities(self, window_BT: Tensor) -> None:
         """Run a step for each length of `cu_seqlens` that the training data can need.
@@ -6703,7 +6830,7 @@ def pack_source(source: str) -> bytes:
     Only the standard library is used, so that the counted size depends on no installed package.
     """
     source = shorten_locals(minify(PACKING_CODE.sub("", source)))
-    source = shorten_globals(shorten_shaped_names(source))
+    source = shorten_globals(shorten_own_names(source))
     packed = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER])
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
@@ -6907,26 +7034,45 @@ def shorten_globals(source: str) -> str:
 
 
 SHAPED_NAME = re.compile(r"[a-z]\w*_\d*[A-Z][A-Z0-9]*")
-READ_BY_TOOLS = {"nll_T"}  # names of a packed script's attributes that records/*.py read
+# Own names that a packed script keeps: records/*.py read them, or a library has them too.
+READ_BY_TOOLS = {
+    "all_reduce_sum", "eval_nll", "log_probs", "nll_T", "score_seq_len",
+}  # fmt: skip
+ALSO_IN_LIBRARIES = {"to_device"}
 
 
-def shorten_shaped_names(source: str) -> str:
-    """The source with names of two letters for those that end with a shape, as x_BTD.
+def method_names(nodes: Iterable[ast.AST]) -> set[str]:
+    """Names of the script's methods, if of more than one word and without a leading underscore.
 
-    Attributes and arguments of libraries have no such names. A name that a string contains stays.
+    Those that are also the name of an argument or a variable are left out.
+    """
+    nodes = list(nodes)
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    methods = {x.name for node in classes for x in node.body if isinstance(x, ast.FunctionDef)}
+    others = {name_of(x) for x in nodes if isinstance(x, ast.Name | ast.arg | ast.keyword)}
+    return {name for name in methods - others if re.fullmatch("[a-z][a-z0-9]*_[a-z0-9_]+", name)}
+
+
+def shorten_own_names(source: str) -> str:
+    """The source with names of two letters for methods and for those that end with a shape.
+
+    Names that a string contains stay. Libraries have no such attributes or arguments, or they stay
+    too.
     """
     nodes, kinds = list(ast.walk(ast.parse(source))), ast.Name | ast.arg | ast.keyword
     kinds = kinds | ast.Attribute | ast.FunctionDef
     texts = [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
     in_f_strings = [x for node in nodes if isinstance(node, ast.JoinedStr) for x in ast.walk(node)]
-    kept = READ_BY_TOOLS | {word for text in texts for word in re.findall(r"\w+", text)}
+    kept = READ_BY_TOOLS | ALSO_IN_LIBRARIES
+    kept |= {word for text in texts for word in re.findall(r"\w+", text)}
     kept |= {name_of(x) for x in in_f_strings if isinstance(x, kinds)}
     kept |= bound_names(x for x in nodes if not isinstance(x, kinds))
-    named = [x for x in nodes if isinstance(x, kinds)]
-    shaped = [x for x in named if SHAPED_NAME.fullmatch(name_of(x)) and name_of(x) not in kept]
+    named = [x for x in nodes if isinstance(x, kinds) and name_of(x) not in kept]
+    methods = method_names(nodes)
+    own = [x for x in named if name_of(x) in methods or SHAPED_NAME.fullmatch(name_of(x))]
     words, pairs = {*re.findall(r"\w+", source)}, itertools.product(string.ascii_letters, repeat=2)
     names = (name for name in map("".join, pairs) if name not in words | {*keyword.kwlist})
-    return replace_names(source, give_names(shaped, names))
+    return replace_names(source, give_names(own, names))
 
 
 def name_of(node: Any) -> str:
@@ -7887,16 +8033,10 @@ def measure_scoring(
         trainer = AdapterTrainer(run, model, rows)
         if trainer.past is not None:
             fill_cache(model, trainer.past, rows)
-    elapsed_s = 0.0
-    for _ in range(2):  # the first time may compile
-        run.synchronize()
-        started_s = time.perf_counter()
-        if trainer is None:
-            model.eval_nll(*batch[:4])
-        else:
-            trainer.step(batch, 0)
-        run.synchronize()
-        elapsed_s = time.perf_counter() - started_s
+    step = functools.partial(model.eval_nll, *batch[:4])
+    if trainer is not None:
+        step = functools.partial(trainer.step, batch, 0)
+    _, elapsed_s = second_time(run, step)
     model.set_adapters([])
     return elapsed_s
 

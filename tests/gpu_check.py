@@ -62,6 +62,9 @@ class StepTime:
     peak_gb: float
 
 
+GRAPHS = "as a whole, micro-batches as CUDA graphs"
+
+
 def stage_name(stage: t.TrainStage) -> str:
     """The name of a stage in the computed report."""
     return f"loops {stage.loops}, {stage.seq_len} tokens a row"
@@ -87,13 +90,18 @@ def measured_stages(cfg: t.Config) -> list[t.TrainStage]:
 
 
 def measure_steps(cfg: t.Config, form: str) -> Iterator[StepTime]:
-    """The median time of a step in each stage, after the steps that compile."""
+    """The median time of a step in each stage, after the steps that compile.
+
+    Graphs are captured after a first step without them if that is the form.
+    """
     run = make_run(cfg)
     trainer = t.Trainer(run, t.build_model(run))
     for stage in measured_stages(cfg):
         trainer.enter_stage(stage)
-        times = []
+        trainer.graphs, times = None, []
         for step in range(WARM_UP_STEPS + STEPS):
+            if step == 1 and form == GRAPHS:
+                trainer.start_graphs()
             window_BT = random_windows(cfg, stage)
             if step == WARM_UP_STEPS and run.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(run.device)
@@ -102,6 +110,8 @@ def measure_steps(cfg: t.Config, form: str) -> Iterator[StepTime]:
             trainer.step(window_BT)
             run.synchronize()
             times.append(time.perf_counter() - started_s)
+        if form == GRAPHS and trainer.graphs is None:
+            form = "as a whole, as the capture failed"
         ms = 1e3 * statistics.median(times[WARM_UP_STEPS:])
         yield StepTime(stage_name(stage), form, ms, t.peak_memory_mib(run.device) * 2**20 / 1e9)
 
@@ -144,6 +154,7 @@ def step_part(cfg: t.Config) -> list[str]:
     """The lines of the report on steps; AssertionError if compiled and eager differ."""
     forms = {
         "as a whole": cfg,
+        GRAPHS: cfg,
         "as a whole, KERNELS=off": dataclasses.replace(cfg, kernels="off"),
         "block by block": dataclasses.replace(cfg, compile_forward=False),
     }
@@ -185,7 +196,9 @@ def run_part(num_gpus: int, small: bool) -> list[str]:
     command = [*launch, f"--nproc_per_node={num_gpus}", "train_gpt.py"]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **knobs})
     log = (ROOT / knobs["RUN_DIR"] / "train.log").read_text(encoding="utf-8")
-    found = re.findall(r"^(?:train_end|final|final_\w+|ledger|warning) .*", log, flags=re.MULTILINE)
+    found = re.findall(
+        r"^(?:train_end|final|final_\w+|ledger|kernels|warning) .*", log, flags=re.MULTILINE
+    )
     assert any("val_bpb" in line for line in found), "the run has no score"
     return ["```", *found, "```"]
 

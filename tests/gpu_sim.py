@@ -172,6 +172,16 @@ class SimulatedGpu(TorchDispatchMode):
         function(*buffers)  # warm-up, which may fill caches
         return replay
 
+    @contextlib.contextmanager
+    def capture(self, graph: SimulatedGraph, *_: Any, **__: Any) -> Iterator[None]:
+        """In place of torch.cuda.graph: the launches become those of the graph."""
+        before, self.capturing = self.launches, True
+        try:
+            yield
+        finally:
+            self.capturing = False
+            graph.kernels, self.launches = self.launches - before, before
+
     def data_dependent(self, function: Any, args: Any, kwargs: Any) -> Any:
         """A stand-in for the result of an operation whose result depends on data, or None."""
         x: Any = args[0] if args else None
@@ -244,6 +254,19 @@ class SimulatedGpu(TorchDispatchMode):
             self.count(function, args, kwargs or {}, result)
             self.track(result)
         return result
+
+
+class SimulatedGraph:
+    """torch.cuda.CUDAGraph: a replay is one launch."""
+
+    kernels = 0
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
+    def replay(self) -> None:
+        active_gpus[-1].launches += 1
+        active_gpus[-1].graph_kernels += self.kernels
 
 
 class SimulatedEvent:
@@ -392,6 +415,8 @@ def simulated_gpu(
         (torch.cuda, "current_stream", lambda *_: None),
         (torch.cuda, "stream", contextlib.nullcontext),
         (torch.cuda, "make_graphed_callables", gpu.make_graphed_callables),
+        (torch.cuda, "CUDAGraph", SimulatedGraph),
+        (torch.cuda, "graph", gpu.capture),
         (torch.cuda, "max_memory_allocated", lambda *_: gpu.peak),
         (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
     ]
@@ -454,6 +479,7 @@ class PartResult:
 
     name: str
     launches: int
+    graph_kernels: int  # launched by CUDA graphs
     peak_mib: float
     waits: dict[str, int]
     collectives: list[str]
@@ -484,8 +510,9 @@ class SimulatedRun:
             error = f"{type(exception).__name__}: {exception} ({where_raised(exception)})"
         self.results.append(
             PartResult(
-                name, self.gpu.launches, self.gpu.peak / 2**20, dict(self.gpu.waits),
-                list(self.gpu.collectives), error, round(time.perf_counter() - start_s, 1),
+                name, self.gpu.launches, self.gpu.graph_kernels, self.gpu.peak / 2**20,
+                dict(self.gpu.waits), list(self.gpu.collectives), error,
+                round(time.perf_counter() - start_s, 1),
             )
         )  # fmt: skip
 
@@ -523,6 +550,15 @@ class SimulatedRun:
         for stage in t.train_stages(self.cfg):
             self.trainer.enter_stage(stage)
             self.trainer.step(self.windows(stage)).item()
+
+    def graphs(self) -> None:
+        """The steps of all stages with their micro-batches as CUDA graphs, captured before."""
+        self.trainer.start_graphs()
+        self.stages()
+        self.gpu.reset()
+        self.stages()
+        assert self.trainer.graphs, "a capture has failed"
+        self.trainer.graphs, self.trainer.graph_grads = None, []
 
     def warm_up(self) -> None:
         self.trainer.warm_up()
@@ -598,8 +634,8 @@ class SimulatedRun:
 
 
 PARTS = (
-    "build", "step", "stages", "warm_up", "checkpoint", "export", "score", "calibrate", "quantize",
-    "columns", "adapt", "step_cost",
+    "build", "step", "stages", "graphs", "warm_up", "checkpoint", "export", "score", "calibrate",
+    "quantize", "columns", "adapt", "step_cost",
 )  # fmt: skip
 
 

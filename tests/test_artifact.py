@@ -1151,6 +1151,12 @@ class C(NamedTuple):
     def w_VD(self): return self.w_VD
     def g(self, y_BT=1): return self.x_BTD.abs().z_2TE[y_BT].T + (self
         .x_BTD)
+    def own_name(self): self.own_name(self.own_value, 1).also_named()
+    def also_named(self, also_named=1): self._hidden_name(), self.plain()
+    def _hidden_name(self): self.said_name("said_name")
+    def said_name(self): pass
+    def plain(self): pass
+    def to_device(self): pass
 C(x_BTD=1, keep_BT=2).g(y_BT=3)
 import numpy as np_N; np_N.w_VD
 "named_BT\\nx_AB", getattr(x, "named_BT"), x.named_BT
@@ -1158,14 +1164,14 @@ f"{c.keep_BT} {shown_N:>{width_N}}", c.keep_BT, width_N, c.LIMIT_BT, c.cu_seqlen
 """
 
 
-def test_short_names_of_what_ends_with_a_shape_change_nothing_else():
-    shortened = train_gpt.shorten_shaped_names(SHAPED)
-    names = {"x_BTD": "ab", "w_VD": "ac", "y_BT": "ad", "z_2TE": "ae"}
+def test_short_names_of_methods_and_of_what_ends_with_a_shape_change_nothing_else():
+    shortened = train_gpt.shorten_own_names(SHAPED)
+    names = {"x_BTD": "ab", "w_VD": "ac", "y_BT": "ad", "z_2TE": "ae", "own_name": "af"}
     expected = SHAPED
     for name, short in names.items():
         expected = expected.replace(name, short)
     assert shortened == expected
-    assert train_gpt.shorten_shaped_names(shortened) == shortened
+    assert train_gpt.shorten_own_names(shortened) == shortened
 
 
 def test_attributes_that_tools_read_from_a_packed_script_keep_their_names():
@@ -1179,9 +1185,26 @@ def test_attributes_that_tools_read_from_a_packed_script_keep_their_names():
     read |= {
         x.arg for tree in trees for x in ast.walk(tree) if isinstance(x, ast.keyword) and x.arg
     }
-    shaped = {name for name in read if train_gpt.SHAPED_NAME.fullmatch(name)}
-    assert shaped == train_gpt.READ_BY_TOOLS
-    assert train_gpt.shorten_shaped_names("x.nll_T, x.nll_BT") == "x.nll_T, x.aa"
+    methods = methods_of_the_script()
+    own = {name for name in read if name in methods or train_gpt.SHAPED_NAME.fullmatch(name)}
+    assert own == train_gpt.READ_BY_TOOLS
+    assert train_gpt.shorten_own_names("x.nll_T, x.nll_BT") == "x.nll_T, x.aa"
+
+
+def methods_of_the_script() -> set[str]:
+    source = train_gpt.PACKING_CODE.sub("", train_gpt.script_source())
+    return train_gpt.method_names(ast.walk(ast.parse(train_gpt.shorten_locals(source))))
+
+
+def test_no_public_attribute_of_a_library_has_the_name_of_a_method():
+    methods, found = methods_of_the_script(), set[str]()
+    libraries = {"torch", "numpy", "sentencepiece", "constriction", "safetensors"}
+    libraries |= {name for name in sys.stdlib_module_names if name != "__main__"}
+    for name, module in [*sys.modules.items()]:
+        if name.partition(".")[0] in libraries and "._" not in f".{name}":
+            values = [x for x in vars(module).values() if issubclass(type(x), type)]
+            found |= methods & {*vars(module), *itertools.chain(*map(vars, values))}
+    assert found == train_gpt.ALSO_IN_LIBRARIES and len(methods) > 100
 
 
 @pytest.mark.parametrize(

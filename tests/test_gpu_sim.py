@@ -59,6 +59,16 @@ def test_a_training_step_waits_once_and_ranks_agree_on_collectives():
     assert kinds == {"_reduce_scatter_base_", "allreduce_", "_allgather_base_"}
 
 
+def test_a_training_step_can_be_captured_as_a_cuda_graph():
+    parts = "build,stages,graphs"
+    _, direct, replayed = simulate("default", *TINY, "--parts", parts)
+    assert [wait.split()[0] for wait in replayed["waits"]] == ["item"]  # the loss
+    assert replayed["collectives"] == direct["collectives"]
+    kernels = replayed["graph_kernels"]
+    # What is left outside is the optimizers' part, and a few launches for each micro-batch.
+    assert direct["launches"] - 1.2 * kernels < replayed["launches"] < direct["launches"] / 4
+
+
 def test_the_gpu_is_idle_in_training_only_where_a_step_is_logged_or_saved():
     knobs = ["ITERATIONS=12", "TRAIN_LOG_EVERY=10", "MAX_WALLCLOCK_SECONDS=0"]
     *_, loop = simulate("default", *TINY, *knobs, "--parts", "build,loop")

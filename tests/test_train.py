@@ -279,7 +279,7 @@ def test_a_compiled_form_that_is_slower_is_dropped(new_run: MakeRun):
     assert trainer.model.train_forward is None
     assert trainer.model.run_block is not train_gpt.run_block
     shown = metrics(run.directory, "kernels")
-    assert [(x["form"], x["compiled_ms"]) for x in shown] == [("whole", 2000), ("blocks", 500)]
+    assert [(x["form"], x["ms"]) for x in shown] == [("whole", 2000), ("blocks", 500)]
 
 
 def test_validation_during_training_does_not_change_the_result(new_run: MakeRun, data: TinyData):

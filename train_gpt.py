@@ -184,7 +184,7 @@ class Config:
     )
     kernels: str = knob(
         "auto",
-        "auto = on a GPU, measure fused products, CUDA graphs and quack; compare the compiled model",
+        "auto = on a GPU, use fused products, CUDA graphs and quack where right and faster",
         choices=("auto", "off"),
     )
     attention: str = knob(
@@ -7036,25 +7036,44 @@ def shorten_globals(source: str) -> str:
 SHAPED_NAME = re.compile(r"[a-z]\w*_\d*[A-Z][A-Z0-9]*")
 # Own names that a packed script keeps: records/*.py read them, or a library has them too.
 READ_BY_TOOLS = {
-    "all_reduce_sum", "eval_nll", "log_probs", "nll_T", "score_seq_len",
+    "all_reduce_sum", "eval_nll", "evaluation_s", "log_probs", "nll_T", "num_tokens",
+    "score_seq_len", "total_bytes",
 }  # fmt: skip
-ALSO_IN_LIBRARIES = {"to_device"}
+ALSO_IN_LIBRARIES = {"is_byte", "to_device"}
 
 
-def method_names(nodes: Iterable[ast.AST]) -> set[str]:
-    """Names of the script's methods, if of more than one word and without a leading underscore.
+def own_attributes(nodes: Iterable[ast.AST]) -> set[str]:
+    """Names of the script's methods, and of attributes that only its own kinds of objects have.
 
-    Those that are also the name of an argument or a variable are left out.
+    These are the fields of a NamedTuple and what methods of classes without a library's base store
+    in `self`. Names of one word, with a leading underscore, or that an argument or a variable has
+    as well are left out.
     """
-    nodes = list(nodes)
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
-    methods = {x.name for node in classes for x in node.body if isinstance(x, ast.FunctionDef)}
-    others = {name_of(x) for x in nodes if isinstance(x, ast.Name | ast.arg | ast.keyword)}
-    return {name for name in methods - others if re.fullmatch("[a-z][a-z0-9]*_[a-z0-9_]+", name)}
+    nodes, own, foreign, plain = list(nodes), set[str](), set[str](), {"NamedTuple"}
+    fields = list[ast.AST]()
+    for node in [x for x in nodes if isinstance(x, ast.ClassDef)]:
+        stores = [x for x in ast.walk(node) if is_stored_attribute(x)]
+        methods = {x.name for x in node.body if isinstance(x, ast.FunctionDef)}
+        if plain.issuperset(map(name_of, node.bases)) and not node.decorator_list:
+            plain.add(node.name)
+            fields += [x.target for x in node.body if isinstance(x, ast.AnnAssign)]
+            methods |= {x.attr for x in stores if name_of(x.value) == "self"}
+        else:
+            foreign |= {x.attr for x in stores}
+        own |= methods
+    own |= set(map(name_of, fields))
+    kinds = ast.Name | ast.arg | ast.keyword
+    foreign |= {name_of(x) for x in nodes if isinstance(x, kinds) and x not in fields}
+    foreign |= {x.attr for x in nodes if is_stored_attribute(x) and name_of(x.value) != "self"}
+    return {name for name in own - foreign if re.fullmatch("[a-z][a-z0-9]*_[a-z0-9_]+", name)}
+
+
+def is_stored_attribute(node: Any) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
 
 
 def shorten_own_names(source: str) -> str:
-    """The source with names of two letters for methods and for those that end with a shape.
+    """The source with names of two letters for own attributes and for those that end with a shape.
 
     Names that a string contains stay. Libraries have no such attributes or arguments, or they stay
     too.
@@ -7068,8 +7087,8 @@ def shorten_own_names(source: str) -> str:
     kept |= {name_of(x) for x in in_f_strings if isinstance(x, kinds)}
     kept |= bound_names(x for x in nodes if not isinstance(x, kinds))
     named = [x for x in nodes if isinstance(x, kinds) and name_of(x) not in kept]
-    methods = method_names(nodes)
-    own = [x for x in named if name_of(x) in methods or SHAPED_NAME.fullmatch(name_of(x))]
+    attributes = own_attributes(nodes)
+    own = [x for x in named if name_of(x) in attributes or SHAPED_NAME.fullmatch(name_of(x))]
     words, pairs = {*re.findall(r"\w+", source)}, itertools.product(string.ascii_letters, repeat=2)
     names = (name for name in map("".join, pairs) if name not in words | {*keyword.kwlist})
     return replace_names(source, give_names(own, names))
@@ -7077,7 +7096,8 @@ def shorten_own_names(source: str) -> str:
 
 def name_of(node: Any) -> str:
     """The name of a variable, an argument, an attribute, a function or a class."""
-    return str(next(getattr(node, x) for x in ("id", "arg", "attr", "name") if hasattr(node, x)))
+    fields = "id", "arg", "attr", "name"
+    return str(next((getattr(node, x) for x in fields if hasattr(node, x)), ""))
 
 
 def name_position(node: Any) -> tuple[int, int]:

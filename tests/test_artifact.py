@@ -1158,15 +1158,32 @@ class C(NamedTuple):
     def plain(self): pass
     def to_device(self): pass
 C(x_BTD=1, keep_BT=2).g(y_BT=3)
+class Plain:
+    def g(self):
+        self.own_field, self.named_field, x.set_elsewhere = 1, 2, self.set_elsewhere
+        self.set_elsewhere = self.in_module = self.own_field
+class Pair(NamedTuple):
+    first_part: int
+    second_part: int
+    is_byte: int = 0
+Pair(second_part=1).first_part
+class Module(nn.Module):
+    def own_step(self):
+        self.in_module = self.own_step
+class Derived(Plain):
+    def g(self):
+        self.more_fields = 1
 import numpy as np_N; np_N.w_VD
 "named_BT\\nx_AB", getattr(x, "named_BT"), x.named_BT
+getattr(x, "named_field")
 f"{c.keep_BT} {shown_N:>{width_N}}", c.keep_BT, width_N, c.LIMIT_BT, c.cu_seqlens, aa
 """
 
 
-def test_short_names_of_methods_and_of_what_ends_with_a_shape_change_nothing_else():
+def test_short_names_of_own_attributes_and_shaped_ones_change_nothing_else():
     shortened = train_gpt.shorten_own_names(SHAPED)
     names = {"x_BTD": "ab", "w_VD": "ac", "y_BT": "ad", "z_2TE": "ae", "own_name": "af"}
+    names |= {"own_field": "ag", "first_part": "ah", "own_step": "ai", "more_fields": "aj"}
     expected = SHAPED
     for name, short in names.items():
         expected = expected.replace(name, short)
@@ -1185,26 +1202,26 @@ def test_attributes_that_tools_read_from_a_packed_script_keep_their_names():
     read |= {
         x.arg for tree in trees for x in ast.walk(tree) if isinstance(x, ast.keyword) and x.arg
     }
-    methods = methods_of_the_script()
-    own = {name for name in read if name in methods or train_gpt.SHAPED_NAME.fullmatch(name)}
+    attributes = attributes_of_the_script()
+    own = {name for name in read if name in attributes or train_gpt.SHAPED_NAME.fullmatch(name)}
     assert own == train_gpt.READ_BY_TOOLS
     assert train_gpt.shorten_own_names("x.nll_T, x.nll_BT") == "x.nll_T, x.aa"
 
 
-def methods_of_the_script() -> set[str]:
+def attributes_of_the_script() -> set[str]:
     source = train_gpt.PACKING_CODE.sub("", train_gpt.script_source())
-    return train_gpt.method_names(ast.walk(ast.parse(train_gpt.shorten_locals(source))))
+    return train_gpt.own_attributes(ast.walk(ast.parse(train_gpt.shorten_locals(source))))
 
 
-def test_no_public_attribute_of_a_library_has_the_name_of_a_method():
-    methods, found = methods_of_the_script(), set[str]()
+def test_no_public_attribute_of_a_library_has_the_name_of_an_own_one():
+    own, found = attributes_of_the_script(), set[str]()
     libraries = {"torch", "numpy", "sentencepiece", "constriction", "safetensors"}
     libraries |= {name for name in sys.stdlib_module_names if name != "__main__"}
     for name, module in [*sys.modules.items()]:
         if name.partition(".")[0] in libraries and "._" not in f".{name}":
             values = [x for x in vars(module).values() if issubclass(type(x), type)]
-            found |= methods & {*vars(module), *itertools.chain(*map(vars, values))}
-    assert found == train_gpt.ALSO_IN_LIBRARIES and len(methods) > 100
+            found |= own & {*vars(module), *itertools.chain(*map(vars, values))}
+    assert found == train_gpt.ALSO_IN_LIBRARIES and len(own) > 100
 
 
 @pytest.mark.parametrize(

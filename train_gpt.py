@@ -8453,6 +8453,9 @@ class AdapterTrainer:
         lrs: Sequence[float] = (),
     ):
         self.cfg, self.model, self.lrs = run.cfg, model, lrs or run.cfg.lora_lrs[:1]
+        # Learning rate of each row, over the largest one.
+        self.lr_frac_B11 = torch.tensor(self.lrs).repeat(rows)[:, None, None].to(run.device)
+        self.lr_frac_B11 /= max(self.lrs) or 1.0
         rows *= len(self.lrs)
         self.rows = self.num_documents = rows
         cfg, generator = run.cfg, torch.Generator().manual_seed(run.cfg.seed)
@@ -8512,7 +8515,10 @@ class AdapterTrainer:
 
     def update(self) -> None:
         """An optimizer step; a row's update is proportional to its learning rate."""
-        before = [param.clone() for param in self.params if len(self.lrs) > 1]
+        before = list[Tensor]()
+        if len(self.lrs) > 1:
+            before = [torch.empty_like(param) for param in self.params]
+            torch._foreach_copy_(before, self.params)
         grads: list[Any] = [copy.grad for copy in self.copies]
         if mixed := self.model.dtype != torch.float32:
             narrow, grads = grads, [torch.empty_like(param) for param in self.params]
@@ -8521,11 +8527,8 @@ class AdapterTrainer:
             param.grad, copy.grad = grad, None
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if before:
-            frac_G = torch.tensor(self.lrs, device=before[0].device) / (max(self.lrs) or 1.0)
-            frac_B11 = frac_G.repeat(self.rows // len(self.lrs))[:, None, None]
-            for param, old in zip(self.params, before, strict=True):
-                torch.lerp(old, param, frac_B11, out=param)
+        for param, old in zip(self.params, before, strict=False):
+            torch.lerp(old, param, self.lr_frac_B11[: self.rows], out=param)
         if mixed:
             torch._foreach_copy_([copy.detach() for copy in self.copies], self.params)
 

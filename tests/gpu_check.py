@@ -197,7 +197,9 @@ def run_part(num_gpus: int, small: bool) -> list[str]:
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **knobs})
     log = (ROOT / knobs["RUN_DIR"] / "train.log").read_text(encoding="utf-8")
     found = re.findall(
-        r"^(?:train_end|final|final_\w+|ledger|kernels|warning) .*", log, flags=re.MULTILINE
+        r"^(?:train_end|final|final_\w+|ledger|run|stage|kernels|warning) .*",
+        log,
+        flags=re.MULTILINE,
     )
     assert any("val_bpb" in line for line in found), "the run has no score"
     return ["```", *found, "```"]

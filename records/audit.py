@@ -5,8 +5,8 @@
 
 The knobs come from the environment, as for MODE=eval of the script. The adaptive pass (or the
 sliding-window pass, if nothing adapts) runs several times over the beginning of the validation
-text, about 4 * TTT_CHUNK_TOKENS targets, and is checked against the conditions of
-openai/parameter-golf#1017:
+text and is checked against the conditions of openai/parameter-golf#1017. That beginning has about
+4 * TTT_CHUNK_TOKENS targets; with LoRA, also documents after those that choose its learning rates.
 
     C1  a score depends on the tokens before it alone: other tokens do not change earlier scores
     C2  a score comes from a distribution over the whole vocabulary: its probabilities sum to 1
@@ -177,11 +177,20 @@ def find_problems(script: Any, run: Run, model: GPT, text: Validation) -> dict[s
     }
 
 
+def num_audited_targets(cfg: train_gpt.Config) -> int:
+    """Targets for a few rounds of training, and for documents before and after a choice of rates.
+
+    CHECKED_PLACES are then on both sides of the choice, if the script chooses.
+    """
+    choice = int(2.5 * train_gpt.PILOT_TARGETS) if cfg.ttt_method == "lora" else 0
+    return max(MIN_TARGETS, 4 * cfg.ttt_chunk_tokens, choice)
+
+
 def audit(run: Run, model: GPT, validation: Validation, script: Any = train_gpt) -> None:
     """Log a verdict for each condition; RunFailed of `script` if one does not hold."""
-    # A few rounds of training are enough. No clock decides what is trained: passes must be equal.
+    # No clock decides what is trained: passes must be equal.
     run.cfg = dataclasses.replace(run.cfg, eval_max_seconds=0.0)
-    count = min(validation.num_targets, max(MIN_TARGETS, 4 * run.cfg.ttt_chunk_tokens))
+    count = min(validation.num_targets, num_audited_targets(run.cfg))
     ids, target_bytes = validation.ids[: count + 1], validation.target_bytes[:count]
     text = validation._replace(ids=ids, target_bytes=target_bytes, partial=True)
     by_condition = find_problems(script, run, model, text)

@@ -889,6 +889,17 @@ def test_an_audit_passes_what_is_legal(make_run: MakeRun, data, name):
     assert verdicts_of(run) == dict.fromkeys(["C1", "C2", "C3", "C4"], "pass")
 
 
+def test_an_audit_reads_documents_before_and_after_the_choice_of_rates(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(train_gpt, "PILOT_TARGETS", 16_384)
+    num_targets = audit.num_audited_targets(tiny_config(**LORA))
+    places = [part * num_targets for part in audit.CHECKED_PLACES]
+    assert places[0] < 15_000 and places[1] > 20_000
+    weights = tiny_config(**CHUNK)
+    assert audit.num_audited_targets(weights) == max(4096, 4 * weights.ttt_chunk_tokens)
+
+
 @pytest.mark.parametrize(
     ("knobs", "broken"),
     [

@@ -245,6 +245,18 @@ def test_a_small_stack_sets_no_knob_to_its_default(path: Path) -> None:
     assert train_gpt.read_recipe(path).keys() == {*train_gpt.changed_knobs(cfg)} - {"RECIPE"}
 
 
+def test_the_recipe_of_a_larger_vocabulary_fits_with_fewer_bits() -> None:
+    (path,) = FOLDER.glob("*.env")
+    cfg = train_gpt.config_from_env({"RECIPE": str(path)})
+    assert train_gpt.read_recipe(path).keys() == {*train_gpt.changed_knobs(cfg)} - {"RECIPE"}
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    shapes = train_gpt.model_layout(cfg)[0]
+    num_params = sum(math.prod(shape) for shape in shapes.values())
+    num_code_bytes = len(train_gpt.pack_source(train_gpt.script_source()))
+    bits = 8 * (cfg.artifact_budget_bytes - num_code_bytes) / num_params
+    assert f"| 24,576 | {num_params / 1e6:.1f} M | {bits:.2f} |" in page
+
+
 def run_and_stack(record: str, stack: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a record's first run, and what a small stack makes of them."""
     (folder,) = FOLDER.parent.glob(f"track_cpu_10min_1mb/*_{record}")

@@ -4494,7 +4494,7 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
     limit_s = run.cfg.train_seconds
     run.log("begin", name="train", **({"limit_s": limit_s} if limit_s else {}))
     train_loop(trainer, loader, validate)
-    trainer.graphs, trainer.graph_grads = None, []  # the evaluation needs their memory
+    trainer.stop_graphs()
     progress = trainer.progress
     run.ledger["training"] = progress.train_s
     run.scores["train_end"] = {
@@ -4909,32 +4909,33 @@ class Trainer:
 
     def replay(self, weight: float, *inputs: Tensor) -> Tensor:
         """`micro_step` as a CUDA graph: one launch. It is captured where its shapes first occur."""
-        key, problem = (self.current_stage, weight, *(x.shape for x in inputs)), ""
-        graphs = self.graphs = {} if self.graphs is None else self.graphs
-        if key not in graphs:
-            copies, pool = [x.clone() for x in inputs], None
-            for other, _, _ in graphs.values():
-                pool = other.pool()  # memory that all use, one after the other
-            try:
-                graph: Any = torch.cuda.CUDAGraph()
-                with (
-                    # A failed capture leaves its own stream.
-                    torch.cuda.stream(torch.cuda.current_stream()),
-                    # Other threads, as that which watches collectives, may go on to use the GPU.
-                    torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),
-                ):
-                    loss = self.micro_step(weight, *copies)
-                graphs[key] = graph, copies, loss
-            except RuntimeError as error:
-                problem = format_line(f"{error}")[:300]
-        if problem:
-            warn_once(f"training uses no CUDA graphs: {problem}")
-            self.graphs = None
+        key = self.current_stage, weight, *(x.shape for x in inputs)
+        if self.graphs is not None and key not in self.graphs:
+            self.capture(key, weight, *inputs)
+        if self.graphs is None:
             return self.micro_step(weight, *inputs)
-        graph, copies, loss = graphs[key]
+        graph, copies, loss = self.graphs[key]
         torch._foreach_copy_(copies, list(inputs))
         graph.replay()
         return loss
+
+    def capture(self, key: Any, weight: float, *inputs: Tensor) -> None:
+        """Add a graph of `micro_step`, with copies of `inputs`; use none at all if that fails."""
+        graphs, copies, pool = self.graphs or {}, [x.clone() for x in inputs], None
+        for other, _, _ in graphs.values():
+            pool = other.pool()  # memory that all use, one after the other
+        try:
+            graph: Any = torch.cuda.CUDAGraph()
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture leaves its own
+                # Other threads, as that which watches collectives, may go on to use the GPU.
+                torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),
+            ):
+                loss = self.micro_step(weight, *copies)
+            self.graphs = {**graphs, key: (graph, copies, loss)}
+        except RuntimeError as error:
+            warn_once(f"training uses no CUDA graphs: {format_line(str(error))[:300]}")
+            self.graphs = None
 
     def clip_gradients(self) -> None:
         """Clip the global norm of the gradient averaged over the ranks.
@@ -5046,6 +5047,9 @@ class Trainer:
         if checks_kernels and cfg.warmup_steps:
             self.try_graphs(self.random_windows(stages[-1]))
             self.muon.try_symmetric_products()
+        for stage in stages if self.graphs is not None else []:  # capture before the clock starts
+            self.enter_stage(stage)
+            self.warm_up_stage(stage)
         self.load(before, Progress())
         self.run.synchronize()
 
@@ -5101,15 +5105,21 @@ class Trainer:
         """Replay micro-batches as CUDA graphs from now on."""
         self.graphs, self.graph_grads = {}, [torch.zeros_like(param) for param in self.params]
 
+    def stop_graphs(self) -> None:
+        """Use no CUDA graphs, and free their memory."""
+        self.graphs, self.graph_grads = None, []
+
     def try_graphs(self, window_BT: Tensor) -> None:
         """Use CUDA graphs from now on if they give the same loss and gradient sooner."""
         window_BT, limit = self.one_micro_batch(window_BT), self.run.cfg.micro_batch_tokens
         direct = self.loss_and_gradient(window_BT, limit)
         self.start_graphs()
         replayed = self.loss_and_gradient(window_BT, limit)
-        is_good = self.graphs is not None
-        if not is_good or not is_right_and_faster(self.run, "graph", replayed, direct):
-            self.graphs, self.graph_grads = None, []
+        is_captured = self.graphs is not None
+        if is_captured and is_right_and_faster(self.run, "graph", replayed, direct):
+            self.graphs = {}  # a step of several micro-batches needs others
+        else:
+            self.stop_graphs()
 
     def loss_and_gradient(
         self, window_BT: Tensor, max_tokens: int
@@ -7042,7 +7052,7 @@ READ_BY_TOOLS = {
 ALSO_IN_LIBRARIES = {"is_byte", "to_device"}
 
 
-def own_attributes(nodes: Iterable[ast.AST]) -> set[str]:
+def own_attributes(nodes: Iterable[Any]) -> set[str]:
     """Names of the script's methods, and of attributes that only its own kinds of objects have.
 
     These are the fields of a NamedTuple and what methods of classes without a library's base store
@@ -7050,9 +7060,9 @@ def own_attributes(nodes: Iterable[ast.AST]) -> set[str]:
     as well are left out.
     """
     nodes, own, foreign, plain = list(nodes), set[str](), set[str](), {"NamedTuple"}
-    fields = list[ast.AST]()
+    fields = list[Any]()
     for node in [x for x in nodes if isinstance(x, ast.ClassDef)]:
-        stores = [x for x in ast.walk(node) if is_stored_attribute(x)]
+        stores: list[Any] = [x for x in ast.walk(node) if is_stored_attribute(x)]
         methods = {x.name for x in node.body if isinstance(x, ast.FunctionDef)}
         if plain.issuperset(map(name_of, node.bases)) and not node.decorator_list:
             plain.add(node.name)

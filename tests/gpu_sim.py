@@ -558,7 +558,7 @@ class SimulatedRun:
         self.gpu.reset()
         self.stages()
         assert self.trainer.graphs, "a capture has failed"
-        self.trainer.graphs, self.trainer.graph_grads = None, []
+        self.trainer.stop_graphs()
 
     def warm_up(self) -> None:
         self.trainer.warm_up()

@@ -166,3 +166,23 @@ def test_symmetric_products_are_used_where_they_are_right_and_faster(
     )
     found = trained(trainer)
     torch.testing.assert_close(found, trained(new_trainer(run, graphs=False)), rtol=1e-3, atol=1e-4)
+
+
+def test_all_graphs_are_captured_before_the_clock_starts(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Run, "is_asynchronous", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    timed_by(monkeypatch, *[1, 0.5] * 20)  # every other form is faster than the plain one
+    run = make_run(**STAGES, compile=True, warmup_steps=1, micro_batch_tokens=64)
+    trainer = new_trainer(run, graphs=False)
+    before = [param.detach().clone() for param in trainer.params]
+    with torch.compiler.set_stance("force_eager"):
+        trainer.warm_up()
+        assert trainer.graphs is not None
+        captured = {key[0] for key in trainer.graphs}
+        assert captured == set(train_gpt.train_stages(run.cfg)) and len(captured) >= 4
+        torch.testing.assert_close(before, list(trainer.params), rtol=0, atol=0)
+        trained(trainer)
+    assert len(trainer.graphs) == len(captured)

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -623,6 +624,47 @@ class SimulatedRun:
             self.gpu.reset()
             trainer.step(batch, len(ids_BT))
 
+    def generate(self) -> None:
+        """MODE=generate with a full context: the first forward pass reads it, the others a token.
+
+        The artifact's model has this model's shape; the kernel is that of generation.
+        """
+        context, cache_lengths, shapes = self.cfg.score_seq_len, list[int](), list[Any]()
+        forward = t.GPT.logits
+
+        def noted(model: t.GPT, ids_BT: Tensor, past: t.KVCache) -> Tensor:
+            logits = forward(model, ids_BT, past)
+            shapes.append((*ids_BT.shape,))
+            cache_lengths.extend({pair[0].size(1) for pair in pairs_of(past)})
+            return logits
+
+        def read_artifact(path: Path, run: t.Run, _: str) -> t.GPT:
+            run.cfg = dataclasses.replace(run.cfg, **{k: getattr(cfg, k) for k in t.STORED_KNOBS})
+            return t.build_model(run, weights)
+
+        cfg = self.cfg
+        weights = {name: torch.zeros(x.shape) for name, x in self.model.state_dict().items()}
+        mode = dataclasses.replace(cfg, mode="generate", max_new_tokens=4)
+        processor: Any = types.SimpleNamespace(
+            encode=lambda text: [2] * (context - 2), decode=lambda ids: f"{len(ids)} tokens"
+        )
+        artifact, changes = (
+            self.run.directory / "artifact",
+            [
+                (t.GPT, "logits", noted),
+                (t, "read_artifact", read_artifact),
+                (t, "decode_header", lambda payload: ({}, b"")),
+                (t, "BOS_ID", 0),  # an item of a FakeTensor is 1, which would end the text
+            ],
+        )
+        artifact.write_bytes(b"")
+        with patched(*changes), contextlib.redirect_stdout(io.StringIO()) as shown:
+            t.generate(dataclasses.replace(self.run, cfg=mode), artifact, processor, "")
+        assert shapes == [(1, context - 1), (1, 1), (1, 1), (1, 1)], shapes
+        assert cache_lengths == [context - 1, context, context, context], cache_lengths
+        printed = f"{context - 1 + 4} tokens\n" if self.run.is_rank0 else ""
+        assert shown.getvalue() == printed, shown.getvalue()
+
     def step_cost(self) -> None:
         """The measurement of a step's cost before the passes."""
         if not self.cfg.adapts:
@@ -635,7 +677,7 @@ class SimulatedRun:
 
 PARTS = (
     "build", "step", "stages", "graphs", "warm_up", "checkpoint", "export", "score", "calibrate",
-    "quantize", "columns", "adapt", "step_cost",
+    "quantize", "columns", "generate", "adapt", "step_cost",
 )  # fmt: skip
 
 
@@ -696,6 +738,10 @@ def column_costs(simulated: SimulatedRun) -> Iterator[ColumnCost]:
             counts.append((gpu.launches, gpu.graph_kernels, sum(gpu.traffic.values())))
         rise = [(b - a) / (many - few) for a, b in zip(*counts[1:], strict=True)]
         yield ColumnCost(tuple(group.weight_LOI.shape), *rise)
+
+
+def pairs_of(past: t.KVCache) -> list[tuple[Tensor, Tensor]]:
+    return [layer.pair for layer in past.layers if layer.pair is not None]
 
 
 def finish_without_numbers(scorer: Any, eval_s: float) -> t.Score:

@@ -59,6 +59,18 @@ def test_a_training_step_waits_once_and_ranks_agree_on_collectives():
     assert kinds == {"_reduce_scatter_base_", "allreduce_", "_allgather_base_"}
 
 
+def test_a_small_recipe_trains_writes_text_and_adapts_on_the_gpu():
+    parts = "build,step,generate,adapt"
+    _, step, text, adapted = simulate("Frontier", *TINY, "--parts", parts)
+    assert sum(step["waits"].values()) == 1
+    # Of each token the host reads the logits, and nothing else.
+    assert [wait.rpartition(":")[0] for wait in text["waits"]] == ["copy to host sample_tokens"]
+    assert [*text["waits"].values()] == [4] and not text["collectives"]
+    # The adapters' documents are recorded chunk by chunk; then the weights learn from all ranks'.
+    assert any(wait.startswith("copy to host record") for wait in adapted["waits"])
+    assert len(adapted["collectives"]) == 3
+
+
 def test_a_training_step_can_be_captured_as_a_cuda_graph():
     parts = "build,stages,graphs"
     _, direct, replayed = simulate("default", *TINY, "--parts", parts)
@@ -141,7 +153,7 @@ def test_what_an_operation_changes_in_place_is_counted_as_read_and_written():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_path_of_a_recipe_runs_on_the_gpu(recipe: str):
     names = [r["name"] for r in simulate(recipe)]
-    assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 12
+    assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 14
 
 
 @pytest.mark.slow

@@ -266,7 +266,10 @@ def test_each_flash_attention_is_called_as_its_signature_says(
     assert backend.attend(q, k, k.clone(), mask).shape == q.shape
 
 
-@pytest.mark.parametrize("module", ["flash_attn_interface", "flex", "sdpa"])
+FLASH_MODULES = ["flash_attn", "flash_attn_interface", "flash_attn.cute"]
+
+
+@pytest.mark.parametrize("module", [*FLASH_MODULES, "flex", "sdpa"])
 def test_every_block_is_one_graph(module: str):
     flash = module.startswith("flash")
     backend = stub_backend(module) if flash else train_gpt.ATTENTION_BACKENDS[module]()
@@ -275,6 +278,7 @@ def test_every_block_is_one_graph(module: str):
     )
     model = GPT(cfg, backend, torch.bfloat16 if flash else torch.float32)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model.run_block = torch.compile(
         train_gpt.run_block, backend="eager", dynamic=False, fullgraph=True
     )
@@ -513,6 +517,34 @@ def test_the_formulas_of_a_gpu_without_compilation_give_the_same_numbers(
     assert torch.equal(outcomes[0][0], outcomes[1][0])  # before any gradient
     torch.testing.assert_close(*outcomes, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(outcomes[0][0], outcomes[0][2], atol=0.1)
+
+
+def test_adapter_steps_compile_no_graphs(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    # Chunks have too many different numbers of keys.
+    run = make_run(ttt_method="lora", ttt_context="incremental", ttt_chunk_size=8)
+    model, graphs, num_keys = random_model(run.cfg), list[Any](), list[int]()
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    model.compile_()
+    ids_BT = torch.randint(2, run.cfg.vocab_size, (2, 8))
+    batch = train_gpt.Batch(ids_BT, ids_BT.roll(-1, 1), 0, None, torch.ones(2, 8))
+    model.eval_nll(*batch[:2])
+    compiled = len(graphs)
+    assert compiled > 1  # of blocks, and of the loss
+    with train_gpt.restore_model_after(run.cfg, model):
+        trainer = train_gpt.AdapterTrainer(run, model, 2)
+        assert trainer.past is not None
+        for _ in range(3):
+            trainer.step(batch, 2)
+            num_keys.append(trainer.past.length)
+    assert num_keys == [8, 16, 24] and len(graphs) == compiled
+    model.eval_nll(ids_BT[:, :7], ids_BT[:, :7])
+    assert len(graphs) > compiled  # the model is compiled still
 
 
 @pytest.mark.parametrize("phases", ["", "1"])

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -623,6 +624,30 @@ class SimulatedRun:
             trainer.step(batch, len(ids_BT))
             self.gpu.reset()
             trainer.step(batch, len(ids_BT))
+
+    def long_documents(self) -> None:
+        """Two full batches of documents longer than the context: their first and last steps.
+
+        After each of them the n-grams and the weights learn from 8 documents, if the recipe does
+        so. Not for KV caches, which the steps between would fill: see gpu_stages.
+        """
+        cfg, planner, plan = self.cfg, t.EvalPlanner(self.cfg, 0, 1), list[t.EvalStep]()
+        assert cfg.ttt_method == "lora" and cfg.ttt_context != "incremental"
+        self.trainer, self.hessians = None, {}
+        rows, document_len = cfg.ttt_batch_size, cfg.score_seq_len + cfg.ttt_chunk_size
+        text = self.validation(2 * rows * document_len, document_len)
+        documents = [*itertools.pairwise(t.document_bounds(text.ids))]
+        for batch in (documents[:rows], documents[rows:]):
+            steps, span = planner.plan_document_batch(batch), (batch[0][0], batch[:8][-1][1])
+            assert [step.shape for step in steps[-2:-1]] == [(rows, cfg.score_seq_len)]
+            plan += [steps[0], *steps[-2:]]
+            if cfg.needs_mixer and not cfg.mixes_afterwards:
+                plan.append(t.EvalStep("update_ngrams", text=span))
+            if cfg.ttt_phases:
+                plan += planner.plan_training(span, 0, 2, resets=True)[:2]
+        self.model.use_final_schedule()
+        with t.restore_model_after(cfg, self.model):
+            t.EvalRunner(self.run, self.model, text, plan, adaptive=True).run_steps()
 
     def generate(self) -> None:
         """MODE=generate with a full context: the first forward pass reads it, the others a token.

@@ -29,7 +29,7 @@ import tempfile
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +198,12 @@ class SimulatedGpu(TorchDispatchMode):
         if function is aten.index.Tensor and any(
             i is not None and i.dtype == torch.bool for i in args[1]
         ):
-            (mask,) = [i for i in args[1] if i is not None]
+            ((first, mask),) = [(n, i) for n, i in enumerate(args[1]) if i is not None]
             assert mask.device == x.device, f"mask on {mask.device}, tensor on {x.device}"
             if is_on_gpu(x):
                 self.wait("boolean index")
-            return x.new_empty(len(x) // 2 if len(x) > 64 else 0, *x.shape[mask.dim() :])
+            number = len(mask) // 2 if len(mask) > 64 else len(mask) // 8 if first else 0
+            return x.new_empty(*x.shape[:first], number, *x.shape[first + mask.dim() :])
         if function is aten.bincount.default:
             if is_on_gpu(x):
                 self.wait("bincount")
@@ -528,8 +529,12 @@ class SimulatedRun:
         return self.windows(t.TrainStage(seq_len, batch_tokens, 0, False))
 
     def validation(self, num_targets: int, document_len: int) -> t.Validation:
+        return self.documents(range(0, num_targets + 1, document_len), num_targets)
+
+    def documents(self, starts: Iterable[int], num_targets: int) -> t.Validation:
+        """A text whose documents begin at these positions."""
         ids = (2 + np.arange(num_targets + 1) % 200).astype(np.uint16)
-        ids[::document_len] = t.BOS_ID
+        ids[[*starts]] = t.BOS_ID
         return t.Validation(ids, np.ones(num_targets, np.int64), False)
 
     def build(self) -> None:
@@ -612,6 +617,19 @@ class SimulatedRun:
         text = self.validation(length, document_len)
         stride = self.cfg.eval_stride or self.cfg.score_seq_len
         t.evaluate(self.run, self.model, text, stride, adaptive=True)
+
+    def uneven(self) -> None:
+        """The adaptive pass within a time limit, of fewer documents than ranks, and of more.
+
+        They have different lengths, and so ranks have different numbers of them, or none.
+        """
+        if not self.cfg.adapts:
+            return
+        for number in (3, 11 if self.cfg.ttt_method == "lora" else 27):
+            ends = np.cumsum([20 + 16 * n % 64 for n in range(number)]).tolist()
+            text, limit = self.documents([0, *ends], ends[-1]), t.TimeLimit(1e9)
+            with patched((t, "PILOT_TARGETS", 300)):
+                t.run_pass(self.run, self.model, text, "ttt", limit)
 
     def adapter_step(self) -> None:
         """The second chunk of all documents that are adapted side by side."""
@@ -702,7 +720,7 @@ class SimulatedRun:
 
 PARTS = (
     "build", "step", "stages", "graphs", "warm_up", "checkpoint", "export", "score", "calibrate",
-    "quantize", "columns", "generate", "adapt", "step_cost",
+    "quantize", "columns", "generate", "adapt", "uneven", "step_cost",
 )  # fmt: skip
 
 
@@ -769,6 +787,12 @@ def pairs_of(past: t.KVCache) -> list[tuple[Tensor, Tensor]]:
     return [layer.pair for layer in past.layers if layer.pair is not None]
 
 
+def max_of_one_rank(max_over_ranks: Any, run: t.Run, value: float) -> float:
+    """max_over_ranks with its collective and transfer; the other ranks' values are no larger."""
+    max_over_ranks(run, value)
+    return float(value)
+
+
 def finish_without_numbers(scorer: Any, eval_s: float) -> t.Score:
     """Scorer.finish with its transfers, but without sums, which FakeTensors do not have."""
     run, num_targets = scorer.run, scorer.validation.num_targets
@@ -788,6 +812,7 @@ def one_rank(flash: str = "flash_attn_interface", by_line: bool = False) -> Iter
         (t.Run, "broadcast_object", lambda self, value: value),
         (t.Run, "log", lambda self, event, **values: None),
         (t.Scorer, "finish", finish_without_numbers),
+        (t, "max_over_ranks", functools.partial(max_of_one_rank, t.max_over_ranks)),
     ]
     with patched(*changes), simulated_gpu(flash, by_line) as gpu:
         yield gpu

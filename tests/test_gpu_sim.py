@@ -153,7 +153,21 @@ def test_what_an_operation_changes_in_place_is_counted_as_read_and_written():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_path_of_a_recipe_runs_on_the_gpu(recipe: str):
     names = [r["name"] for r in simulate(recipe)]
-    assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 14
+    assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["default", "Frontier"])
+def test_all_ranks_run_the_same_collectives(recipe: str):
+    # Ranks have different numbers of documents and windows, or none.
+    names = "step,loop,stages,warm_up,checkpoint,score,calibrate,adapt,uneven,step_cost"
+    by_part = collections.defaultdict[str, list[Any]](list)
+    options = ["--ranks", "0,1,2,3,4,5,6,7", "--parts", f"build,{names}"]
+    for result in simulate(recipe, *TINY, "MIXER=backoff", *options):
+        by_part[result["name"]].append(result["collectives"])
+    assert by_part.pop("build") == [[]] * 8 and [*by_part] == names.split(",")
+    for name, (first, *others) in by_part.items():
+        assert first and others == [first] * 7, name
 
 
 @pytest.mark.slow

@@ -7663,7 +7663,7 @@ class EvalBudget:
     def training_seconds(self, step: EvalStep) -> float:
         """Estimated seconds that training adds to the step."""
         if step.action == "train":  # a small one is bound by launches
-            size = self.cost.positions or math.prod(step.shape)
+            size = self.cost.positions or max(1, math.prod(step.shape))
             return max(1.0, TRAIN_COST * math.prod(step.shape) / size) * self.seconds(step)
         learning_frac = step.num_learning_rows / max(1, len(step.windows))
         num_steps = self.run.cfg.ttt_grad_steps  # the first one reuses the scoring forward pass

@@ -459,3 +459,16 @@ def test_the_score_before_quantization_is_on_no_budget(make_run: MakeRun, data: 
     model = random_model(run.cfg)
     train_gpt.evaluate_and_log(run, model, validation_of(text_of(data)), "prequant")
     assert run.scores["final_prequant"]["tokens"] == 230
+
+
+@pytest.mark.parametrize("cost", [None, StepCost(step_s=1.0, position_s=0.1)])
+def test_a_rank_without_rows_in_a_global_phase_has_a_budget(make_run: MakeRun, data, cost):
+    run = make_run(**INCREMENTAL, ttt_phases="1")
+    knobs = {**INCREMENTAL, "ttt_phases": "1"}
+    plans = [plan_of(text_of(data), rank, 8, **knobs) for rank in range(8)]
+    empty = [[x for x in plan if x.action == "train" and not x.windows] for plan in plans]
+    assert any(empty) and not all(empty)
+    for plan in plans:
+        budget = EvalBudget(run, plan, 100.0, cost)
+        assert 0 <= budget.to_train < math.inf
+        assert all(budget.training_seconds(step) == 0 for step in empty[0])

@@ -219,7 +219,9 @@ class SimulatedGpu(TorchDispatchMode):
         if function is aten.copy_.default and is_on_gpu(args[1]) and not is_on_gpu(args[0]):
             self.wait("copy to host")
         is_copy = function in (aten._to_copy.default, aten.copy_.default)
-        if self.capturing and is_copy and any(x.device.type == "cpu" for x in tensors_of(args)):
+        from_host = is_copy and any(x.device.type == "cpu" for x in tensors_of(args))
+        is_queued = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        if from_host and is_on_gpu(result) and (self.capturing or not is_queued):
             self.wait("copy from host")
         if function.namespace == "c10d":
             tensors = tensors_of(args)

@@ -4933,9 +4933,10 @@ class Trainer:
             ):
                 loss = self.micro_step(weight, *copies)
             self.graphs = {**graphs, key: (graph, copies, loss)}
-        except RuntimeError as error:
-            warn_once(f"training uses no CUDA graphs: {format_line(str(error))[:300]}")
-            self.graphs = None
+        except Exception as error:  # of CUDA, or of a compiler
+            reason = format_line(f"{error.__context__ or error}")[:300]
+            self.run.log("warning", text=f"training uses no CUDA graphs: {reason}")
+            self.graphs = None  # never only one: others may use memory that it would free
 
     def clip_gradients(self) -> None:
         """Clip the global norm of the gradient averaged over the ranks.
@@ -5110,16 +5111,17 @@ class Trainer:
         self.graphs, self.graph_grads = None, []
 
     def try_graphs(self, window_BT: Tensor) -> None:
-        """Use CUDA graphs from now on if they give the same loss and gradient sooner."""
+        """Use CUDA graphs from now on if all ranks get the same loss and gradient sooner."""
         window_BT, limit = self.one_micro_batch(window_BT), self.run.cfg.micro_batch_tokens
         direct = self.loss_and_gradient(window_BT, limit)
         self.start_graphs()
         replayed = self.loss_and_gradient(window_BT, limit)
-        is_captured = self.graphs is not None
-        if is_captured and is_right_and_faster(self.run, "graph", replayed, direct):
-            self.graphs = {}  # a step of several micro-batches needs others
-        else:
+        is_good = self.graphs is not None
+        is_good = is_good and is_right_and_faster(self.run, "graph", replayed, direct)
+        if max_over_ranks(self.run, not is_good):  # the steps that capture have collectives
             self.stop_graphs()
+        else:
+            self.graphs = {}  # a step of several micro-batches needs others
 
     def loss_and_gradient(
         self, window_BT: Tensor, max_tokens: int

@@ -73,7 +73,7 @@ def test_graphs_can_be_dropped_during_training(make_run: MakeRun):
 
 
 def test_a_capture_that_fails_ends_the_use_of_graphs(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):
     run = make_run(iterations=3)
     plain = trained(new_trainer(run, graphs=False))
@@ -87,8 +87,8 @@ def test_a_capture_that_fails_ends_the_use_of_graphs(
     trainer = new_trainer(run, graphs=True)
     torch.testing.assert_close(trained(trainer), plain, rtol=0, atol=0)
     assert trainer.graphs is None
-    warnings = capsys.readouterr().err.count("warning: training uses no CUDA graphs")
-    assert warnings == 1
+    (warning,) = metrics(run.directory, "warning")
+    assert warning["text"].startswith("training uses no CUDA graphs: operation not permitted")
 
 
 class EmptyGraph(RecordedGraph):
@@ -123,6 +123,26 @@ def test_graphs_are_used_where_they_are_right_and_faster(
     assert (shown["form"], shown["ms"], shown["plain_ms"]) == ("graph", 1000 * graph_s, 1000)
     assert (shown["grad_error"] == 0) == (graph is RecordedGraph)
     assert all(param.grad is None for param in trainer.params)
+
+
+@pytest.mark.parametrize("fails, other_fails", [(False, True), (True, False), (False, False)])
+def test_ranks_agree_on_the_use_of_graphs(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, *, fails, other_fails
+):
+    said = []
+
+    def max_over_ranks(_: Run, value: float) -> float:
+        said.append(bool(value))
+        return max(value, other_fails)
+
+    monkeypatch.setattr(train_gpt, "max_over_ranks", max_over_ranks)
+    if fails:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
+    timed_by(monkeypatch, 1, 0.5)
+    trainer = new_trainer(make_run(), graphs=False)
+    trainer.try_graphs(trainer.random_windows(trainer.current_stage))
+    assert said == [fails]
+    assert (trainer.graphs is None) == (fails or other_fails)
 
 
 def symmetric_product(A: Any, B: Any, C: Any = None, *, alpha: float = 1, beta: float = 1) -> Any:

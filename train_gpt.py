@@ -3602,9 +3602,10 @@ class GPT(nn.Module):
             mask = self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T)
         rotary_3TE = table_3PE[:, :T]
         if past is not None and past.num_dropped + length > T:
-            stop = past.num_dropped + length
-            table = rotary_table(self.cfg, table_3PE.size(1), (stop - T, stop))
-            rotary_3TE = table.to(table_3PE)
+            stop, size = past.num_dropped + length, table_3PE.size(1)
+            rotary_3TE = table_3PE[:, stop - T : stop]
+            if stop > size:
+                rotary_3TE = rotary_table(self.cfg, size, (stop - T, stop)).to(table_3PE)
         inputs = BlockInputs(
             x0_BTD=x0_BTD,
             rotary_3TE=rotary_3TE,

@@ -4661,10 +4661,15 @@ def validate_and_log(trainer: Trainer, validate: Callable[[], Score]) -> None:
     trainer.run.log("val", step=trainer.progress.step, **score.summary())
 
 
+PASS_BYTES = 8e9  # free memory that is enough to score: see gpu_report.md
+
+
 @contextlib.contextmanager
 def pass_between_steps(trainer: Trainer) -> Generator[None]:
     """Use the weights without QAT; save a checkpoint if a signal stops this rank or another."""
     trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
+    if trainer.graphs and torch.cuda.mem_get_info()[0] < PASS_BYTES:
+        trainer.graphs = {}  # they are captured again
     # A collective, so before the pass: an interrupted rank would not join it when saving.
     trainer.muon.gather_buffers()
     try:

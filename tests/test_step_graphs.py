@@ -72,6 +72,22 @@ def test_graphs_can_be_dropped_during_training(make_run: MakeRun):
     torch.testing.assert_close(dropped, plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("free_bytes", "are_kept"), [(2e9, False), (20e9, True)])
+def test_graphs_make_room_for_a_validation(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, *, free_bytes, are_kept
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free_bytes, 24e9))
+    run = make_run(iterations=2)
+    plain = trained(new_trainer(run, graphs=False))
+    trainer = new_trainer(run, graphs=True)
+    window_BT = trainer.random_windows(trainer.current_stage)
+    trainer.accumulate_gradients(window_BT)
+    with train_gpt.pass_between_steps(trainer):
+        assert trainer.graphs is not None and bool(trainer.graphs) == are_kept
+    torch.testing.assert_close(trained(trainer), plain, rtol=0, atol=0)
+    assert trainer.graphs
+
+
 def test_a_capture_that_fails_ends_the_use_of_graphs(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):

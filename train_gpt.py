@@ -4254,7 +4254,7 @@ class Muon:
             stacks.append(torch.randn(buffer.shape, generator=generator).to(buffer))
 
         def all_updates(product: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-            """The sum of squares, which a wrong scale changes, and all values."""
+            """The norm, which a wrong scale changes, and all values."""
             updates = [self.orthogonalize(x_LOI, product).flatten() for x_LOI in stacks]
             x = torch.cat(updates).float()
             return x.norm(), x

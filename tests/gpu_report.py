@@ -289,8 +289,8 @@ class StageReport:
 
 
 OPTIMIZER = (
-    "orthogonalize", "start_reduce", "all_reduce_gradients", "clip_gradients", "update", "step",
-    "gather", "reduced_gradients", "grad_or_zeros", "wait_for", "<genexpr>",
+    "orthogonalize", "dense_product", "start_reduce", "all_reduce_gradients", "clip_gradients",
+    "update", "step", "gather", "reduced_gradients", "grad_or_zeros", "wait_for", "<genexpr>",
 )  # fmt: skip
 
 

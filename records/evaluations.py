@@ -8,13 +8,15 @@ A plan names the artifacts of each model (one per seed), settings of all evaluat
     settings = "DATA_PATH=data/x VAL_TOKENS_LIMIT=65536"
     data = "python data/prepare.py --input x.jsonl --out data/x"   # shown in the table, never run
     train = "RECIPE=... SEED=... MODE=train python train_gpt.py"   # the same
+    base = "lora"       # what the others are compared with; without this line, the sliding window
     [models]
     small = ["logs/small_1/artifact.bin", "logs/small_2/artifact.bin"]
     [methods]
     lora = "TTT_METHOD=lora"
 
 Every evaluation is a process of its own; its result is a line of PLAN.jsonl. The table also has the
-scores of disjoint windows and of the sliding window, which every evaluation computes first.
+scores of disjoint windows and of the sliding window, which every evaluation computes first, unless
+EVAL_STRIDE=0 leaves the latter out.
 
 Sections: 1. Plan  2. Running  3. Table  4. Plot  5. Command line
 """
@@ -29,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -81,6 +84,9 @@ class Evaluation:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+SLIDING = "sliding"  # the name of the sliding window among the methods
+
+
 class Plan(NamedTuple):
     """The content of a plan file."""
 
@@ -88,6 +94,7 @@ class Plan(NamedTuple):
     settings: str
     data: str
     train: str
+    base: str  # the method that the others are compared with
     models: dict[str, list[str]]  # artifacts of each model
     methods: dict[str, str]  # settings of each method
 
@@ -104,12 +111,15 @@ def read_plan(path: Path) -> Plan:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a plan of evaluations: {error}") from error
     texts = {key: table.get(key, "") for key in ("settings", "data", "train")}
+    texts["base"] = table.get("base", SLIDING)
     models, methods = table.get("models"), table.get("methods")
     problems = [f"{key} is not text" for key, text in texts.items() if not isinstance(text, str)]
     if not (isinstance(models, dict) and models and all(map(is_list_of_text, models.values()))):
         problems.append("[models] must have lists of artifacts")
     if not (isinstance(methods, dict) and is_list_of_text([*methods.values()])):
         problems.append("[methods] must have settings as text")
+    elif texts["base"] not in (SLIDING, *methods):
+        problems.append(f"base is {texts['base']!r}, which is not in [methods]")
     if problems:
         raise InputError(f"{path} is not a plan of evaluations: {'; '.join(problems)}")
     return Plan(path, **texts, models=table["models"], methods=table["methods"])
@@ -208,20 +218,17 @@ def run(plan: Plan, jobs: int, hours: float, script: Path) -> int:
 # Differences are paired by artifact: the same model scored in two ways.
 
 Scores = dict[str, list[tuple[float, float]]]  # method: bpb and seconds of each artifact
-BASE = "sliding"
 EXPLANATION = """\
 Bits per byte of the same artifacts, scored in different ways: mean and standard deviation over the
-seeds; difference to the sliding window; p-value of the gain (one-sided t test, paired by artifact).
-The seconds are those of the pass, on a machine that ran several at once: they order the methods by
-cost and say no more."""
-HEADER = ["method", "bpb", "std", "to sliding", "p", "seconds", "settings"]
+seeds; difference to {base}; p-value {test} t test, paired by artifact). The seconds are those of
+the pass, on a machine that ran several at once: they order the methods by cost and say no more."""
 
 
 def scores_by_method(results: Sequence[Json], artifacts: Sequence[str]) -> Scores:
     """Return the scores of one model by method, without methods that lack an artifact."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for result in results:
-        events = {"disjoint": "final_quantized", BASE: "final_sliding"}
+        events = {"disjoint": "final_quantized", SLIDING: "final_sliding"}
         for method, event in {**events, result["method"]: "final_ttt"}.items():
             if event in result:
                 pair = result[event]["val_bpb"], result[event]["eval_s"]
@@ -242,18 +249,20 @@ def by_score(scores: Scores) -> list[str]:
     return sorted(scores, key=lambda method: mean_bpb(scores[method]))
 
 
-def method_rows(scores: Scores, methods: Mapping[str, str]) -> list[list[str]]:
+def method_rows(scores: Scores, plan: Plan) -> list[list[str]]:
     """Return a row per method, the lowest bpb first."""
     rows = []
     for method in by_score(scores):
         bpb, seconds = ([pair[i] for pair in scores[method]] for i in (0, 1))
         mean, std = mean_and_std(bpb)
         row = [method, f"{mean:.4f}", f"{std:.4f}" if len(bpb) > 1 else "-", "-", "-"]
-        if BASE in scores and method != BASE:
-            gains = [base - own for (base, _), own in zip(scores[BASE], bpb, strict=True)]
+        if plan.base in scores and method != plan.base:
+            gains = [base - own for (base, _), own in zip(scores[plan.base], bpb, strict=True)]
             p = paired_p(gains)
+            if p is not None and plan.base != SLIDING:
+                p = 2 * min(p, 1 - p)
             row[3:] = [f"{-statistics.fmean(gains):+.4f}", "-" if p is None else f"{p:.4f}"]
-        rows.append([*row, f"{statistics.fmean(seconds):.0f}", methods.get(method, "")])
+        rows.append([*row, f"{statistics.fmean(seconds):.0f}", plan.methods.get(method, "")])
     return rows
 
 
@@ -261,12 +270,15 @@ def format_head(plan: Plan, results: Sequence[Json], num_evaluations: int) -> li
     """Return what stands above the tables: what was measured, with which commands and versions."""
     name, last = plan.path.as_posix(), results[-1]
     sources = sorted({str(r.get("source_sha256", ""))[:12] for r in results})
+    base, test = f"`{plan.base}`", "of the difference (two-sided"
+    if plan.base == SLIDING:
+        base, test = "the sliding window", "of the gain (one-sided"
     return [
         "# Evaluation",
         "",
         f"Generated by `python records/evaluations.py table {name}`; do not edit.",
         "",
-        *EXPLANATION.splitlines(),
+        *textwrap.wrap(EXPLANATION.format(base=base, test=test), 100),
         "",
         f"- {len(results)} of {num_evaluations} evaluations are done.",
         f"- Runs: `python records/evaluations.py run {name}`; settings of all: `{plan.settings}`.",
@@ -290,9 +302,10 @@ def write_table(plan: Plan) -> None:
             own = [r for r in results if r["model"] == model]
             have = [a for a in artifacts if any(r["artifact"] == a for r in own)]
             scores = scores_by_method(own, have)
-            panels.append(Panel(model, scores))
+            panels.append(Panel(model, scores, plan.base))
             lines += ["", f"## {model} (seeds: {len(have)})", ""]
-            lines += table_lines(HEADER, method_rows(scores, plan.methods))
+            header = ["method", "bpb", "std", f"to {plan.base}", "p", "seconds", "settings"]
+            lines += table_lines(header, method_rows(scores, plan))
     except (KeyError, TypeError) as error:
         raise InputError(f"{plan.results} has a result of wrong types: {error!r}") from error
     train_gpt.write_atomic(plan.path.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
@@ -311,6 +324,7 @@ class Panel(NamedTuple):
 
     model: str
     scores: Scores
+    base: str
 
 
 def draw_panel(axes: Axes, panel: Panel, color: str) -> None:
@@ -326,8 +340,10 @@ def draw_panel(axes: Axes, panel: Panel, color: str) -> None:
             f"{mean:.4f}", (max(bpb), place), xytext=(7, 0), textcoords="offset points",
             va="center", color=INK, fontsize=8, bbox=LABEL_BOX,
         )  # fmt: skip
-    if BASE in panel.scores:
-        axes.axvline(mean_bpb(panel.scores[BASE]), color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1)
+    if panel.base in panel.scores:
+        axes.axvline(
+            mean_bpb(panel.scores[panel.base]), color=FAINT, lw=1, ls=(0, (4, 3)), zorder=1
+        )
     seconds = [statistics.fmean(s for _, s in panel.scores[method]) for method in methods]
     labels = [f"{display_name(m)}  ({s:,.0f} s)" for m, s in zip(methods, seconds, strict=True)]
     axes.set_yticks(range(len(methods)), labels)
@@ -335,7 +351,8 @@ def draw_panel(axes: Axes, panel: Panel, color: str) -> None:
     axes.tick_params(axis="y", length=0)
     make_room_for_labels(axes, [bpb for scores in panel.scores.values() for bpb, _ in scores])
     axes.set_title(display_name(panel.model))
-    axes.set_xlabel("bits per byte (dashed: sliding window)")
+    base = "sliding window" if panel.base == SLIDING else display_name(panel.base)
+    axes.set_xlabel(f"bits per byte (dashed: {base})")
 
 
 def draw_evaluations(panels: Sequence[Panel], path: Path) -> None:

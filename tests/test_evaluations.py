@@ -111,10 +111,27 @@ def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path)
     ]
     scores = scores_by_method(results, ["a.bin", "b.bin"])
     assert scores["lora"] == [(1.5, 2.0), (1.7, 2.0)]
-    rows = method_rows(scores, {"lora": "TTT_METHOD=lora"})
+    rows = method_rows(scores, read_plan(plan))
     assert [row[0] for row in rows] == ["lora", "tilt", "sliding", "disjoint"]
-    assert rows[0][1:4] == ["1.6000", "0.1414", "-0.4500"] and rows[0][-1] == "TTT_METHOD=lora"
+    assert rows[0][1:4] == ["1.6000", "0.1414", "-0.4500"]
+    assert rows[0][-1] == "TTT_METHOD=lora TTT_LORA_LR=1e-3"
     assert rows[2][:5] == ["sliding", "2.0500", "0.0707", "-", "-"]
+
+
+def test_differences_to_a_method_of_the_plan_are_tested_on_both_sides(plan: Path):
+    scores = {"lora": [(1.5, 9.0), (1.7, 9.0)], "tilt": [(1.6, 9.0), (1.81, 9.0)]}
+    rows = method_rows(scores, read_plan(plan)._replace(base="lora"))
+    better = method_rows(scores, read_plan(plan)._replace(base="tilt"))
+    # One degree of freedom: p = 1 - 2 / pi * atan(0.105 / 0.005).
+    assert rows[1][3:5] == ["+0.1050", "0.0303"] and rows[0][3:5] == ["-", "-"]
+    assert better[0][3:5] == ["-0.1050", "0.0303"]
+
+
+@pytest.mark.parametrize("base", ['"other"', "3", '["lora"]'])
+def test_a_base_that_the_plan_does_not_have_is_refused(plan: Path, base: str):
+    plan.write_text(f"base = {base}\n" + plan.read_text(), encoding="utf-8")
+    with pytest.raises(InputError, match="base"):
+        read_plan(plan)
 
 
 def test_a_method_that_lacks_an_artifact_is_not_compared(plan: Path):

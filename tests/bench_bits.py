@@ -1,11 +1,13 @@
 """Compares bits per weight at a fixed size of the artifact: many coarse weights or few fine ones.
 
-    python tests/bench_bits.py --seeds 1337 42    # train and quantize what is missing
+    python tests/bench_bits.py                    # train and quantize what is missing
     python tests/bench_bits.py --table            # rewrite tables and plot
+    python tests/bench_bits.py --long ...         # 600 instead of 120 seconds of training
 
-Every shape is trained for the same CPU seconds of optimizer steps: the CPU time of a step is
-measured once per shape, and sets the number of steps of all its runs. Each trained model is then
-quantized to each size by several methods. Every result is a line of bits.jsonl.
+Every shape is trained for the same CPU seconds of optimizer steps. The CPU time of a step is
+measured first, of all shapes in turn, and sets the number of steps of all their runs. Each trained
+model is then quantized to each size by several methods. Every result is a line of bits.jsonl or
+bits_long.jsonl. Several processes may work on the same results if each has its own seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import shutil
@@ -23,7 +26,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,39 +45,84 @@ from tests import bench_quant
 
 ROOT = Path(__file__).parent.parent
 TRACK = ROOT / "records" / "track_cpu_10min_64kb"
-RESULTS, RECIPE, RUNS = TRACK / "bits.jsonl", TRACK / "tiny.env", ROOT / "logs" / "bench_bits"
+RECIPE, RUNS = TRACK / "tiny.env", ROOT / "logs" / "bench_bits"
 
-# One rule: three blocks of two heads, width a multiple of 8, MLP closest to twice the width.
-SHAPES = {  # width, width of the MLP
-    "256k": (96, 215),
-    "205k": (88, 171),
-    "171k": (80, 150),
-    "146k": (72, 145),
-    "114k": (64, 115),
-    "64k": (48, 65),
-    "28k": (24, 76),
+
+class Shape(NamedTuple):
+    """The shape of a model with two heads."""
+
+    width: int
+    mlp_width: int
+    num_layers: int = 3
+
+
+# One rule: three blocks, width a multiple of 8, MLP closest to twice the width. The others have as
+# many weights in two or four blocks.
+SHAPES = {
+    "256k": Shape(96, 215),
+    "205k": Shape(88, 171),
+    "171k": Shape(80, 150),
+    "146k": Shape(72, 145),
+    "114k": Shape(64, 115),
+    "93k": Shape(56, 108),
+    "64k": Shape(48, 65),
+    "28k": Shape(24, 76),
+    "171k_2blocks": Shape(96, 171, 2),
+    "171k_4blocks": Shape(72, 124, 4),
+    "114k_2blocks": Shape(80, 108, 2),
+    "114k_4blocks": Shape(56, 106, 4),
 }
-BUDGETS = {  # bytes of the artifact, and the shapes that are quantized to it
-    64_000: ["256k", "205k", "171k", "146k", "114k"],
-    32_000: ["114k", "64k"],
-    16_000: ["64k", "28k"],
-}
+
+
+class Setting(NamedTuple):
+    """A comparison: the CPU seconds of a training, and what is quantized to which size."""
+
+    results: str
+    seconds: float
+    budgets: dict[int, list[str]]  # bytes of the artifact, and the shapes
+    finished: dict[int, list[str]]  # the same for a quantization-aware finish
+
+    @property
+    def shapes(self) -> list[str]:
+        return [*dict.fromkeys(itertools.chain(*self.budgets.values()))]
+
+    def finished_sizes(self, shape: str) -> list[int]:
+        return [size for size, shapes in self.finished.items() if shape in shapes]
+
+
+SHORT = Setting(
+    "bits.jsonl", 120, {
+        64_000: ["256k", "205k", "171k", "146k", "114k"],
+        32_000: ["114k", "64k"],
+        16_000: ["64k", "28k"],
+    }, {},
+)  # fmt: skip
+LONG = Setting(
+    "bits_long.jsonl", 600, {64_000: [*SHORT.budgets[64_000], "93k"]},
+    {64_000: ["256k", "205k", "171k", "146k", "114k"]},
+)  # fmt: skip
 METHODS: dict[str, Json] = {
     "ours": {},
     "public": bench_quant.METHODS["reference"].knobs,
 }
+QAT = {  # of the last tenth of the steps, which have 1/6 of the learning rate or less
+    "LATE_QAT_THRESHOLD": "0.167",
+    "QAT_GRID": "artifact",
+}
 TITLES = {
     "ours": "optimal scales, trellis, ans",
     "public": "GPTQ, SDClip, uniform, brotli",
+    "qat": "ours after a quantization-aware finish",
 }
-TIMED_STEPS = 16
+TIMED_STEPS, TIMED_ROUNDS = 8, 6
+FINISH_FROM = 0.9  # the share of the steps after which a checkpoint is kept, to end otherwise
 
 
 def config(shape: str, **changed: str) -> tg.Config:
     """Return the configuration of a shape."""
-    width, mlp_width = SHAPES[shape]
-    given = {"RECIPE": str(RECIPE), "MODEL_DIM": str(width), "MAX_WALLCLOCK_SECONDS": "0"}
-    given |= {"MLP_MULT": str((mlp_width + 0.5) / width), "CHECKPOINT_EVERY_SECONDS": "0"}
+    width, mlp_width, num_layers = SHAPES[shape]
+    given = {"RECIPE": str(RECIPE), "MODEL_DIM": str(width), "NUM_LAYERS": str(num_layers)}
+    given |= {"MLP_MULT": str((mlp_width + 0.5) / width), "MAX_WALLCLOCK_SECONDS": "0"}
     return tg.config_from_env({**given, **changed})
 
 
@@ -81,45 +131,78 @@ def make_run(cfg: tg.Config, directory: Path) -> tg.Run:
     return tg.Run(cfg=cfg, directory=directory, rank=0, world_size=1, device=device, dtype=dtype)
 
 
-def cpu_seconds_per_step(run: tg.Run, model: tg.GPT) -> float:
-    """Return the median CPU seconds of a step; the weights are put back afterwards."""
-    trainer, cfg = tg.Trainer(run, model), run.cfg
-    trainer.warm_up()
-    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
-    window_BT = torch.randint(
-        cfg.vocab_size, (cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len + 1)
-    )
+def time_steps(setting: Setting, results: Path) -> None:
+    """Measure the CPU seconds of a step of all shapes in turn, unless they are known.
+
+    If some are known, those of the others are in proportion to one of them.
+    """
+    wanted = setting.shapes
+    known_s = {shape: row["step_cpu_s"] for shape in wanted
+               if (row := read_results(results).get(f"time {shape}"))}  # fmt: skip
+    missing = [shape for shape in wanted if shape not in known_s]
+    shapes = [*missing, *list(known_s)[-1:]]
+    trainers = {}
+    for shape in shapes if missing else ():
+        run = make_run(config(shape), RUNS)
+        trainers[shape] = tg.Trainer(run, tg.build_model(run))
+        trainers[shape].warm_up()
+    taken_s = {shape: list[float]() for shape in trainers}
+    for shape, trainer in [*trainers.items()] * TIMED_ROUNDS:
+        cfg = trainer.run.cfg
+        window_BT = torch.randint(
+            cfg.vocab_size, (cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len + 1)
+        )
+        taken_s[shape] += cpu_seconds(trainer, window_BT)
+    median_s = {shape: statistics.median(values) for shape, values in taken_s.items()}
+    for shape in missing:
+        factor = known_s[shapes[-1]] / median_s[shapes[-1]] if known_s else 1.0
+        row = {"key": f"time {shape}", "step_cpu_s": factor * median_s[shape]}
+        append_result(results, row | {"seconds": setting.seconds})
+
+
+def cpu_seconds(trainer: tg.Trainer, window_BT: torch.Tensor) -> list[float]:
+    """Return the CPU seconds of each of some steps."""
     clock_s = [time.process_time()]
     for _ in range(TIMED_STEPS):
         trainer.step(window_BT).item()
         clock_s.append(time.process_time())
-    trainer.load(before, tg.Progress())
-    return statistics.median(b - a for a, b in zip(clock_s, clock_s[1:], strict=False))
+    return [b - a for a, b in itertools.pairwise(clock_s)]
 
 
-def train(shape: str, seed: int, seconds: float, results: Path) -> Path:
-    """Train a model for `seconds` CPU seconds of steps; return its folder."""
-    folder, cfg = RUNS / f"{shape}_{seed}", config(shape, SEED=str(seed))
+class Loader(tg.BatchLoader):
+    """Batches of training text; asks the run to stop at a number of tokens."""
+
+    def __init__(self, run: tg.Run, stop_at: int = -1) -> None:
+        stream = tg.TokenStream(tg.find_shards(run.cfg, "train"), run.cfg.vocab_size)
+        super().__init__(run.cfg, stream, rank=0, world_size=1)
+        self.run, self.stop_at = run, stop_at
+
+    def batch(self, position: int, stage: tg.TrainStage) -> torch.Tensor:
+        self.run.signal_received |= position == self.stop_at
+        return super().batch(position, stage)
+
+
+def train(shape: str, seed: int, setting: Setting, results: Path) -> Path:
+    """Train a model, which may continue from a checkpoint; return its folder."""
+    folder = RUNS / results.stem / f"{shape}_{seed}"
     key, known = f"train {shape} {seed}", read_results(results)
     if key in known and list(folder.glob("checkpoint/step_*")):
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    run = make_run(cfg, folder)
-    model = tg.build_model(run)
-    timed = known.get(f"time {shape}")
-    if not timed:
-        step_s = cpu_seconds_per_step(run, model)
-        timed = {"key": f"time {shape}", "step_cpu_s": step_s, "seconds": seconds}
-        append_result(results, timed)
-    run.cfg = dataclasses.replace(cfg, iterations=round(seconds / timed["step_cpu_s"]))
-    stream = tg.TokenStream(tg.find_shards(run.cfg, "train"), run.cfg.vocab_size)
-    loader, started_s = tg.BatchLoader(run.cfg, stream, rank=0, world_size=1), time.process_time()
-    trainer = tg.train(run, model, loader, lambda: None)  # type: ignore[arg-type, return-value]
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = round(setting.seconds / known[f"time {shape}"]["step_cpu_s"])
+    cfg = config(shape, SEED=str(seed), ITERATIONS=str(steps))
+    stop_at = round(FINISH_FROM * steps) * cfg.train_batch_tokens
+    while True:
+        run = make_run(cfg, folder)
+        try:
+            trainer = tg.train(run, tg.build_model(run), Loader(run, stop_at), lambda: None)  # type: ignore[arg-type, return-value]
+            break
+        except tg.Interrupted:
+            shutil.copytree(folder / "checkpoint", folder / "to_finish", dirs_exist_ok=True)
     append_result(results, {
         "key": key, "steps": trainer.progress.step, "tokens": trainer.progress.tokens,
-        "cpu_s": round(time.process_time() - started_s, 1),
-        "params": sum(p.numel() for p in model.parameters()),
+        "train_s": round(trainer.progress.train_s, 1),
+        "params": sum(p.numel() for p in trainer.params),
     })  # fmt: skip
     return folder
 
@@ -136,22 +219,26 @@ def quantized(
         subject.tokenizer_sha256,
     )  # fmt: skip
     payload = tg.fill_budget(groups, encode, num_bytes)
-    decoded = tg.decode_tensors(*tg.decode_header(payload), *tg.model_layout(cfg))
-    return payload, tg.dequantize_all(decoded)
+    return payload, read_back(cfg, payload)
 
 
-def measure(shape: str, seed: int, folder: Path, results: Path) -> None:
+def read_back(cfg: tg.Config, payload: bytes) -> dict[str, torch.Tensor]:
+    tensors = tg.decode_tensors(*tg.decode_header(payload), *tg.model_layout(cfg))
+    return tg.dequantize_all(tensors)
+
+
+def measure(shape: str, seed: int, setting: Setting, results: Path) -> None:
     """Add the scores of a trained model before quantization and with every method and budget."""
     wanted = [
         (f"{method} {num_bytes} {shape} {seed}", method, num_bytes)
-        for num_bytes, shapes in BUDGETS.items()
+        for num_bytes, shapes in setting.budgets.items()
         for method in METHODS
         if shape in shapes
     ]
     known, about = read_results(results), f"model {shape} {seed}"
     if {about, *(key for key, _, _ in wanted)} <= known.keys():
         return
-    subject = bench_quant.load_subject(folder, RUNS)
+    subject = bench_quant.load_subject(train(shape, seed, setting, results), RUNS)
     bench_quant.calibrated(subject)
     if about not in known:
         append_result(results, {
@@ -169,24 +256,108 @@ def measure(shape: str, seed: int, folder: Path, results: Path) -> None:
             print(row, flush=True)
 
 
+# --- Quantization-aware finish -------------------------------------------------------------------
+
+
+def finish_run(shape: str, seed: int, num_bytes: int, results: Path, **changed: str) -> tg.Run:
+    """Return a run that continues from the checkpoint before the last steps with late QAT."""
+    source = RUNS / results.stem / f"{shape}_{seed}" / "to_finish"
+    folder = RUNS / results.stem / f"{shape}_{seed}_{num_bytes}_qat"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder / "checkpoint")
+    (folder / "train_gpt.py").touch()  # the code, of no bytes: num_bytes are for the rest
+    knobs = {**QAT, "SEED": str(seed), "ARTIFACT_BUDGET_BYTES": str(num_bytes), **changed}
+    run = make_run(config(shape, **knobs), folder)
+    (checkpoint,) = folder.glob("checkpoint/step_*")
+    state = safetensors.torch.load_file(checkpoint / "state.safetensors")
+    tensors = tg.Trainer(run, tg.build_model(run)).tensors()
+    unknown = {name: tensor for name, tensor in tensors.items() if name.startswith("grid/")}
+    payload = safetensors.torch.save(state | unknown)
+    (checkpoint / "state.safetensors").write_bytes(payload)
+    meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+    meta["state_sha256"] = hashlib.sha256(payload).hexdigest()
+    meta["config"] = dataclasses.asdict(run.cfg)
+    (checkpoint / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return run
+
+
+def time_qat(shape: str, num_bytes: int, run: tg.Run, results: Path) -> Json:
+    """Measure the CPU seconds of the search for the grid, and of steps with and without QAT."""
+    key = f"time_qat {num_bytes} {shape}"
+    if known := read_results(results).get(key):
+        return known
+    trainer, loader = tg.Trainer(run, tg.build_model(run)), Loader(run)
+    trainer.warm_up()
+    tg.load_checkpoint(trainer)
+    started_s = time.process_time()
+    trainer.solve_grid(loader)
+    row: Json = {"key": key, "solve_cpu_s": time.process_time() - started_s}
+    window_BT = loader.batch(trainer.progress.tokens, trainer.current_stage)
+    taken_s: dict[bool, list[float]] = {False: [], True: []}
+    for qat in [False, True] * TIMED_ROUNDS:
+        trainer.enter_stage(trainer.current_stage._replace(qat=qat))
+        taken_s[qat] += cpu_seconds(trainer, window_BT)
+    without_s, with_s = (statistics.median(taken_s[qat]) for qat in (False, True))
+    row |= {"step_cpu_s": without_s, "qat_step_cpu_s": with_s}
+    append_result(results, row)
+    return row
+
+
+def finish(shape: str, seed: int, num_bytes: int, results: Path) -> None:
+    """Add the score of a model whose last steps were trained on the final grid.
+
+    These steps, and the search for the grid, take as much CPU time as the steps without.
+    """
+    key, known = f"qat {num_bytes} {shape} {seed}", read_results(results)
+    if key in known:
+        return
+    timed = time_qat(shape, num_bytes, finish_run(shape, seed, num_bytes, results), results)
+    steps = known[f"train {shape} {seed}"]["steps"]
+    done = round(FINISH_FROM * steps) + 1
+    left_s = (steps - done) * timed["step_cpu_s"] - timed["solve_cpu_s"]
+    last = done + round(left_s / timed["qat_step_cpu_s"])
+    run = finish_run(shape, seed, num_bytes, results, ITERATIONS=str(last))
+    trainer = tg.train(run, tg.build_model(run), Loader(run), lambda: None)  # type: ignore[arg-type, return-value]
+    subject = bench_quant.load_subject(run.directory, RUNS)
+    cfg = dataclasses.replace(run.cfg, compile=False)
+    subject.run = dataclasses.replace(run, cfg=cfg)
+    subject.model = tg.build_model(subject.run)
+    subject.model.load_state_dict(trainer.model.state_dict())
+    for name, module in tg.late_qat_modules(cfg, subject.model).items():
+        module.grid = trainer.late_modules[name].grid
+    bench_quant.calibrated(subject)
+    payload = tg.quantize_and_encode(subject.run, subject.model, subject.hessians, "")
+    row = {"key": key, "steps": last, "bytes": len(payload)}
+    row |= {"bpb": subject.bpb(read_back(cfg, payload)), "ledger": tg.artifact_sizes(payload)}
+    append_result(results, row)
+    print(row, flush=True)
+
+
 # --- Table ---------------------------------------------------------------------------------------
 
 
 class Table:
     """The results, and what the table and the plot show of them."""
 
-    def __init__(self, path: Path) -> None:
-        self.rows = read_results(path)
+    def __init__(self, setting: Setting, path: Path) -> None:
+        self.setting, self.rows = setting, read_results(path)
+
+    def methods(self, num_bytes: int, shape: str) -> list[str]:
+        """Return the methods that a shape is measured with."""
+        is_finished = num_bytes in self.setting.finished_sizes(shape)
+        return [*METHODS, *(["qat"] if is_finished else [])]
 
     def seeds(self, num_bytes: int, *shapes: str) -> list[int]:
         """Return the seeds of which all methods of a budget are there for all these shapes."""
-        keys = [f"{m} {num_bytes} {shape}" for m in METHODS for shape in shapes]
+        keys = [
+            f"{m} {num_bytes} {shape}" for shape in shapes for m in self.methods(num_bytes, shape)
+        ]
         seeds = dict.fromkeys(int(key.split()[-1]) for key in self.rows if key.startswith("model"))
         return [seed for seed in seeds if {f"{key} {seed}" for key in keys} <= self.rows.keys()]
 
     def shapes(self, num_bytes: int) -> list[str]:
         """Return the shapes of a budget that have results."""
-        return [shape for shape in BUDGETS[num_bytes] if self.seeds(num_bytes, shape)]
+        return [shape for shape in self.setting.budgets[num_bytes] if self.seeds(num_bytes, shape)]
 
     def model(self, num_bytes: int, shape: str) -> Json:
         """Return sizes and training of the first model of a shape."""
@@ -206,34 +377,61 @@ class Table:
         seeds = self.seeds(num_bytes, shape, *with_shapes)
         return [self.rows[f"{key} {seed}"]["bpb"] for seed in seeds]
 
+    def best(self, num_bytes: int) -> tuple[str, str]:
+        """Return method and shape of the lowest mean score."""
+        pairs = [
+            (m, shape) for shape in self.shapes(num_bytes) for m in self.methods(num_bytes, shape)
+        ]
+        return min(pairs, key=lambda pair: statistics.fmean(self.bpb(pair[0], num_bytes, pair[1])))
+
     def lines(self, num_bytes: int) -> Iterator[str]:
         """Yield the table of a budget, and how the artifacts differ from the best one."""
         shapes = self.shapes(num_bytes)
+        names = ["model", *METHODS, *(["qat"] if self.setting.finished.get(num_bytes) else [])]
         rows = []
         for shape in shapes:
-            about = self.model(num_bytes, shape)
-            scores = {m: self.bpb(m, num_bytes, shape) for m in ("model", *METHODS)}
+            about, measured = (
+                self.model(num_bytes, shape),
+                ["model", *self.methods(num_bytes, shape)],
+            )
+            scores = {m: self.bpb(m, num_bytes, shape) if m in measured else [] for m in names}
             rows.append([
                 f"{self.bits(num_bytes, shape):.2f}", f"{about['weights']:,}",
                 *map(str, SHAPES[shape]), f"{about['steps']:,}",
                 f"{about['tokens'] / about['params']:.1f}", str(len(scores["model"])),
                 *map(mean_text, scores.values()), *difference(scores["public"], scores["ours"]),
             ])  # fmt: skip
-        names = ["bits", "weights", "width", "MLP", "steps", "tokens a parameter", "seeds"]
-        header = [*names, "before", "ours", "public", "public - ours", "p"]
+        header = [
+            "bits",
+            "weights",
+            "width",
+            "MLP",
+            "blocks",
+            "steps",
+            "tokens a parameter",
+            "seeds",
+        ]
+        header += ["before", *names[1:], "public - ours", "p"]
         yield from table_lines(header, rows)
-        best = min(shapes, key=lambda shape: statistics.fmean(self.bpb("ours", num_bytes, shape)))
-        yield from ["", f"Mean differences to ours with {self.bits(num_bytes, best):.2f} bits:", ""]
+        method, best = self.best(num_bytes)
+        bits = self.bits(num_bytes, best)
+        yield from ["", f"Mean differences to {method} with {bits:.2f} bits:", ""]
         rows = []
-        for method, shape in itertools.product(METHODS, shapes):
-            base = self.bpb("ours", num_bytes, best, shape)
-            if (method, shape) != ("ours", best) and base:
-                gap = difference(self.bpb(method, num_bytes, shape, best), base)
-                rows.append([method, f"{self.bits(num_bytes, shape):.2f}", str(len(base)), *gap])
+        for other, shape in itertools.product(names[1:], shapes):
+            base = self.bpb(method, num_bytes, best, shape)
+            if (
+                other in self.methods(num_bytes, shape)
+                and (other, shape) != (method, best)
+                and base
+            ):
+                gap = difference(self.bpb(other, num_bytes, shape, best), base)
+                rows.append([other, f"{self.bits(num_bytes, shape):.2f}", str(len(base)), *gap])
         yield from table_lines(["method", "bits", "seeds", "difference", "p"], rows)
 
 
 def mean_text(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
     mean = f"{statistics.fmean(values):.4f}"
     return f"{mean} ({statistics.stdev(values):.4f})" if len(values) > 1 else mean
 
@@ -247,16 +445,23 @@ def difference(scores: Sequence[float], base: Sequence[float]) -> tuple[str, str
 
 def draw_budget(axes: Axes, table: Table, num_bytes: int) -> None:
     """Draw the scores by bits per weight; far worse ones than all of ours are not in view."""
-    shapes = table.shapes(num_bytes)
-    bits = [table.bits(num_bytes, shape) for shape in shapes]
     titles = {"model": "before quantization", **TITLES}
+    shown: list[float] = []
     for (method, title), color in zip(titles.items(), (FAINT, *PALETTE), strict=False):
+        shapes = [
+            shape for shape in table.shapes(num_bytes)
+            if method in ["model", *table.methods(num_bytes, shape)]
+        ]  # fmt: skip
+        if not shapes:
+            continue
+        bits = [table.bits(num_bytes, shape) for shape in shapes]
         scores = [table.bpb(method, num_bytes, shape) for shape in shapes]
         style = "--" if method == "model" else "o-"
         axes.plot(bits, [*map(statistics.fmean, scores)], style, color=color, ms=4, label=title)
         for x, values in zip(bits, scores, strict=True):
             axes.plot([x] * len(values), values, ".", color=color, ms=3, alpha=0.5)
-    shown = [s for m in ("model", "ours") for x in shapes for s in table.bpb(m, num_bytes, x)]
+        if method != "public":
+            shown += itertools.chain(*scores)
     low, high = min(shown), max(shown)
     axes.set_ylim(low - 0.1 * (high - low), high + 0.8 * (high - low))
     axes.set_title(f"{num_bytes:,} bytes")
@@ -279,10 +484,10 @@ def draw_plot(table: Table, budgets: Sequence[int], path: Path) -> None:
         save_figure(figure, path)
 
 
-def write_table(results: Path) -> None:
+def write_table(setting: Setting, results: Path) -> None:
     """Write the tables into README.md beside the results, and the plot."""
-    table = Table(results)
-    budgets = [num_bytes for num_bytes in BUDGETS if table.shapes(num_bytes)]
+    table = Table(setting, results)
+    budgets = [num_bytes for num_bytes in setting.budgets if table.shapes(num_bytes)]
     if not budgets:
         return
     abouts = [row for key, row in table.rows.items() if key.startswith("model")]
@@ -296,7 +501,7 @@ def write_table(results: Path) -> None:
     for num_bytes in budgets:
         lines += ["", f"### {num_bytes:,} bytes", "", *table.lines(num_bytes)]
     page = results.with_name("README.md")
-    text = replace_marked(page.read_text(encoding="utf-8"), "results", "\n".join(lines))
+    text = replace_marked(page.read_text(encoding="utf-8"), results.stem, "\n".join(lines))
     page.write_text(text, encoding="utf-8")
     draw_plot(table, budgets, results.with_suffix(".png"))
 
@@ -305,16 +510,20 @@ def main() -> None:
     """Measure what is missing, then write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 42, 7])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all of the setting")
+    parser.add_argument("--long", action="store_true", help="600 CPU seconds of training, not 120")
     parser.add_argument("--table", action="store_true", help="only rewrite the table and the plot")
     args = parser.parse_args()
     os.chdir(ROOT)
-    for seed in () if args.table else args.seeds:
-        for shape in args.shapes:
-            folder = train(shape, seed, args.seconds, RESULTS)
-            measure(shape, seed, folder, RESULTS)
-    write_table(RESULTS)
+    setting = LONG if args.long else SHORT
+    results = TRACK / setting.results
+    if not args.table:
+        time_steps(setting, results)
+        for seed, shape in itertools.product(args.seeds, args.shapes or setting.shapes):
+            measure(shape, seed, setting, results)
+            for num_bytes in setting.finished_sizes(shape):
+                finish(shape, seed, num_bytes, results)
+    write_table(setting, results)
 
 
 if __name__ == "__main__":

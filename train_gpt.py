@@ -908,8 +908,9 @@ def method_rules(cfg: Config) -> list[Rule]:
             f"CLIP_SIGMAS and ROW_STEPS={cfg.row_steps} both set the quantization scales",
         ),
         (
-            not cfg.trains_on_grid or (cfg.solves_scales and cfg.averaging == "none"),
-            "QAT_GRID=artifact needs AVERAGING=none and ROW_STEPS=solved without CLIP_SIGMAS",
+            not cfg.trains_on_grid
+            or (cfg.solves_scales and cfg.averaging == "none" and not cfg.prune_frac),
+            "QAT_GRID=artifact needs AVERAGING=none PRUNE_FRAC=0 ROW_STEPS=solved CLIP_SIGMAS=",
         ),
         (
             cfg.late_qat_threshold == 0
@@ -4531,6 +4532,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
             losses.check(losses.is_bad, check_weights=True)
             if trainer.solve_grid(loader):
                 advance_clock()  # it took time: look at the clock again
+                trainer.drop_unused_grid()
                 continue
         trainer.enter_stage(stage)
         losses.add(trainer.step(loader.batch(trainer.progress.tokens, stage)))
@@ -5007,6 +5009,12 @@ class Trainer:
             for name, pair in run.run_on_rank0(scales).items():
                 torch._foreach_copy_([*(unknown[name].grid or ())], pair)
         return True
+
+    def drop_unused_grid(self) -> None:
+        """Forget the grid if no step is left that could train on it."""
+        if self.progress.is_over(self.run.cfg):
+            for rows_O, _ in filter(None, (m.grid for m in self.late_modules.values())):
+                rows_O.fill_(UNKNOWN_SCALE)
 
     @torch.no_grad()
     def round_to_grid(self) -> None:
@@ -9372,26 +9380,31 @@ def write_artifact(
     write_atomic(artifact, payload)
 
 
+MAX_COARSENING = 2  # of the matrices without late QAT by what its codes take; 1 bit a weight
+
+
 def quantize_and_encode(
     run: Run, model: GPT, hessians: Mapping[str, KroneckerHessian], tokenizer_sha256: str
 ) -> bytes:
     """Rank 0: the bytes of the artifact; solved scales are set so that it fills the budget."""
     cfg, groups = run.cfg, group_matrices(run.cfg, model, hessians)
-    encode = functools.partial(encode_model, run, model, groups, tokenizer_sha256)
+    encode = functools.partial(encode_model, run, model, tokenizer_sha256)
     if not cfg.solves_scales or not groups:
-        return encode(1.0)
+        return encode(groups, 1.0)
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
     budget_bytes = max(1, cfg.artifact_budget_bytes - code_bytes)
-    payload = fill_budget(groups, encode, budget_bytes)
-    if len(payload) > budget_bytes and any(group.fixed for group in groups):
-        run.log("warning", text="the codes that late QAT trained take too many bytes; all coarser")
-        groups[:] = [group._replace(fixed=False) for group in groups]
-        payload = fill_budget(groups, encode, budget_bytes)
-    return payload
+    if any(group.fixed for group in groups):
+        # The codes that late QAT trained may take so many bytes that too few are left for others.
+        fresh = group_matrices(dataclasses.replace(cfg, late_qat_threshold=0.0), model, hessians)
+        factor, fresh_factor = (scale_factor_for(x, 8.0 * budget_bytes) for x in (groups, fresh))
+        if factor > MAX_COARSENING * fresh_factor:
+            run.log("warning", text="the codes of late QAT take too many bytes; new scales")
+            groups = fresh
+    return fill_budget(groups, functools.partial(encode, groups), budget_bytes)
 
 
 def encode_model(
-    run: Run, model: GPT, groups: Sequence[MatrixGroup], tokenizer_sha256: str, scale_factor: float
+    run: Run, model: GPT, tokenizer_sha256: str, groups: Sequence[MatrixGroup], scale_factor: float
 ) -> bytes:
     """The bytes of the artifact with all quantization scales times `scale_factor`."""
     run.check_signal()

@@ -215,8 +215,8 @@ def quantized(
     subject.model.load_state_dict(subject.weights)
     groups = tg.group_matrices(cfg, subject.model, subject.hessians)
     encode = functools.partial(
-        tg.encode_model, dataclasses.replace(subject.run, cfg=cfg, rank=1), subject.model, groups,
-        subject.tokenizer_sha256,
+        tg.encode_model, dataclasses.replace(subject.run, cfg=cfg, rank=1), subject.model,
+        subject.tokenizer_sha256, groups,
     )  # fmt: skip
     payload = tg.fill_budget(groups, encode, num_bytes)
     return payload, read_back(cfg, payload)

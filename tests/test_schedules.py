@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -706,8 +708,43 @@ def test_a_run_whose_time_is_over_once_the_scales_are_known_makes_no_further_ste
         return made or is_over(self, *args, **steps)
 
     (run.directory / "metrics.jsonl").touch()
-    monkeypatch.setattr(train_gpt.Progress, "is_over", is_over_with_grid)
-    assert train_all(run).progress.step == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.Progress, "is_over", is_over_with_grid)
+        trainer = train_all(run)
+    assert trainer.progress.step == 4
+    # Nothing was trained on the grid, so nothing is rounded to it.
+    knobs = {"quant_grid": "uniform", "bigram_vocab_size": 0, "run_dir": str(run.directory / "x")}
+    stopped = grid_run(new_run, **knobs)
+    with noted_steps(4), pytest.raises(Interrupted):
+        train_all(stopped)
+    (checkpoint,) = train_gpt.checkpoint_folders(stopped)
+    state = safetensors.torch.load_file(checkpoint / "state.safetensors")
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, state[f"model/{name}"]), name
+    assert all(rows_columns(module).max() < 0 for module in trainer.late_modules.values())
+
+
+def quantized_after(trainer: Trainer, **changes: Any) -> dict[str, Any]:
+    """The tensors of the artifact of a trained model, made with changed knobs."""
+    run = dataclasses.replace(
+        trainer.run, cfg=dataclasses.replace(trainer.run.cfg, **changes)
+    )  # fmt: skip
+    hessians = train_gpt.calibrate(run, trainer.model, open_loader(run), trainer.progress)
+    payload = train_gpt.quantize_and_encode(run, trainer.model, hessians, "0" * 64)
+    header, body = train_gpt.decode_header(payload)
+    return train_gpt.decode_tensors(header, body, *train_gpt.model_layout(run.cfg))
+
+
+def test_trained_codes_that_leave_too_few_bytes_get_new_scales(new_run: MakeRun):
+    trainer = train_all(grid_run(new_run))
+    log = trainer.run.directory / "train.log"
+    for budget, is_fresh in ((9000, False), (4500, True)):
+        tensors = quantized_after(trainer, artifact_budget_bytes=budget)
+        plain = quantized_after(trainer, artifact_budget_bytes=budget, late_qat_threshold=0.0)
+        assert ("new scales" in log.read_text()) == is_fresh
+        for name in ("tok_emb.weight", *trainer.late_modules):
+            weight = tensors[name].dequantized()
+            assert torch.equal(weight, plain[name].dequantized()) == is_fresh, name
 
 
 @pytest.mark.parametrize(
@@ -736,12 +773,13 @@ def test_a_run_that_ends_before_the_grid_is_known_is_quantized_as_without(new_ru
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"averaging": "ema"}, {"clip_sigmas": "13"}, {"row_steps": "max"}]
+    "knobs",
+    [{"averaging": "ema"}, {"clip_sigmas": "13"}, {"row_steps": "max"}, {"prune_frac": 0.03}],
 )
 def test_the_grid_of_the_artifact_needs_solved_scales_of_the_last_weights(knobs: dict[str, Any]):
     if "row_steps" in knobs:
         knobs = {**knobs, "quant_grid": "uniform"}
-    with pytest.raises(InputError, match="QAT_GRID=artifact needs AVERAGING=none and ROW_STEPS"):
+    with pytest.raises(InputError, match="QAT_GRID=artifact needs AVERAGING=none"):
         tiny_config(**{**ON_GRID, **knobs})
     tiny_config(**{**ON_GRID, **knobs, "late_qat_threshold": 0})  # not used
 

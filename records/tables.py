@@ -29,10 +29,15 @@ compares what the source claims with what its logs show, and lists what is missi
 RECORDS_TAIL = """\
 ## Tools
 
+All commands run in the root of the repository, with `.venv` active (`. .venv/bin/activate`).
+
 ```bash
 python records/records.py plot RUN_A RUN_B         # losses and scores of runs or records, overlaid
 python records/records.py yardstick RUN_DIR        # baselines: xz, zstd, PPMd on the same text
 python records/records.py build OUT_DIR RUN_DIR... # a record folder from one run per seed
+# the same with names, and a test of the difference to the record before
+python records/records.py build OUT_DIR RUN_DIR... --author NAME --github-id ID \\
+    --previous track_NAME/FOLDER
 python records/records.py check DIR...             # what is wrong with records, what is not proven
 python records/records.py check --rescore DIR...   # the same, and score their artifacts again
 ```

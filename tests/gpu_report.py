@@ -439,7 +439,7 @@ def write(out: Path, recipe: str, cfg: t.Config, reports: list[StageReport]) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compute a training step on an H100.")
-    parser.add_argument("recipe", nargs="?", default="default", help="default, or part of a name")
+    parser.add_argument("recipe", nargs="?", default="default", help="file, or part of a name")
     parser.add_argument("knobs", nargs="*", metavar="KNOB=value")
     parser.add_argument("--out", type=Path, default=Path("logs/gpu_report.md"))
     parser.add_argument("--small", action="store_true", help="a small shape, to try the tool")

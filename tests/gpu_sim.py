@@ -458,9 +458,15 @@ SMALL_DEPTHS = {
 
 
 def recipe_path(name: str) -> Path:
-    """The run.env of the recipe whose folder's name contains `name`."""
-    (path,) = RECIPES.glob(f"*{name}*/run.env")
-    return path
+    """The recipe file `name`, or that of the published system whose folder's name contains it."""
+    if Path(name).is_file():
+        return Path(name)
+    paths = sorted(RECIPES.glob("*/run.env"))
+    found = [path for path in paths if name in path.parent.name]
+    if len(found) != 1:
+        folders = ", ".join(path.parent.name for path in paths)
+        sys.exit(f"RECIPE={name} must be a file, or a part of one of these names: {folders}")
+    return found[0]
 
 
 def simulated_config(recipe: str, small: bool, **knobs: str) -> t.Config:

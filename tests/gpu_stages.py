@@ -511,7 +511,7 @@ SECTIONS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compute memory and time of a run's stages.")
-    parser.add_argument("recipe", nargs="?", default="default", help="default, or part of a name")
+    parser.add_argument("recipe", nargs="?", default="default", help="file, or part of a name")
     parser.add_argument("knobs", nargs="*", metavar="KNOB=value")
     parser.add_argument("--small", action="store_true", help="a small shape, to try the tool")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, with commas")

@@ -157,7 +157,29 @@ def test_every_path_of_a_recipe_runs_on_the_gpu(recipe: str):
     assert names[0] == "build" and names[-1] == "step_cost" and len(names) == 15
 
 
-@pytest.mark.slow
+NAMED = """
+from tests import gpu_sim as g
+path = g.recipe_path("Frontier")
+assert path.parent.name == "2026-05-01_Frontier" and g.recipe_path(str(path)) == path
+for name in ("TTT", "Fronteer", "records/track_10min_16mb"):  # several, none, a folder
+    try:
+        g.recipe_path(name)
+    except SystemExit as error:
+        print(error)
+"""
+
+
+def test_a_recipe_is_named_by_its_file_or_by_a_part_of_one_name():
+    found = subprocess.run(
+        [sys.executable, "-c", NAMED], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    lines = found.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "RECIPE=TTT", "RECIPE=Fronteer", "RECIPE=records/track_10min_16mb",
+    ]  # fmt: skip
+    assert all("must be a file, or a part of" in x and "NaiveBaseline" in x for x in lines)
+
+
 @pytest.mark.parametrize("recipe", ["default", "Frontier"])
 def test_all_ranks_run_the_same_collectives(recipe: str):
     # Ranks have different numbers of documents and windows, or none.

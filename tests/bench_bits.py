@@ -2,7 +2,7 @@
 
     python tests/bench_bits.py                    # train and quantize what is missing
     python tests/bench_bits.py --table            # rewrite tables and plot
-    python tests/bench_bits.py --long ...         # 600 instead of 120 seconds of training
+    python tests/bench_bits.py --long [--table]   # 600 instead of 120 seconds of training
 
 Every shape is trained for the same CPU seconds of optimizer steps. The CPU time of a step is
 measured first, of all shapes in turn, and sets the number of steps of all their runs. Each trained
@@ -48,29 +48,16 @@ TRACK = ROOT / "records" / "track_cpu_10min_64kb"
 RECIPE, RUNS = TRACK / "tiny.env", ROOT / "logs" / "bench_bits"
 
 
-class Shape(NamedTuple):
-    """The shape of a model with two heads."""
-
-    width: int
-    mlp_width: int
-    num_layers: int = 3
-
-
-# One rule: three blocks, width a multiple of 8, MLP closest to twice the width. The others have as
-# many weights in two or four blocks.
-SHAPES = {
-    "256k": Shape(96, 215),
-    "205k": Shape(88, 171),
-    "171k": Shape(80, 150),
-    "146k": Shape(72, 145),
-    "114k": Shape(64, 115),
-    "93k": Shape(56, 108),
-    "64k": Shape(48, 65),
-    "28k": Shape(24, 76),
-    "171k_2blocks": Shape(96, 171, 2),
-    "171k_4blocks": Shape(72, 124, 4),
-    "114k_2blocks": Shape(80, 108, 2),
-    "114k_4blocks": Shape(56, 106, 4),
+# One rule: three blocks of two heads, width a multiple of 8, MLP closest to twice the width.
+SHAPES = {  # width, width of the MLP
+    "256k": (96, 215),
+    "205k": (88, 171),
+    "171k": (80, 150),
+    "146k": (72, 145),
+    "114k": (64, 115),
+    "93k": (56, 108),
+    "64k": (48, 65),
+    "28k": (24, 76),
 }
 
 
@@ -110,9 +97,9 @@ QAT = {  # of the last tenth of the steps, which have 1/6 of the learning rate o
     "QAT_GRID": "artifact",
 }
 TITLES = {
-    "ours": "optimal scales, trellis, ans",
-    "public": "GPTQ, SDClip, uniform, brotli",
-    "qat": "ours after a quantization-aware finish",
+    "ours": "ours: optimal scales, trellis, ANS",
+    "public": "public: GPTQ, SDClip, uniform, brotli",
+    "qat": "qat: ours after a quantization-aware finish",
 }
 TIMED_STEPS, TIMED_ROUNDS = 8, 6
 FINISH_FROM = 0.9  # the share of the steps after which a checkpoint is kept, to end otherwise
@@ -120,8 +107,8 @@ FINISH_FROM = 0.9  # the share of the steps after which a checkpoint is kept, to
 
 def config(shape: str, **changed: str) -> tg.Config:
     """Return the configuration of a shape."""
-    width, mlp_width, num_layers = SHAPES[shape]
-    given = {"RECIPE": str(RECIPE), "MODEL_DIM": str(width), "NUM_LAYERS": str(num_layers)}
+    width, mlp_width = SHAPES[shape]
+    given = {"RECIPE": str(RECIPE), "MODEL_DIM": str(width), "LATE_QAT_THRESHOLD": "0"}
     given |= {"MLP_MULT": str((mlp_width + 0.5) / width), "MAX_WALLCLOCK_SECONDS": "0"}
     return tg.config_from_env({**given, **changed})
 
@@ -136,13 +123,14 @@ def time_steps(setting: Setting, results: Path) -> None:
 
     If some are known, those of the others are in proportion to one of them.
     """
-    wanted = setting.shapes
-    known_s = {shape: row["step_cpu_s"] for shape in wanted
-               if (row := read_results(results).get(f"time {shape}"))}  # fmt: skip
-    missing = [shape for shape in wanted if shape not in known_s]
+    rows = {shape: read_results(results).get(f"time {shape}") for shape in setting.shapes}
+    known_s = {shape: row["step_cpu_s"] for shape, row in rows.items() if row}
+    missing = [shape for shape, row in rows.items() if not row]
+    if not missing:
+        return
     shapes = [*missing, *list(known_s)[-1:]]
     trainers = {}
-    for shape in shapes if missing else ():
+    for shape in shapes:
         run = make_run(config(shape), RUNS)
         trainers[shape] = tg.Trainer(run, tg.build_model(run))
         trainers[shape].warm_up()
@@ -156,8 +144,10 @@ def time_steps(setting: Setting, results: Path) -> None:
     median_s = {shape: statistics.median(values) for shape, values in taken_s.items()}
     for shape in missing:
         factor = known_s[shapes[-1]] / median_s[shapes[-1]] if known_s else 1.0
-        row = {"key": f"time {shape}", "step_cpu_s": factor * median_s[shape]}
-        append_result(results, row | {"seconds": setting.seconds})
+        append_result(results, {
+            "key": f"time {shape}", "step_cpu_s": factor * median_s[shape],
+            "seconds": setting.seconds,
+        })  # fmt: skip
 
 
 def cpu_seconds(trainer: tg.Trainer, window_BT: torch.Tensor) -> list[float]:
@@ -377,53 +367,38 @@ class Table:
         seeds = self.seeds(num_bytes, shape, *with_shapes)
         return [self.rows[f"{key} {seed}"]["bpb"] for seed in seeds]
 
-    def best(self, num_bytes: int) -> tuple[str, str]:
-        """Return method and shape of the lowest mean score."""
-        pairs = [
-            (m, shape) for shape in self.shapes(num_bytes) for m in self.methods(num_bytes, shape)
-        ]
-        return min(pairs, key=lambda pair: statistics.fmean(self.bpb(pair[0], num_bytes, pair[1])))
+    def pairs(self, num_bytes: int) -> list[tuple[str, str]]:
+        """Return all pairs of a method and a shape that are measured, by method."""
+        shapes = self.shapes(num_bytes)
+        pairs = [(m, shape) for shape in shapes for m in self.methods(num_bytes, shape)]
+        return sorted(pairs, key=lambda pair: [*TITLES].index(pair[0]))
 
     def lines(self, num_bytes: int) -> Iterator[str]:
         """Yield the table of a budget, and how the artifacts differ from the best one."""
-        shapes = self.shapes(num_bytes)
-        names = ["model", *METHODS, *(["qat"] if self.setting.finished.get(num_bytes) else [])]
+        names = [*METHODS, *(["qat"] if num_bytes in self.setting.finished else [])]
         rows = []
-        for shape in shapes:
-            about, measured = (
-                self.model(num_bytes, shape),
-                ["model", *self.methods(num_bytes, shape)],
-            )
-            scores = {m: self.bpb(m, num_bytes, shape) if m in measured else [] for m in names}
+        for shape in self.shapes(num_bytes):
+            about, methods = self.model(num_bytes, shape), self.methods(num_bytes, shape)
+            scores = {m: self.bpb(m, num_bytes, shape) for m in ("model", *methods)}
+            gaps = [(m, "ours") for m in names if m != "ours"]
             rows.append([
                 f"{self.bits(num_bytes, shape):.2f}", f"{about['weights']:,}",
                 *map(str, SHAPES[shape]), f"{about['steps']:,}",
                 f"{about['tokens'] / about['params']:.1f}", str(len(scores["model"])),
-                *map(mean_text, scores.values()), *difference(scores["public"], scores["ours"]),
+                *(mean_text(scores.get(m, [])) for m in ("model", *names)),
+                *itertools.chain(*(difference(scores.get(a, []), scores[b]) for a, b in gaps)),
             ])  # fmt: skip
-        header = [
-            "bits",
-            "weights",
-            "width",
-            "MLP",
-            "blocks",
-            "steps",
-            "tokens a parameter",
-            "seeds",
-        ]
-        header += ["before", *names[1:], "public - ours", "p"]
+        header = "bits, weights, width, MLP, steps, tokens a parameter, seeds, before".split(", ")
+        header += [*names, *itertools.chain(*((f"{m} - ours", "p") for m in names if m != "ours"))]
         yield from table_lines(header, rows)
-        method, best = self.best(num_bytes)
+        pairs = self.pairs(num_bytes)
+        method, best = min(pairs, key=lambda x: statistics.fmean(self.bpb(x[0], num_bytes, x[1])))
         bits = self.bits(num_bytes, best)
         yield from ["", f"Mean differences to {method} with {bits:.2f} bits:", ""]
         rows = []
-        for other, shape in itertools.product(names[1:], shapes):
+        for other, shape in pairs:
             base = self.bpb(method, num_bytes, best, shape)
-            if (
-                other in self.methods(num_bytes, shape)
-                and (other, shape) != (method, best)
-                and base
-            ):
+            if (other, shape) != (method, best) and base:
                 gap = difference(self.bpb(other, num_bytes, shape, best), base)
                 rows.append([other, f"{self.bits(num_bytes, shape):.2f}", str(len(base)), *gap])
         yield from table_lines(["method", "bits", "seeds", "difference", "p"], rows)
@@ -438,6 +413,8 @@ def mean_text(values: Sequence[float]) -> str:
 
 def difference(scores: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
     """Return mean paired difference, and p-value of the two-sided paired t test."""
+    if not scores:
+        return "-", "-"
     gaps = [a - b for a, b in zip(scores, base, strict=True)]
     p = stats.ttest_1samp(gaps, 0).pvalue if len(gaps) > 1 else math.nan
     return f"{statistics.fmean(gaps):+.4f}", "-" if math.isnan(p) else f"{p:.2g}"
@@ -447,11 +424,9 @@ def draw_budget(axes: Axes, table: Table, num_bytes: int) -> None:
     """Draw the scores by bits per weight; far worse ones than all of ours are not in view."""
     titles = {"model": "before quantization", **TITLES}
     shown: list[float] = []
+    pairs = [("model", shape) for shape in table.shapes(num_bytes)] + table.pairs(num_bytes)
     for (method, title), color in zip(titles.items(), (FAINT, *PALETTE), strict=False):
-        shapes = [
-            shape for shape in table.shapes(num_bytes)
-            if method in ["model", *table.methods(num_bytes, shape)]
-        ]  # fmt: skip
+        shapes = [shape for name, shape in pairs if name == method]
         if not shapes:
             continue
         bits = [table.bits(num_bytes, shape) for shape in shapes]
@@ -472,14 +447,16 @@ def draw_plot(table: Table, budgets: Sequence[int], path: Path) -> None:
     """Draw a panel for each size of the artifact."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            1, len(budgets), figsize=(3.4 * len(budgets) + 0.6, 4.2), squeeze=False,
+            1, len(budgets), figsize=(max(5.2, 3.4 * len(budgets) + 0.6), 4.6), squeeze=False,
             layout="constrained",
         )  # fmt: skip
         for axes, num_bytes in zip(panels[0], budgets, strict=True):
             draw_budget(axes, table, num_bytes)
         panels[0][0].set_ylabel("bits per byte")
         figure.legend(
-            *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2
+            *panels[0][0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=min(2, len(budgets)),
         )
         save_figure(figure, path)
 

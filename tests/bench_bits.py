@@ -234,7 +234,7 @@ def measure(shape: str, seed: int, setting: Setting, results: Path) -> None:
         append_result(results, {
             "key": about, "weights": subject.num_weights, "bpb": subject.bpb(subject.weights),
             "scored_bytes": int(subject.validation.target_bytes.sum()),
-            "source_sha256": hashlib.sha256(Path(tg.__file__).read_bytes()).hexdigest(),
+            "source_sha256": bench_quant.source_sha256(),
             "hardware": tg.describe_hardware(subject.run), "versions": tg.VERSIONS,
             "threads": torch.get_num_threads(),
         })  # fmt: skip
@@ -271,11 +271,12 @@ def finish_run(shape: str, seed: int, num_bytes: int, results: Path, **changed: 
     return run
 
 
-def time_qat(shape: str, num_bytes: int, run: tg.Run, results: Path) -> Json:
+def time_qat(shape: str, seed: int, num_bytes: int, results: Path) -> Json:
     """Measure the CPU seconds of the search for the grid, and of steps with and without QAT."""
     key = f"time_qat {num_bytes} {shape}"
     if known := read_results(results).get(key):
         return known
+    run = finish_run(shape, seed, num_bytes, results)
     trainer, loader = tg.Trainer(run, tg.build_model(run)), Loader(run)
     trainer.warm_up()
     tg.load_checkpoint(trainer)
@@ -301,7 +302,7 @@ def finish(shape: str, seed: int, num_bytes: int, results: Path) -> None:
     key, known = f"qat {num_bytes} {shape} {seed}", read_results(results)
     if key in known:
         return
-    timed = time_qat(shape, num_bytes, finish_run(shape, seed, num_bytes, results), results)
+    timed = time_qat(shape, seed, num_bytes, results)
     steps = known[f"train {shape} {seed}"]["steps"]
     done = round(FINISH_FROM * steps) + 1
     left_s = (steps - done) * timed["step_cpu_s"] - timed["solve_cpu_s"]
@@ -317,7 +318,12 @@ def finish(shape: str, seed: int, num_bytes: int, results: Path) -> None:
         module.grid = trainer.late_modules[name].grid
     bench_quant.calibrated(subject)
     payload = tg.quantize_and_encode(subject.run, subject.model, subject.hessians, "")
-    row = {"key": key, "steps": last, "bytes": len(payload)}
+    row = {
+        "key": key,
+        "steps": last,
+        "bytes": len(payload),
+        "source_sha256": bench_quant.source_sha256(),
+    }
     row |= {"bpb": subject.bpb(read_back(cfg, payload)), "ledger": tg.artifact_sizes(payload)}
     append_result(results, row)
     print(row, flush=True)

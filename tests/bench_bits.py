@@ -48,17 +48,26 @@ TRACK = ROOT / "records" / "track_cpu_10min_64kb"
 RECIPE, RUNS = TRACK / "tiny.env", ROOT / "logs" / "bench_bits"
 
 
-# One rule: three blocks of two heads, width a multiple of 8, MLP closest to twice the width.
-SHAPES = {  # width, width of the MLP
-    "256k": (96, 215),
-    "205k": (88, 171),
-    "171k": (80, 150),
-    "146k": (72, 145),
-    "114k": (64, 115),
-    "93k": (56, 108),
-    "64k": (48, 65),
-    "28k": (24, 76),
+# One rule: blocks of two heads, width a multiple of 8, MLP closest to twice the width. Names of
+# other depths end with the number of blocks.
+SHAPES = {  # blocks, width, width of the MLP
+    "256k": (3, 96, 215),
+    "205k": (3, 88, 171),
+    "205k-2": (2, 104, 209),
+    "205k-4": (4, 80, 136),
+    "171k": (3, 80, 150),
+    "146k": (3, 72, 145),
+    "146k-2": (2, 88, 155),
+    "146k-4": (4, 64, 125),
+    "114k": (3, 64, 115),
+    "114k-2": (2, 72, 159),
+    "114k-4": (4, 56, 106),
+    "93k": (3, 56, 108),
+    "64k": (3, 48, 65),
+    "28k": (3, 24, 76),
 }
+MAIN_DEPTH = 3  # the plot joins the shapes of this depth by lines
+OTHER_DEPTHS = {2: "v", 4: "^"}  # and their markers
 
 
 class Setting(NamedTuple):
@@ -85,8 +94,9 @@ SHORT = Setting(
     }, {},
 )  # fmt: skip
 LONG = Setting(
-    "bits_long.jsonl", 600, {64_000: [*SHORT.budgets[64_000], "93k"]},
-    {64_000: ["256k", "205k", "171k", "146k", "114k"]},
+    "bits_long.jsonl", 600, {
+        64_000: [*SHORT.budgets[64_000], "93k", *(name for name in SHAPES if "-" in name)]
+    }, {64_000: ["256k", "205k", "171k", "146k", "146k-2", "146k-4", "114k"]},
 )  # fmt: skip
 METHODS: dict[str, Json] = {
     "ours": {},
@@ -107,9 +117,10 @@ FINISH_FROM = 0.9  # the share of the steps after which a checkpoint is kept, to
 
 def config(shape: str, **changed: str) -> tg.Config:
     """Return the configuration of a shape."""
-    width, mlp_width = SHAPES[shape]
-    given = {"RECIPE": str(RECIPE), "MODEL_DIM": str(width), "LATE_QAT_THRESHOLD": "0"}
-    given |= {"MLP_MULT": str((mlp_width + 0.5) / width), "MAX_WALLCLOCK_SECONDS": "0"}
+    num_layers, width, mlp_width = SHAPES[shape]
+    given = {"RECIPE": str(RECIPE), "NUM_LAYERS": str(num_layers), "MODEL_DIM": str(width)}
+    given |= {"MLP_MULT": str((mlp_width + 0.5) / width), "LATE_QAT_THRESHOLD": "0"}
+    given |= {"MAX_WALLCLOCK_SECONDS": "0"}
     return tg.config_from_env({**given, **changed})
 
 
@@ -394,20 +405,23 @@ class Table:
                 *(mean_text(scores.get(m, [])) for m in ("model", *names)),
                 *itertools.chain(*(difference(scores.get(a, []), scores[b]) for a, b in gaps)),
             ])  # fmt: skip
-        header = "bits, weights, width, MLP, steps, tokens a parameter, seeds, before".split(", ")
-        header += [*names, *itertools.chain(*((f"{m} - ours", "p") for m in names if m != "ours"))]
+        header = ["bits", "weights", "blocks", "width", "MLP", "steps", "tokens a parameter"]
+        header += ["seeds", "before", *names]
+        header += itertools.chain(*((f"{m} - ours", "p") for m in names if m != "ours"))
         yield from table_lines(header, rows)
         pairs = self.pairs(num_bytes)
         method, best = min(pairs, key=lambda x: statistics.fmean(self.bpb(x[0], num_bytes, x[1])))
-        bits = self.bits(num_bytes, best)
-        yield from ["", f"Mean differences to {method} with {bits:.2f} bits:", ""]
+        bits, num_layers = self.bits(num_bytes, best), SHAPES[best][0]
+        yield from ["", f"Mean differences to {method}, {bits:.2f} bits, {num_layers} blocks:", ""]
         rows = []
         for other, shape in pairs:
             base = self.bpb(method, num_bytes, best, shape)
             if (other, shape) != (method, best) and base:
                 gap = difference(self.bpb(other, num_bytes, shape, best), base)
-                rows.append([other, f"{self.bits(num_bytes, shape):.2f}", str(len(base)), *gap])
-        yield from table_lines(["method", "bits", "seeds", "difference", "p"], rows)
+                bits = self.bits(num_bytes, shape)
+                row = [other, f"{bits:.2f}", str(SHAPES[shape][0]), str(len(base))]
+                rows.append([*row, *gap])
+        yield from table_lines(["method", "bits", "blocks", "seeds", "difference", "p"], rows)
 
 
 def mean_text(values: Sequence[float]) -> str:
@@ -432,17 +446,26 @@ def draw_budget(axes: Axes, table: Table, num_bytes: int) -> None:
     shown: list[float] = []
     pairs = [("model", shape) for shape in table.shapes(num_bytes)] + table.pairs(num_bytes)
     for (method, title), color in zip(titles.items(), (FAINT, *PALETTE), strict=False):
-        shapes = [shape for name, shape in pairs if name == method]
-        if not shapes:
+        scores = {shape: table.bpb(method, num_bytes, shape) for m, shape in pairs if m == method}
+        if not scores:
             continue
-        bits = [table.bits(num_bytes, shape) for shape in shapes]
-        scores = [table.bpb(method, num_bytes, shape) for shape in shapes]
-        style = "--" if method == "model" else "o-"
-        axes.plot(bits, [*map(statistics.fmean, scores)], style, color=color, ms=4, label=title)
-        for x, values in zip(bits, scores, strict=True):
-            axes.plot([x] * len(values), values, ".", color=color, ms=3, alpha=0.5)
+        styles = {MAIN_DEPTH: "--" if method == "model" else "o-", **OTHER_DEPTHS}
+        for num_layers, style in styles.items():
+            means = {
+                table.bits(num_bytes, shape): statistics.fmean(values)
+                for shape, values in scores.items()
+                if SHAPES[shape][0] == num_layers
+            }
+            label = title if num_layers == MAIN_DEPTH else None
+            axes.plot([*means], [*means.values()], style, color=color, ms=4, label=label)
+        for shape, values in scores.items():
+            x = [table.bits(num_bytes, shape)] * len(values)
+            axes.plot(x, values, ".", color=color, ms=3, alpha=0.5)
         if method != "public":
-            shown += itertools.chain(*scores)
+            shown += itertools.chain(*scores.values())
+    for num_layers in {SHAPES[shape][0] for _, shape in pairs} - {MAIN_DEPTH}:
+        title = f"{num_layers} blocks, not {MAIN_DEPTH}"
+        axes.plot([], [], OTHER_DEPTHS[num_layers], color=FAINT, ms=4, label=title)
     low, high = min(shown), max(shown)
     axes.set_ylim(low - 0.1 * (high - low), high + 0.8 * (high - low))
     axes.set_title(f"{num_bytes:,} bytes")

@@ -733,8 +733,7 @@ def parse_schedule(text: str) -> list[tuple[int, float]]:
 def is_increasing_list(text: str, allowed: range) -> bool:
     """Whether `text` is empty or lists increasing integers of `allowed`."""
     numbers = parse_int_list(text)
-    increasing = numbers == sorted({*numbers}) and all(number in allowed for number in numbers)
-    return increasing and bool(numbers) == bool(text)
+    return numbers == sorted({*numbers}) and all(number in allowed for number in numbers)
 
 
 def is_increasing_schedule(text: str) -> bool:
@@ -885,7 +884,7 @@ def shape_rules(cfg: Config) -> list[Rule]:
 
 def method_rules(cfg: Config) -> list[Rule]:
     """Rules about the optimizer, the quantizer and the evaluation."""
-    max_steps, needs_hessian = len(NS_POLAR_EXPRESS), cfg.row_steps == "solved"
+    max_steps = len(NS_POLAR_EXPRESS)
     return [
         (
             cfg.muon_coefficients != "polar" or cfg.muon_backend_steps <= max_steps,
@@ -898,8 +897,7 @@ def method_rules(cfg: Config) -> list[Rule]:
             "code length; it needs ALLOW_NONCOMPLIANT=1",
         ),
         (
-            cfg.quantizer == "gptq"
-            or (cfg.quant_grid == "uniform" and (not needs_hessian or bool(cfg.clip_sigmas))),
+            cfg.quantizer == "gptq" or (cfg.quant_grid == "uniform" and not cfg.solves_scales),
             "QUANTIZER=rtn has no Hessians: not with QUANT_GRID=trellis, or ROW_STEPS=solved "
             "without CLIP_SIGMAS",
         ),
@@ -1113,7 +1111,7 @@ def read_recipe(path: Path) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"RECIPE={path} cannot be read: {error}") from error
-    known, settings = {f.name.upper() for f in fields(Config)}, dict[str, str]()
+    known, settings = {f.name.upper() for f in fields(Config)} - {"RECIPE"}, dict[str, str]()
     for number, line in enumerate(lines, start=1):
         try:
             setting = parse_setting(line)
@@ -1121,7 +1119,7 @@ def read_recipe(path: Path) -> dict[str, str]:
             raise InputError(f"{path}:{number}: {line.strip()!r}: {error}") from error
         if setting is not None:
             require(
-                setting[0] in known and setting[0] != "RECIPE",
+                setting[0] in known,
                 f"{path}:{number}: {line.strip()!r} is not KNOB=value of a knob (RECIPE is not "
                 "allowed in a recipe)",
             )
@@ -1624,6 +1622,7 @@ REMEDY = "rebuild it with data/prepare.py or data/download.py"
 FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
 
+# packing: only data/*.py reads and writes shards through these two
 def write_shard(path: Path, ids: np.ndarray) -> None:
     """Write token ids (any integer type, values below 65,536) as one shard, atomically."""
     header = np.zeros(SHARD_HEADER_BYTES // 4, dtype="<i4")
@@ -1636,6 +1635,9 @@ def read_shard(path: Path) -> np.ndarray:
     if count_shard_tokens(path) == 0:  # a memory map cannot be empty
         return np.zeros(0, dtype="<u2")
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
+
+
+# end of packing
 
 
 def count_shard_tokens(path: Path) -> int:
@@ -1993,11 +1995,8 @@ class ByteTable:
         check_tokenizer(processor, vocab_size)
         ids = list(range(vocab_size))
         self.is_byte = np.array(processor.is_byte(ids))
-        self.boundary = (
-            np.array(processor.is_control(ids))
-            | np.array(processor.is_unknown(ids))
-            | np.array(processor.is_unused(ids))
-        )
+        kinds = processor.is_control(ids), processor.is_unknown(ids), processor.is_unused(ids)
+        self.boundary = np.any(kinds, axis=0)
         self.base_bytes = np.zeros(vocab_size, dtype=np.int64)
         self.leading_space = np.zeros(vocab_size, dtype=bool)
         self.private_bytes = np.zeros(vocab_size, dtype=np.int64)  # of private-use characters
@@ -2286,11 +2285,6 @@ def read_manifest(cfg: Config) -> Manifest:
     return manifest
 
 
-def text_transform(cfg: Config) -> str:
-    """The name of the transform that the data set's text went through, or "none"."""
-    return read_manifest(cfg).transform
-
-
 def check_listed(cfg: Config, part: str, names: Sequence[str]) -> None:
     """Raise InputError if shards of a split are not the files, or sizes, that the manifest lists.
 
@@ -2349,7 +2343,7 @@ def hash_file(path: Path, max_bytes: int | None = None) -> str:
     with open(path, "rb") as file:
         if max_bytes is None:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(file.read(max_bytes)).hexdigest()
+        return hash_bytes(file.read(max_bytes))
 
 
 # Published validation targets by folder name, as public logs show them: without an incomplete last
@@ -2970,8 +2964,10 @@ class BlockInputs(NamedTuple):
     x0_BTD: Tensor  # normalized embedding
     rotary_3TE: Tensor
     mask: Any  # result of the attention backend's `prepare`
-    first_block_v_BTC: Tensor | None  # values of block 0, for VALUE_RESIDUAL=resformer or vrl
-    shared_v_BTC: Tensor | None  # shared value embedding
+    first_block_v_BTC: Tensor | None = (
+        None  # values of block 0, for VALUE_RESIDUAL=resformer or vrl
+    )
+    shared_v_BTC: Tensor | None = None  # shared value embedding
     kv_cache: LayerKVCache | None = None
 
 
@@ -3228,7 +3224,7 @@ def layer_schedules(cfg: Config) -> list[list[LayerCall]]:
     """Schedules with 0 to NUM_LOOPS extra passes through the loop; the last is the full model."""
     has_lanes = cfg.parallel_residual not in ("none", "stream")
     lanes_from = cfg.parallel_start_layer if has_lanes else None
-    loop = (cfg.loop_start, cfg.loop_end) if cfg.num_loops else (0, -1)
+    loop = cfg.loop_start, cfg.loop_end
     return [
         layer_schedule(cfg.num_layers, loop, passes, lanes_from)
         for passes in range(1, cfg.num_loops + 2)
@@ -3253,8 +3249,7 @@ def init_block_scalars(cfg: Config) -> dict[str, Tensor]:
         "lanes": {"write": write, "carry": torch.full((num_layers, 2), 1.1)},
         "merge": {"merge": torch.tensor(0.5)},
     }
-    scalars: dict[str, Tensor] = {}
-    scalars |= by_value_residual.get(cfg.value_residual, {})
+    scalars = by_value_residual.get(cfg.value_residual, {})
     scalars |= by_parallel_residual.get(cfg.parallel_residual, {})
     if num_shared:
         scalars["shared"] = torch.ones(num_shared)
@@ -3595,25 +3590,20 @@ class GPT(nn.Module):
     ) -> BlockInputs:
         """The inputs of the blocks besides the residual stream; see BlockInputs."""
         T = ids_BT.size(1)
-        length, capacity = (T, T) if past is None else (past.length, past.capacity)
+        length, capacity, dropped = T, T, 0
+        if past is not None:
+            length, capacity, dropped = past.length, past.capacity, past.num_dropped
         # The capacity chooses the table of P positions: angles must not change as the cache grows.
         table_3PE = self.rotary if capacity <= self.cfg.train_seq_len else self.long_rotary
         assert capacity <= table_3PE.size(1), "longer than EVAL_SEQ_LEN"
         if mask is None:
             mask = self.prepare_mask(ids_BT, self.cfg.isolate_documents, length - T)
-        rotary_3TE = table_3PE[:, :T]
-        if past is not None and past.num_dropped + length > T:
-            stop, size = past.num_dropped + length, table_3PE.size(1)
-            rotary_3TE = table_3PE[:, stop - T : stop]
-            if stop > size:
-                rotary_3TE = rotary_table(self.cfg, size, (stop - T, stop)).to(table_3PE)
-        inputs = BlockInputs(
-            x0_BTD=x0_BTD,
-            rotary_3TE=rotary_3TE,
-            mask=mask,
-            first_block_v_BTC=None,
-            shared_v_BTC=self.shared_values(ids_BT),
-        )
+        stop, size = dropped + length, table_3PE.size(1)
+        rotary_3TE = table_3PE[:, stop - T : stop]
+        if stop > size:
+            rotary_3TE = rotary_table(self.cfg, size, (stop - T, stop)).to(table_3PE)
+        shared_v_BTC = self.shared_values(ids_BT)
+        inputs = BlockInputs(x0_BTD, rotary_3TE, mask, shared_v_BTC=shared_v_BTC)
         if "value" in self.block_scalars:
             inputs = inputs._replace(first_block_v_BTC=self.first_block_values(inputs))
         return inputs
@@ -4201,8 +4191,7 @@ class Muon:
     def start_reduce(self) -> None:
         """Start to sum the gradients over the ranks; each rank receives its shard."""
         for stack, buffer in zip(self.stacks, self.buffers, strict=False):
-            missing = len(buffer) - len(stack)
-            padding = [torch.zeros_like(stack[0])] * missing if missing else []
+            padding = [torch.zeros_like(stack[0]) for _ in range(len(stack), len(buffer))]
             grad_LOI = torch.stack([*map(grad_or_zeros, stack), *padding])
             work = None
             if self.run.world_size > 1:
@@ -4758,10 +4747,7 @@ def train_stage_at(cfg: Config, progress: float, scale: float) -> TrainStage:
 
 def scheduled_value(schedule: str, progress: float, final: int) -> int:
     """The value of a VALUE@PROGRESS,... schedule at `progress`; `final` after its last limit."""
-    for value, until in parse_schedule(schedule):
-        if progress < until:
-            return value
-    return final
+    return next((value for value, until in parse_schedule(schedule) if progress < until), final)
 
 
 def train_stages(cfg: Config) -> list[TrainStage]:
@@ -4989,9 +4975,7 @@ class Trainer:
         Returns whether it had to be made.
         """
         run, model = self.run, self.model
-        if self.has_grid:  # asked before every step: the device need not be waited for
-            return False
-        self.has_grid = True
+        self.has_grid = True  # so that the steps after this one need not wait for the device
         unknown = {k: m for k, m in self.late_modules.items() if m.grid and m.grid[0][0] < 0}
         if not unknown:  # they came from a checkpoint
             return False
@@ -5019,7 +5003,7 @@ class Trainer:
     @torch.no_grad()
     def round_to_grid(self) -> None:
         """Round the matrices that were trained on the artifact's grid to it."""
-        self.enter_stage(self.current_stage._replace(qat=True, deep=0.0))
+        self.enter_stage(self.current_stage._replace(qat=True))
         for module in self.late_modules.values():
             if module.grid and module.grid[0][0] > 0:
                 module.weight.copy_(module.used_weight())
@@ -5157,50 +5141,26 @@ class Trainer:
 
         These are the lengths for micro-batches with a mean document length above WARM_UP_MEAN_LEN.
         """
-        (rows, T), limit = window_BT[:, 1:].shape, self.run.cfg.micro_batch_tokens
-        num_micro = num_micro_batches(rows, T, limit)
-        rows //= num_micro
+        micro_BT = self.one_micro_batch(window_BT)
+        rows, T = micro_BT[:, 1:].shape
         max_documents = max(rows, rows * T // WARM_UP_MEAN_LEN - 1)
         for capacity in cu_seqlens_capacities(rows * T):
             num_documents = min(capacity - 1, max_documents)
             if num_documents >= rows:
                 self.run.check_signal()
-                micro_BT = with_num_documents(window_BT[:rows], num_documents)
-                self.step(micro_BT.repeat(num_micro, 1))
+                many_BT = with_num_documents(micro_BT, num_documents)
+                self.step(many_BT.repeat(len(window_BT) // rows, 1))
             if capacity > max_documents:
                 break
 
 
 # Knobs that may differ between a run and its continuation from a checkpoint.
-RESUME_IGNORED_KNOBS = {
-    "mode",
-    "recipe",
-    "run_dir",
-    "resume",
-    "checkpoint_every_seconds",
-    "compile",
-    "compile_forward",
-    "kernels",
-    "attention",
-    "target_val_bpb",
-    "train_log_every",
-    "val_loss_every",
-    "val_sample_tokens",
-    "artifact",
-    "submission_name",
-    "run_id",
-    "submission_author",
-    "artifact_budget_bytes",
-    "eval_max_seconds",
-    "data_path",
-    "tokenizer_path",
-    "check_data",
-    "metrics",
-    "prompt",
-    "temperature",
-    "top_k",
-    "max_new_tokens",
-}
+RESUME_IGNORED_KNOBS = (
+    "mode recipe run_dir resume checkpoint_every_seconds compile compile_forward kernels "
+    "attention target_val_bpb train_log_every val_loss_every val_sample_tokens artifact "
+    "submission_name run_id submission_author artifact_budget_bytes eval_max_seconds data_path "
+    "tokenizer_path check_data metrics prompt temperature top_k max_new_tokens"
+).split()
 
 
 CHECKPOINT_FILES = ("state.safetensors", "meta.json")  # in the order of their removal
@@ -5221,7 +5181,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     if not run.is_rank0:
         return
     final = checkpoint_root(run) / f"step_{progress.step:09d}"
-    if final.exists() and run_token_of(final) == trainer.run_token:
+    if run_token_of(final) == trainer.run_token:
         return  # saved before the validation that a signal has interrupted
     require(
         not os.path.lexists(final), f"{final} was not written by this run; remove it to continue"
@@ -5237,7 +5197,7 @@ def save_checkpoint(trainer: Trainer) -> None:
         "progress": progress,
         "ledger": run.ledger,
         "config": dataclasses.asdict(run.cfg),
-        "state_sha256": hashlib.sha256(payload).hexdigest(),
+        "state_sha256": hash_bytes(payload),
     }
     write_atomic(temporary / "state.safetensors", payload)
     write_atomic(temporary / "meta.json", json.dumps(meta, indent=1).encode())
@@ -5253,7 +5213,6 @@ def save_checkpoint(trainer: Trainer) -> None:
 def load_checkpoint(trainer: Trainer) -> None:
     """Continue from the newest checkpoint in RUN_DIR if there is one; with RESUME=0 remove it."""
     run = trainer.run
-
     checkpoint = run.run_on_rank0(functools.partial(read_newest_checkpoint, trainer))
     if checkpoint is not None:
         meta, state = checkpoint
@@ -5295,10 +5254,9 @@ def checkpoint_folders(run: Run) -> list[Path]:
 def run_token_of(folder: Path) -> str:
     """The random token of the run that wrote a checkpoint; empty if there is none."""
     try:
-        token = read_meta(folder)["run_token"]
+        return str(read_meta(folder)["run_token"])
     except READ_ERRORS:
         return ""
-    return token if isinstance(token, str) else ""
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -5410,7 +5368,7 @@ def read_state(folder: Path, sha256: Any, expected: Mapping[str, Tensor]) -> dic
     """Tensors of state.safetensors, which have the names, shapes and dtypes of `expected`."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     payload = read_regular_file(folder / "state.safetensors", size + MAX_META_BYTES)
-    matches = hashlib.sha256(payload).hexdigest() == sha256
+    matches = hash_bytes(payload) == sha256
     require(matches, "checksum of state.safetensors does not match")
     state = safetensors.torch.load(payload)
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
@@ -5558,10 +5516,8 @@ class CalibrationStats:
 
     def record_head(self, name: str, *args: Any) -> Any:
         """softcapped_cross_entropy that also adds the gradient of the logits."""
-        result = softcapped_cross_entropy(*args)
-        gradient_NV = result[1]
-        if gradient_NV is not None:
-            self.add(name, "outputs", gradient_NV)
+        result: Any = softcapped_cross_entropy(*args)
+        self.add(name, "outputs", result[1])
         return result
 
     def add(self, name: str, kind: str, x: Tensor) -> None:
@@ -5592,10 +5548,8 @@ class CalibrationStats:
                 for square, vector in [("inputs", "outputs"), ("gradients", "reads")]
                 if (name, square) in means
             ]
-            inputs_II, outputs_O = (torch.zeros_like(x) for x in factors[0])
-            for square_II, vector_O in factors:
-                inputs_II = inputs_II + square_II * vector_O.mean()
-                outputs_O = outputs_O + square_II.trace() * vector_O
+            inputs_II: Any = sum(square_II * vector_O.mean() for square_II, vector_O in factors)
+            outputs_O: Any = sum(square_II.trace() * vector_O for square_II, vector_O in factors)
             outputs_O = outputs_O / inputs_II.trace().clamp_min(1e-30)
             hessians[name] = KroneckerHessian(inputs_II, outputs_O)
         return hessians
@@ -5739,7 +5693,7 @@ def group_matrices(
         std_LI = (weight_LOI / row_LO[:, :, None]).square().mean(dim=1).sqrt() / column_LI
         groups.append(
             MatrixGroup(
-                *(names, weight_LOI, factor, row_LO, column_LI, bits, std_LI), is_late, is_fixed
+                names, weight_LOI, factor, row_LO, column_LI, bits, std_LI, is_late, is_fixed
             )
         )
     return groups
@@ -5830,7 +5784,7 @@ def fill_budget(
             # The estimate for normal weights, corrected by the size of the last artifact.
             bits = target_bytes / len(payload) * estimated_bits(groups, scale_factor)
             scale_factor = max(finest, scale_factor_for(groups, bits))
-    return max((p for p in tried.values() if len(p) <= budget_bytes), key=len, default=payload)
+    return max((tried[f] for f in fitting), key=len, default=payload)
 
 
 def scale_factor_for(groups: Sequence[MatrixGroup], bits: float) -> float:
@@ -5879,13 +5833,11 @@ def quantize_group(cfg: Config, group: MatrixGroup, scale_factor: float) -> dict
     row_LO = round_scales(cfg, group.row_scale_LO * scale_factor)
     column_LI = group.column_scale_LI
     largest_LI = (group.weight_LOI.abs() / row_LO[:, :, None]).amax(dim=1)
-    if (
-        solved and not group.fixed
-    ):  # a column with a few huge weights gets a coarser scale instead of clipped codes
+    # A column with a few huge weights gets a coarser scale instead of clipped codes.
+    if solved and not group.fixed:
         smallest_LI = largest_LI / (CLIP_HEADROOM * qmax)
         column_LI = round_scales(cfg, torch.maximum(column_LI, smallest_LI))
-    has_trellis = cfg.quant_grid == "trellis" and not group.late
-    trellis = has_trellis and group.hessian_factor is not None
+    trellis = cfg.quant_grid == "trellis" and group.hessian_factor is not None and not group.late
     if trellis:
         std_LI = (group.column_std_LI / scale_factor).clamp_min(MIN_COLUMN_STD)
         largest_code = min(qmax, int(1.25 * (largest_LI / column_LI).max()) + 8)
@@ -6180,7 +6132,7 @@ def encode_artifact(cfg: Config, tensors: Mapping[str, Quantized], tokenizer_sha
     header = {
         "model": {name: getattr(cfg, name) for name in STORED_KNOBS},
         "tokenizer_sha256": tokenizer_sha256,
-        "transform": text_transform(cfg),
+        "transform": read_manifest(cfg).transform,
         "compressor": cfg.compressor,
         "tensors": [[name, *storage_spec(tensors[name])] for name in sorted(tensors)],
         "streams": [[key, len(stream)] for key, stream in streams.items()],
@@ -6202,7 +6154,7 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
             header["tokenizer_sha256"] == tokenizer_sha256,
             "it was trained with another tokenizer than the data set's",
         )
-        transform, allowed = header.get("transform", "none"), [text_transform(run.cfg)]
+        transform, allowed = header.get("transform", "none"), [read_manifest(run.cfg).transform]
         remedy = "set DATA_PATH to data with the same case markers as the text it was trained on"
         if run.cfg.mode == "generate":
             allowed, remedy = TRANSFORMS, "use the script that wrote it"
@@ -6986,7 +6938,7 @@ def annotation_spans(source: str, tree: ast.Module, offset: Offset) -> list[Span
     def visit(node: Any, in_function: bool) -> None:
         """Add the spans of a node and of what it contains."""
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if isinstance(node, ast.AnnAssign) and in_function and node.value and node.simple:
+        if isinstance(node, ast.AnnAssign) and in_function and node.value:
             add(node.annotation)
         if is_function and not node.decorator_list:
             add(node.returns)
@@ -7596,8 +7548,7 @@ class Scorer:
         if self.ngram_updates:
             assert (self.mixed_at > scored_at).all(), "mixed before it was scored"
             problems += rule_violations(self.ngram_updates, self.mixed_at, self.mixed_at)
-        any_problem = run.all_reduce_max(torch.tensor(float(bool(problems)), device=device))
-        if any_problem and not problems:
+        if max_over_ranks(run, bool(problems)) and not problems:
             problems = ["a rule was broken on another rank"]
         partial = self.validation.partial
         return Score(nats, num_tokens, int(num_bytes), partial, eval_s, tuple(problems), self.nll_T)
@@ -7890,10 +7841,8 @@ class EvalRunner:
         if self.adapters is None or step.resets:
             initial_a = self.adapters.initial_a if self.adapters else []
             if self.adapters and self.run.cfg.ttt_warm_start_a:
-                initial_a, reads = (
-                    self.adapters.take_mean_a(),
-                    (min(self.extents)[0], max(self.extents)[1]),
-                )
+                initial_a = self.adapters.take_mean_a()
+                reads = min(self.extents)[0], max(self.extents)[1]
                 updates.append(StateUpdate(step_index - 1, reads, self.all_targets, False))
             self.extents = [
                 (w.first, self.bounds[bisect.bisect_right(self.bounds, w.first)])
@@ -8066,7 +8015,7 @@ def measure_scoring(
     run: Run, model: GPT, shape: tuple[int, int], first: int, *, adaptive: bool
 ) -> float:
     """Seconds of scoring zeros of a shape from position `first` on, without compilation."""
-    cfg, (rows, length), mixer_inputs, trainer = run.cfg, shape, None, None
+    cfg, (rows, length), mixer_inputs = run.cfg, shape, None
     ids_BT = torch.zeros(rows, length, dtype=torch.int64, device=run.device)
     if adaptive and cfg.needs_mixer and not cfg.mixes_afterwards:
         mixer = Mixer(run)
@@ -8075,12 +8024,11 @@ def measure_scoring(
             mixer, ids_BT[..., None].expand(-1, -1, mixer.num_context), keep_BT
         )
     batch = Batch(ids_BT, ids_BT, first, mixer_inputs, ids_BT.float())
+    step = functools.partial(model.eval_nll, *batch[:4])
     if adaptive and cfg.ttt_method == "lora":
         trainer = AdapterTrainer(run, model, rows)
         if trainer.past is not None:
             fill_cache(model, trainer.past, rows)
-    step = functools.partial(model.eval_nll, *batch[:4])
-    if trainer is not None:
         step = functools.partial(trainer.step, batch, 0)
     _, elapsed_s = second_time(run, step)
     model.set_adapters([])
@@ -8090,19 +8038,14 @@ def measure_scoring(
 def measure_mixing(run: Run, num_targets: int, chunk: int) -> float:
     """Seconds of a step that mixes n-grams into `chunk` of `num_targets` targets."""
     size = min(num_targets, MEASURED_TARGETS)
-    ids, mix_s = np.random.default_rng(0).integers(run.cfg.vocab_size, size=size + 1), 0.0
-    for _ in range(2):  # the first time may load kernels
-        run.synchronize()
-        times = [time.perf_counter()]
-        mixer = TextMixer(run, ids, np.arange(size))
-        run.synchronize()
-        times.append(time.perf_counter())
+    ids = np.random.default_rng(0).integers(run.cfg.vocab_size, size=size + 1)
+    mixer, count_s = second_time(run, lambda: TextMixer(run, ids, np.arange(size)))
+
+    def mix() -> None:
         mixer.nll(slice(0, chunk), torch.ones(min(size, chunk), device=run.device), 0)
         mixer.update_weights()
-        run.synchronize()
-        times.append(time.perf_counter())
-        mix_s = (times[1] - times[0]) * chunk / size + times[2] - times[1]
-    return mix_s
+
+    return count_s * chunk / size + second_time(run, mix)[1]
 
 
 MEASURED_TARGETS = 2**18  # at most, in the measurement of n-gram mixing
@@ -8282,10 +8225,8 @@ def evaluate_and_log(
     """
     limit, expected = limit or TimeLimit(), dict[str, float]()
     if kind in ("prequant", "quantized") and "train_end" in run.scores:
-        tokens_per_s = run.scores["train_end"]["tokens_per_s"]
-        expected["estimated_s"] = round(
-            validation.num_targets / TRAIN_COST / max(1, tokens_per_s), 1
-        )
+        tokens_per_s = max(1, run.scores["train_end"]["tokens_per_s"])
+        expected["estimated_s"] = round(validation.num_targets / TRAIN_COST / tokens_per_s, 1)
     budget_name = "other" if kind == "prequant" else "evaluation"
     with run.stage(f"evaluate_{kind}", budget_name, **expected):
         score, budget, marks = run_pass(run, model, validation, kind, limit)
@@ -8322,8 +8263,7 @@ def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
             f"EVAL_MAX_SECONDS={cfg.eval_max_seconds} is too short for disjoint windows: {error}; "
             "raise it, or lower VAL_TOKENS_LIMIT"
         ) from error
-    passes = {"sliding": cfg.eval_stride > 0, "ttt": cfg.adapts}
-    for kind in [kind for kind, is_on in passes.items() if is_on]:
+    for kind in ["sliding"] * (cfg.eval_stride > 0) + ["ttt"] * cfg.adapts:
         limit_s, spent_s = end_s, run.ledger["evaluation"]
         if kind == "sliding" and cfg.adapts and end_s < math.inf:
             now_s = time.perf_counter()

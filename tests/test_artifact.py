@@ -946,7 +946,7 @@ class Plain(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> ast.AST:
         outer, is_function = self.in_function, isinstance(node, FUNCTIONS)
-        if isinstance(node, ast.AnnAssign) and outer and node.value and node.simple:
+        if isinstance(node, ast.AnnAssign) and outer and node.value:
             node = ast.copy_location(ast.Assign([node.target], node.value), node)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "knob":
             del node.args[1:]

@@ -758,8 +758,9 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
     coded_groups = cfg.bits.keys() - {"gate", "control"}
 
     def has_all_sigmas(text: str) -> bool:
+        groups = sorted(part.rpartition(":")[0] for part in text.split(","))
         in_range = all(0 < sigmas < math.inf for sigmas in cfg.sigmas.values())
-        return not text or (cfg.sigmas.keys() == coded_groups and in_range)
+        return not text or (groups in ([""], sorted(coded_groups)) and in_range)
 
     orders: ListRule = (
         lambda text: is_increasing_list(text, range(MAX_ORDER + 1)),
@@ -836,6 +837,7 @@ def shape_rules(cfg: Config) -> list[Rule]:
             f"{cfg.vocab_size} are about {weights:,} weights; "
             f"at most {MAX_MODEL_WEIGHTS:,} are allowed",
         ),
+        (cfg.mlp_dim > 0, f"MLP_MULT={cfg.mlp_mult} times MODEL_DIM={D} must be at least 1"),
         (D % H == 0, f"NUM_HEADS={H} must divide MODEL_DIM={D}"),
         (H % K == 0, f"NUM_KV_HEADS={K} must divide NUM_HEADS={H}"),
         (
@@ -1015,7 +1017,9 @@ OUR_WORDS = set(
     "MIXER HEDGE NGRAM".split()
 )
 # Variables of other programs that would look like ours.
-FOREIGN_NAMES = set("ARTIFACTS MODEL MODEL_DIR MODELS COMPILER LORA_PATH LORA_DIR TRACKER".split())
+FOREIGN_NAMES = set(
+    "ARTIFACTS MODEL MODEL_DIR MODELS COMPILER LORA_PATH LORA_DIR TRACKER NUM_THREADS".split()
+)
 FOREIGN_PREFIXES = tuple(
     "GITHUB_ CI_ NCCL_ CUDA_ HF_ SLURM_ KUBERNETES_ TORCH_ TORCHINDUCTOR_ TORCHELASTIC_ PYTORCH_ "
     "TRITON_ WANDB_ MLFLOW_ AWS_ AZURE_ GOOGLE_ OMP_ MKL_ OPENBLAS_ PIP_ XDG_ LC_ SSH_ CONDA_ "
@@ -4546,8 +4550,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         log_step(trainer, losses.newest, scale, is_logged or is_over)
         if saves:
             before_s = trainer.progress.train_s
-            trainer.muon.gather_buffers()
-            run.run_on_rank0(functools.partial(save_checkpoint, trainer))
+            trainer.save()
             saved_s = time.perf_counter()
             if is_over:
                 return
@@ -4995,10 +4998,11 @@ class Trainer:
         return True
 
     def drop_unused_grid(self) -> None:
-        """Forget the grid if no step is left that could train on it."""
+        """If no step is left that could train on the grid, forget it and save the final state."""
         if self.progress.is_over(self.run.cfg):
             for rows_O, _ in filter(None, (m.grid for m in self.late_modules.values())):
                 rows_O.fill_(UNKNOWN_SCALE)
+            self.save()
 
     @torch.no_grad()
     def round_to_grid(self) -> None:
@@ -5007,6 +5011,11 @@ class Trainer:
         for module in self.late_modules.values():
             if module.grid and module.grid[0][0] > 0:
                 module.weight.copy_(module.used_weight())
+
+    def save(self) -> None:
+        """Write a checkpoint, on rank 0."""
+        self.muon.gather_buffers()
+        self.run.run_on_rank0(functools.partial(save_checkpoint, self))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the training state by name; the tensors themselves, not copies."""
@@ -9082,7 +9091,7 @@ def run_mode(env: Mapping[str, str]) -> None:
     """Print a description for MODE=describe; else start the run that the environment describes."""
     cfg = config_from_env(env)
     if cfg.mode == "describe":
-        if env.get("RANK", "0") == "0":
+        if (env.get("RANK") or "0") == "0":
             print(describe(cfg), flush=True)
         return
     with start_run(cfg, env) as run:

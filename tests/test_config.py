@@ -202,6 +202,7 @@ def test_the_recipe_of_the_naive_baseline_has_the_public_one_s_values():
         "NCCL_NET", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR",
         "TOKENIZERS_PARALLELISM", "HF_HOME", "VIRTUAL_ENV", "SLURM_JOB_ID", "KUBERNETES_PORT",
         "COMPILER", "MODEL", "MODEL_DIR", "ARTIFACTS", "LORA_PATH", "GITHUB_RUN_ID", "WANDB_RUN_ID",
+        "NUM_THREADS", "OPENBLAS_NUM_THREADS",
     ],
 )  # fmt: skip
 def test_a_foreign_variable_passes(name: str):
@@ -421,6 +422,11 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
             {"model_dim": 510, "rope_dims": 2},
             "NUM_HEADS=8 must divide MODEL_DIM=510",
         ),
+        (
+            {"model_dim": 4, "num_heads": 1, "num_kv_heads": 1, "rope_dims": 4, "gate_window": 4}
+            | {"mlp_mult": 0.2},
+            "MLP_MULT=0.2 times MODEL_DIM=4 must be at least 1",
+        ),
         ({"num_kv_heads": 3}, "NUM_KV_HEADS=3 must divide NUM_HEADS=8"),
         ({"num_kv_heads": 16}, "NUM_KV_HEADS=16 must divide NUM_HEADS=8"),
         (
@@ -618,8 +624,12 @@ def test_a_list_that_selects_nothing_is_refused(changes: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
-    "sigmas", ["attn:13,mlp:11,embed:14,tables:12", "a:1,b:2,c:3,d:4", "inf", "12,attn:inf"]
-)
+    "sigmas",
+    [
+        "attn:13,mlp:11,embed:14,tables:12", "a:1,b:2,c:3,d:4", "inf", "12,attn:inf",
+        "12,85", "attn:13,12", "12,", "attn:13,attn:12,mlp:11,embed:14,table:12",
+    ],
+)  # fmt: skip
 def test_clip_sigmas_of_unknown_groups_or_without_bound_are_refused(sigmas: str):
     with pytest.raises(InputError):
         Config(clip_sigmas=sigmas)

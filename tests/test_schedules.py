@@ -712,6 +712,8 @@ def test_a_run_whose_time_is_over_once_the_scales_are_known_makes_no_further_ste
         patch.setattr(train_gpt.Progress, "is_over", is_over_with_grid)
         trainer = train_all(run)
     assert trainer.progress.step == 4
+    (final,) = train_gpt.checkpoint_folders(run)  # although the last step was not known as such
+    assert final.name == "step_000000004"
     # Nothing was trained on the grid, so nothing is rounded to it.
     knobs = {"quant_grid": "uniform", "bigram_vocab_size": 0, "run_dir": str(run.directory / "x")}
     stopped = grid_run(new_run, **knobs)

@@ -758,9 +758,9 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
     coded_groups = cfg.bits.keys() - {"gate", "control"}
 
     def has_all_sigmas(text: str) -> bool:
-        groups = sorted(part.rpartition(":")[0] for part in text.split(","))
+        groups = sorted(part[: part.rfind(":") + 1] for part in text.split(","))
         in_range = all(0 < sigmas < math.inf for sigmas in cfg.sigmas.values())
-        return not text or (groups in ([""], sorted(coded_groups)) and in_range)
+        return not text or (groups in ([""], sorted(f"{g}:" for g in coded_groups)) and in_range)
 
     orders: ListRule = (
         lambda text: is_increasing_list(text, range(MAX_ORDER + 1)),
@@ -1626,7 +1626,8 @@ REMEDY = "rebuild it with data/prepare.py or data/download.py"
 FOREIGN_SIDECAR = f"sidecar and shards belong to different data sets; {REMEDY}"
 
 
-# packing: only data/*.py reads and writes shards through these two
+# Only data/*.py reads and writes shards through these two; a packed script leaves them out.
+# packing
 def write_shard(path: Path, ids: np.ndarray) -> None:
     """Write token ids (any integer type, values below 65,536) as one shard, atomically."""
     header = np.zeros(SHARD_HEADER_BYTES // 4, dtype="<i4")
@@ -2968,9 +2969,8 @@ class BlockInputs(NamedTuple):
     x0_BTD: Tensor  # normalized embedding
     rotary_3TE: Tensor
     mask: Any  # result of the attention backend's `prepare`
-    first_block_v_BTC: Tensor | None = (
-        None  # values of block 0, for VALUE_RESIDUAL=resformer or vrl
-    )
+    # Values of block 0, for VALUE_RESIDUAL=resformer or vrl.
+    first_block_v_BTC: Tensor | None = None
     shared_v_BTC: Tensor | None = None  # shared value embedding
     kv_cache: LayerKVCache | None = None
 
@@ -5013,7 +5013,7 @@ class Trainer:
                 module.weight.copy_(module.used_weight())
 
     def save(self) -> None:
-        """Write a checkpoint, on rank 0."""
+        """Let rank 0 write a checkpoint; all ranks must call this."""
         self.muon.gather_buffers()
         self.run.run_on_rank0(functools.partial(save_checkpoint, self))
 
@@ -5190,8 +5190,10 @@ def save_checkpoint(trainer: Trainer) -> None:
     if not run.is_rank0:
         return
     final = checkpoint_root(run) / f"step_{progress.step:09d}"
-    if run_token_of(final) == trainer.run_token:
-        return  # saved before the validation that a signal has interrupted
+    if run_token_of(final) == trainer.run_token:  # of this step: only the clock has gone on
+        meta = read_meta(final) | {"progress": progress, "ledger": run.ledger}
+        write_atomic(final / "meta.json", json.dumps(meta, indent=1).encode())
+        return
     require(
         not os.path.lexists(final), f"{final} was not written by this run; remove it to continue"
     )
@@ -6932,8 +6934,8 @@ def documentation_spans(source: str, tree: ast.Module, offset: Offset) -> list[S
 def annotation_spans(source: str, tree: ast.Module, offset: Offset) -> list[Span]:
     """Spans of characters that hold annotations without effect.
 
-    They are those of arguments, results and variables of functions. A decorator may read those of
-    its function, and a class needs its own.
+    They are those of arguments and results of functions, and of what is assigned in them. A
+    decorator may read those of its function, and a class needs its own.
     """
     spans = list[Span]()
 

@@ -627,7 +627,7 @@ def test_a_list_that_selects_nothing_is_refused(changes: dict[str, Any]):
     "sigmas",
     [
         "attn:13,mlp:11,embed:14,tables:12", "a:1,b:2,c:3,d:4", "inf", "12,attn:inf",
-        "12,85", "attn:13,12", "12,", "attn:13,attn:12,mlp:11,embed:14,table:12",
+        "12,85", "attn:13,12", "12,", ":12", "attn:13,attn:12,mlp:11,embed:14,table:12",
     ],
 )  # fmt: skip
 def test_clip_sigmas_of_unknown_groups_or_without_bound_are_refused(sigmas: str):

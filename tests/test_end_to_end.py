@@ -551,8 +551,9 @@ def describe(knobs: Mapping[str, str], work: Path) -> tuple[list[str], dict[str,
     return knobs_shown.splitlines(), dict(events)
 
 
-def test_describe_needs_no_data_and_writes_nothing(work: Path):
-    shown, events = describe({"NUM_LAYERS": "12"}, work)
+@pytest.mark.parametrize("rank", [{}, {"RANK": ""}])
+def test_describe_needs_no_data_and_writes_nothing(rank: dict[str, str], work: Path):
+    shown, events = describe({"NUM_LAYERS": "12", **rank}, work)
     assert list(work.iterdir()) == []
     assert [line for line in shown if line.startswith("*")] == [
         "* MODE=describe",

@@ -700,30 +700,42 @@ def test_a_signal_while_the_scales_are_made_loses_no_step_and_changes_no_bit(
 def test_a_run_whose_time_is_over_once_the_scales_are_known_makes_no_further_step(
     new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):
-    run = grid_run(new_run, quant_grid="uniform", bigram_vocab_size=0)
-    is_over = train_gpt.Progress.is_over
+    is_over, solve_grid = train_gpt.Progress.is_over, train_gpt.Trainer.solve_grid
 
-    def is_over_with_grid(self: train_gpt.Progress, *args: Any, **steps: Any) -> bool:
-        made = '"begin", "name": "solve_grid"' in (run.directory / "metrics.jsonl").read_text()
-        return made or is_over(self, *args, **steps)
+    def train_until_grid(run: train_gpt.Run) -> tuple[train_gpt.Trainer, dict[str, torch.Tensor]]:
+        """Train; the time is over when the scales are known. The tensors of the checkpoint."""
+        begun = []
 
-    (run.directory / "metrics.jsonl").touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(train_gpt.Progress, "is_over", is_over_with_grid)
-        trainer = train_all(run)
-    assert trainer.progress.step == 4
-    (final,) = train_gpt.checkpoint_folders(run)  # although the last step was not known as such
-    assert final.name == "step_000000004"
+        def noted_solve(*args: Any) -> bool:
+            begun.append(True)
+            return solve_grid(*args)
+
+        def is_over_with_grid(self: train_gpt.Progress, *args: Any, **steps: Any) -> bool:
+            return bool(begun) or is_over(self, *args, **steps)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt.Trainer, "solve_grid", noted_solve)
+            patch.setattr(train_gpt.Progress, "is_over", is_over_with_grid)
+            trainer = train_all(run)
+        (final,) = train_gpt.checkpoint_folders(run)  # although no step was known to be the last
+        assert begun and trainer.progress.step == 4 and final.name == "step_000000004"
+        meta = train_gpt.read_meta(final)
+        assert meta["progress"][1] == trainer.progress.train_s  # with the search
+        saved = safetensors.torch.load_file(final / "state.safetensors")
+        assert all((saved[name] < 0).all() for name in saved if name.startswith("grid/0/"))
+        return trainer, saved
+
+    knobs = {"quant_grid": "uniform", "bigram_vocab_size": 0}
+    trainer, _ = train_until_grid(grid_run(new_run, **knobs))
     # Nothing was trained on the grid, so nothing is rounded to it.
-    knobs = {"quant_grid": "uniform", "bigram_vocab_size": 0, "run_dir": str(run.directory / "x")}
-    stopped = grid_run(new_run, **knobs)
+    stopped = grid_run(new_run, **knobs, run_dir=str(trainer.run.directory / "x"))
     with noted_steps(4), pytest.raises(Interrupted):
         train_all(stopped)
-    (checkpoint,) = train_gpt.checkpoint_folders(stopped)
-    state = safetensors.torch.load_file(checkpoint / "state.safetensors")
+    resumed, state = train_until_grid(grid_run(new_run, **knobs, run_dir=str(stopped.directory)))
     for name, weight in trainer.model.named_parameters():
         assert torch.equal(weight, state[f"model/{name}"]), name
-    assert all(rows_columns(module).max() < 0 for module in trainer.late_modules.values())
+    for end in (trainer, resumed):
+        assert all(rows_columns(module).max() < 0 for module in end.late_modules.values())
 
 
 def quantized_after(trainer: Trainer, **changes: Any) -> dict[str, Any]:

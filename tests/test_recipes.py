@@ -275,7 +275,11 @@ def test_a_small_stack_is_the_setting_of_its_old_record() -> None:
 
 @pytest.mark.parametrize(
     ("record", "stack"),
-    [("Vocab2048", "vocab_2048.env"), ("PublicBaseline", "public_baseline.env")],
+    [
+        ("Vocab4096", "vocab_4096.env"),
+        ("Vocab2048", "vocab_2048.env"),
+        ("PublicBaseline", "public_baseline.env"),
+    ],
 )
 def test_a_small_stack_is_the_setting_of_its_record(record: str, stack: str) -> None:
     ran, values = run_and_stack(record, stack)

@@ -68,7 +68,8 @@ REPORT ?= logs/gpu_report.md
 gpu-report: $(READY)
 	@$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet $(TRITON)
 	@$(RUN) -m tests.gpu_report $(RECIPE) --out $(REPORT)
-	@$(RUN) -m tests.gpu_stages $(RECIPE) | tee -a $(REPORT)
+	@$(RUN) -m tests.gpu_stages $(RECIPE) >> $(REPORT)
+	@cat $(REPORT)
 
 gpu-check: $(READY)
 	@$(RUN) -m tests.gpu_check

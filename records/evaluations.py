@@ -35,8 +35,8 @@ import textwrap
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +163,8 @@ def read_scores(folder: Path) -> Json:
 
 def evaluate(evaluation: Evaluation, script: Path) -> Json:
     """Run one evaluation; return its scores, or its last output if it failed."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RECIPE", "RUN_DIR")}
+    knobs = {"RECIPE", *(field.name.upper() for field in fields(train_gpt.Config))}
+    environment = {name: value for name, value in os.environ.items() if name not in knobs}
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -204,13 +205,16 @@ def run(plan: Plan, jobs: int, hours: float, script: Path) -> int:
 
     failed = 0
     with ThreadPoolExecutor(jobs) as executor:
-        for result in executor.map(run_one, missing):
-            if result is None:
-                continue
-            failed |= result["status"] != 0
-            append_result(plan.results, result)
-            score = result.get("final_ttt") or result.get("final_sliding") or result.get("error")
-            print(result["model"], result["artifact"], result["method"], score, flush=True)
+        futures = [executor.submit(run_one, evaluation) for evaluation in missing]
+        try:
+            for result in filter(None, (future.result() for future in as_completed(futures))):
+                append_result(plan.results, result)
+                failed |= result["status"] != 0
+                score = result.get("final_ttt") or result.get("final_sliding")
+                shown = score or result.get("error")
+                print(result["model"], result["artifact"], result["method"], shown, flush=True)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
     return failed
 
 

@@ -6,8 +6,9 @@ next are a session. The score of a folder is that of its last session that finis
 RunLog shows the events behind this score and leaves out later and earlier sessions that had no part
 in it.
 
-A run that was killed and resumed logs some events twice; the last one counts. A kill can leave an
-incomplete line with the next event appended to it; the incomplete part is skipped.
+A run that was killed and resumed logs some events twice; the last one counts, and steps after the
+checkpoint that it continued from do not. A kill can leave an incomplete line with the next event
+appended to it; the incomplete part is skipped.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ METRICS, LOG, SOURCE = "metrics.jsonl", "train.log", "train_gpt_source.py"
 FINAL_SCORES = ("final_quantized", "final_sliding", "final_ttt")
 # Events of the session that scored; those of other sessions belong to other scores.
 SCORING_EVENTS = {*FINAL_SCORES, "pass", "final", "size", "bytes", "ledger"}
+STEP_EVENTS = {"step", "val", "checkpoint"}
 # Knobs of one run or one person. They are not part of the settings that a record publishes.
 RUN_KNOBS = {
     "ARTIFACT", "CHECK_DATA", "MAX_NEW_TOKENS", "METRICS", "MODE", "PROMPT", "RECIPE", "RESUME",
@@ -65,6 +67,8 @@ EVENT_KINDS: dict[str, dict[str, str]] = {
         **PACE_KINDS,
     },  # fmt: skip
     "val": {"step": COUNT, **SCORE_KINDS},
+    "resume": {"step": COUNT},
+    "checkpoint": {"step": COUNT},
     "train_end": {"steps": COUNT, **PACE_KINDS},
     "size": dict.fromkeys(("artifact_bytes", "code_bytes", "total_bytes", "budget_bytes"), COUNT),
     "ledger": dict.fromkeys(
@@ -191,9 +195,13 @@ class RunLog:
         """The events behind the score: the training and its continuations, then the scoring."""
         index = self.scoring_index
         trained = [s for s in self.sessions[:index] if mode_of(s) not in ("eval", "audit")]
-        before = [e for s in trained for e in s if e["event"] not in SCORING_EVENTS]
+        before = list[Json]()
+        for session in trained:
+            before = without_discarded(before, session)
+            before += [e for e in session if e["event"] not in SCORING_EVENTS]
+        scoring = self.sessions[index]
         later = [e for s in self.sessions[index + 1 :] for e in s if e["event"] == "yardstick"]
-        return [*before, *self.sessions[index], *later]
+        return [*without_discarded(before, scoring), *scoring, *later]
 
     def all(self, name: str) -> list[Json]:
         """Return the events of that name."""
@@ -255,6 +263,17 @@ class RunLog:
         names = [name for name in FINAL_SCORES if self.last(name)]
         keys = ("val_bpb", "val_loss", "tokens", "bytes", "partial")
         return self.need(names[-1] if names else FINAL_SCORES[0], *keys)
+
+
+def without_discarded(before: list[Json], session: list[Json]) -> list[Json]:
+    """Return the events before a session, without those of steps that it took again.
+
+    It took all steps again if it began to train and did not resume from a checkpoint.
+    """
+    if not any(e["event"] == "begin" and e.get("name") == "train" for e in session):
+        return before
+    step = next((e.get("step", 0) for e in session if e["event"] == "resume"), 0)
+    return [e for e in before if e["event"] not in STEP_EVENTS or e.get("step", 0) <= step]
 
 
 def mode_of(session: list[Json]) -> str:

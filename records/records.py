@@ -181,7 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"records.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except train_gpt.RunFailed as error:
+        print(f"records.py: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, train_gpt.Interrupted):
         print("records.py: interrupted", file=sys.stderr)
         return 130
 

@@ -5,6 +5,7 @@ This runs the record's train_gpt.py: use it on records whose source you have rea
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def find_inputs(folder: Path, log: RunLog, data_path: Path | None) -> Inputs:
     return Inputs(artifact.absolute(), data.absolute())
 
 
+def adjusted_knobs(log: RunLog) -> dict[str, str]:
+    """Return the knobs that the run changed to fit its evaluation budget, as it changed them."""
+    texts = [log.last(name).get("adjusted", "") for name in FINAL_SCORES]
+    changes = [note.split() for text in filter(None, texts) for note in text.split(", ")]
+    return {change[0].upper(): change[-1] for change in changes}  # of "eval_stride 64 -> 128"
+
+
 def score_again(folder: Path, log: RunLog, inputs: Inputs, run_dir: Path) -> RunLog:
     """Run the record's script in MODE=eval; return its log, or raise InputError if it fails."""
     knobs = {*log.config["values"], "RECIPE"}
@@ -58,6 +66,7 @@ def score_again(folder: Path, log: RunLog, inputs: Inputs, run_dir: Path) -> Run
         "RUN_DIR": str(run_dir),
         "SEED": log.seed,
         "EVAL_MAX_SECONDS": "0",  # a slower machine must not learn less
+        **adjusted_knobs(log),
     }
     done = subprocess.run(
         [sys.executable, str((folder / "train_gpt.py").absolute())],
@@ -78,10 +87,12 @@ def compare_scores(log: RunLog, again: RunLog, tolerance_bpb: float) -> Findings
     problems, notes = list[str](), list[str]()
     for name in FINAL_SCORES:
         logged, new = log.last(name), again.last(name)
-        if bool(logged) != bool(new):
-            problems.append(f"seed {log.seed}: {name} was {'not ' * bool(logged)}scored again")
-            continue
         if not logged:
+            if new:  # the run had no time for it
+                notes.append(f"seed {log.seed}: {name} is not in the log, scored {new['val_bpb']}")
+            continue
+        if not new:
+            problems.append(f"seed {log.seed}: {name} was not scored again")
             continue
         change = new["val_bpb"] - logged["val_bpb"]
         text = (
@@ -89,7 +100,9 @@ def compare_scores(log: RunLog, again: RunLog, tolerance_bpb: float) -> Findings
             f"({change:+.6f})"
         )
         is_same_text = all(logged[key] == new[key] for key in ("tokens", "bytes"))
-        within = abs(change) <= tolerance_bpb
+        # Where the run left out training for want of time, it may learn more now.
+        least = -math.inf if logged.get("untrained") else -tolerance_bpb
+        within = least <= change <= tolerance_bpb
         (notes if is_same_text and within else problems).append(text)
         if not is_same_text:
             problems.append(f"seed {log.seed}: {name} was scored on another text")

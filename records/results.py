@@ -6,7 +6,9 @@ moment leaves the file with or without the line, never with half of it.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,14 @@ def read_results(path: Path) -> dict[str, Json]:
 
 
 def append_result(path: Path, result: Json) -> None:
-    """Append a line to a result file, atomically."""
-    before = path.read_bytes() if path.exists() else b""
-    train_gpt.write_atomic(path, before + json.dumps(result).encode() + b"\n")
+    """Append a line to a result file, atomically; several processes may do so at once."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+        before = path.read_bytes() if path.exists() else b""
+        train_gpt.write_atomic(path, before + json.dumps(result).encode() + b"\n")
+    finally:
+        os.close(folder)
 
 
 def parse_settings(text: Any, where: str) -> dict[str, str]:

@@ -190,6 +190,7 @@ def train(shape: str, seed: int, setting: Setting, results: Path) -> Path:
     if key in known and list(folder.glob("checkpoint/step_*")):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoints, to_finish = folder / "checkpoint", folder / "to_finish"
     steps = round(setting.seconds / known[f"time {shape}"]["step_cpu_s"])
     cfg = config(shape, SEED=str(seed), ITERATIONS=str(steps))
     stop_at = round(FINISH_FROM * steps) * cfg.train_batch_tokens
@@ -199,7 +200,8 @@ def train(shape: str, seed: int, setting: Setting, results: Path) -> Path:
             trainer = tg.train(run, tg.build_model(run), Loader(run, stop_at), lambda: None)  # type: ignore[arg-type, return-value]
             break
         except tg.Interrupted:
-            shutil.copytree(folder / "checkpoint", folder / "to_finish", dirs_exist_ok=True)
+            copy = shutil.copytree(checkpoints, folder / "to_finish.tmp", dirs_exist_ok=True)
+            copy.rename(to_finish)
     append_result(results, {
         "key": key, "steps": trainer.progress.step, "tokens": trainer.progress.tokens,
         "train_s": round(trainer.progress.train_s, 1),

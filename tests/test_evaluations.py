@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from records.evaluations import (
     read_plan,
     scores_by_method,
 )
+from records.results import append_result, read_results
+from tests.processes import wait_until
 from train_gpt import InputError
 
 PLAN = """
@@ -99,6 +103,53 @@ def test_a_damaged_line_of_results_is_refused(plan: Path, capsys: pytest.Capture
     for command in ("run", "table"):
         assert main([command, str(plan)]) == 2
         assert f"{results}:2 is not a result" in capsys.readouterr().err
+
+
+def test_what_has_ended_before_an_interruption_is_kept(
+    plan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    first, *others = list_evaluations(read_plan(plan))
+    results = plan.with_suffix(".jsonl")
+
+    def evaluate(evaluation: Evaluation, script: Path) -> dict[str, Any]:
+        if evaluation.key != first.key:
+            return result(evaluation, 2.0, 1.5)
+        wait_until(lambda: len(read_results(results)) == len(others), 600, "others are lost")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluations, "evaluate", evaluate)
+    assert main(["run", str(plan), "--jobs", "2"]) == 130
+    assert set(read_results(results)) == {e.key for e in others}
+
+
+def test_knobs_of_the_environment_do_not_reach_an_evaluation(
+    plan: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given: list[dict[str, str]] = []
+
+    def run(command: list[str], env: dict[str, str], **more: Any) -> SimpleNamespace:
+        given.append(env)
+        return SimpleNamespace(returncode=1, stderr="")
+
+    monkeypatch.setattr("records.evaluations.subprocess.run", run)
+    for name, value in {"TTT_EPOCHS": "7", "VAL_TOKENS_LIMIT": "9", "RECIPE": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    evaluations.evaluate(list_evaluations(read_plan(plan))[0], Path("train_gpt.py"))
+    assert not {"TTT_EPOCHS", "RECIPE"} & given[0].keys()
+    assert (given[0]["VAL_TOKENS_LIMIT"], given[0]["OMP_NUM_THREADS"]) == ("64", "1")
+
+
+def test_results_of_several_writers_are_all_kept(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+
+    def write(writer: int) -> None:
+        for number in range(25):
+            append_result(path, {"key": f"{writer} {number}"})
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(write, range(4)))
+    assert len(read_results(path)) == 100
 
 
 def test_differences_are_to_the_sliding_window_of_the_same_artifacts(plan: Path):

@@ -166,7 +166,43 @@ def test_a_resumed_run_has_the_settings_of_the_session_that_scored(tmp_path: Pat
     assert len(log.by_step("step")) == 101 and log.score["val_bpb"] == 1.3
 
 
+TRAIN: Event = {"event": "begin", "name": "train"}
+
+
+@pytest.mark.parametrize(("resumed", "kept"), [(None, []), (60, [40]), (100, [40, 80])], ids=str)
+def test_steps_of_a_discarded_training_do_not_count(
+    resumed: int | None, kept: list[int], tmp_path: Path
+) -> None:
+    """A restart with RESUME=0, or from a checkpoint, takes the steps after it again."""
+    events = run_events(1, 1.3)
+    place = next(i for i, event in enumerate(events) if event["event"] == "step")
+    earlier: list[Event] = [TRAIN, *(step_event(n, 9.9) for n in (40, 80, 444)),
+                            {"event": "checkpoint", "step": 100}]  # fmt: skip
+    start: list[Event] = [{"event": "resume", "step": resumed}] if resumed else []
+    log = read(tmp_path, [*events[:place], *earlier, *setup_events(1), *start, TRAIN,
+                          *events[place:]])  # fmt: skip
+    old = [e["step"] for e in log.all("step") if e["train_loss"] == 9.9]
+    new = {e["step"] for e in events if e["event"] == "step"}
+    assert old == kept and {e["step"] for e in log.by_step("step")} == {*kept, *new}
+    assert log.last("step")["step"] == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(train_gpt.Interrupted("stopped"), 130), (train_gpt.RunFailed("x"), 1)]
+)
+def test_a_mode_of_the_script_that_ends_in_a_command_ends_it(
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_demo() -> None:
+        raise error
+
+    monkeypatch.setattr("records.records.run_demo", run_demo)
+    assert main(["demo"]) == status
+
+
 WRONG_TYPES: list[tuple[Event, str]] = [
+    ({"event": "resume", "step": "3"}, "step is '3', not a count"),
+    ({"event": "checkpoint", "step": -3}, "step is -3, not a count"),
     ({"event": "step", "step": "3", "train_loss": 2.0}, "step is '3', not a count"),
     ({"event": "step", "step": -1}, "step is -1, not a count"),
     ({"event": "step", "step": 10**400}, "not a count"),

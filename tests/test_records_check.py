@@ -23,6 +23,7 @@ from records.check import check_code_size, check_record, packer_of
 from records.logs import RunLog, run_settings
 from records.pages import HEADINGS, format_result
 from records.records import main
+from records.rescore import adjusted_knobs, compare_scores
 from records.submission import DESCRIBED, TRACK_LIMITS, compute_submission
 from records.tables import find_records
 from tests.conftest import TinyData, environment, tiny_config
@@ -649,6 +650,46 @@ def test_scoring_again_refuses_a_consistent_claim(
     assert main(["check", "--rescore", str(claim), *where]) == 1
     said = capsys.readouterr().out
     assert f"{claim}: REFUSED" in said and "final_sliding" in said
+
+
+def scored_log(**changes: Any) -> RunLog:
+    """The log of a run with a score of each pass, changed by name; None leaves a pass out."""
+    events = run_events(1, 1.3)
+    events.insert(-1, {**events[-2], "event": "final_ttt", "val_bpb": 1.2})
+    found = [{**e, **(changes.get(e["event"], {}) or {})} for e in events
+             if changes.get(e["event"], {}) is not None]  # fmt: skip
+    return RunLog(Path("metrics.jsonl"), found)
+
+
+def test_a_run_that_its_time_had_limited_is_scored_again_in_the_same_way() -> None:
+    limited = scored_log(
+        final_sliding={"adjusted": "eval_stride 64 -> 128"},
+        final_ttt={"adjusted": "ttt_num_lrs 3 -> 1, ttt_chunk_size 24 -> 48"},
+    )
+    assert adjusted_knobs(scored_log()) == {}
+    assert adjusted_knobs(limited) == {
+        "EVAL_STRIDE": "128", "TTT_NUM_LRS": "1", "TTT_CHUNK_SIZE": "48",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("logged", "again", "problem"),
+    [
+        ({}, {}, ""),
+        ({"untrained": "3 of 9 steps"}, {"val_bpb": 1.15}, ""),  # it may learn more now
+        ({"untrained": "3 of 9 steps"}, {"val_bpb": 1.25}, "final_ttt 1.2, scored again 1.25"),
+        ({}, {"val_bpb": 1.15}, "final_ttt 1.2, scored again 1.15"),
+        (None, {}, ""),  # there was no time for it
+        ({}, None, "final_ttt was not scored again"),
+    ],
+)
+def test_scores_that_less_time_explains_are_no_problem(
+    logged: dict[str, Any] | None, again: dict[str, Any] | None, problem: str
+) -> None:
+    old, new = (scored_log(final_ttt=changes) for changes in (logged, again))
+    found = compare_scores(old, new, tolerance_bpb=0.001)
+    assert (problem in "\n".join(found.problems)) and bool(found.problems) == bool(problem)
+    assert any("final_ttt" in note for note in found.notes) == (not problem)
 
 
 @pytest.mark.parametrize("missing", ["artifact", "data", "size"])

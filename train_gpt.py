@@ -286,13 +286,13 @@ class Config:
         0, "rows of the hashed bigram table; 0 = no table", low=0, high=2**20, stored=True
     )
     bigram_dim: int = knob(
-        128, "width of the bigram table", unit="channels", low=1, high=2**14, stored=True
+        128, "width of the bigram table", unit="channels", low=2, high=2**14, stored=True
     )
     trigram_vocab_size: int = knob(
         0, "rows of the hashed trigram table; 0 = no table", low=0, high=2**20, stored=True
     )
     trigram_dim: int = knob(
-        32, "width of the trigram table", unit="channels", low=1, high=2**14, stored=True
+        32, "width of the trigram table", unit="channels", low=2, high=2**14, stored=True
     )
     trigram_hash: str = knob(
         "mixing", "hash of trigrams; polynomial (PR #430) collides", choices=HASHES, stored=True
@@ -308,7 +308,7 @@ class Config:
         "", "blocks that add the shared value embedding, such as 9,10", stored=True
     )
     ve_dim: int = knob(
-        128, "width of the value embedding", unit="channels", low=1, high=2**14, stored=True
+        128, "width of the value embedding", unit="channels", low=2, high=2**14, stored=True
     )
     num_loops: int = knob(2, "extra passes through the looped blocks", low=0, high=16, stored=True)
     loop_start: int = knob(3, "first looped block", low=0, stored=True)
@@ -516,7 +516,7 @@ class Config:
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
     ttt_lora_lr: float = knob(
-        -1.0, "learning rate of the LoRA (AdamW); -1 = chosen by the first documents", low=-1
+        -1.0, "LoRA learning rate (AdamW); -1 = chosen by the first documents, or 0.003", low=-1
     )
     ttt_num_lrs: int = knob(
         0,
@@ -567,7 +567,7 @@ class Config:
     )
     ngram_tilt_min_count: int = knob(1, "minimum count of that continuation", low=1)
     ngram_table_bits: int = knob(
-        22, "log2 of the rows of the n-gram table (24 bytes each)", unit="bits", low=10, high=30
+        22, "log2 of the rows of the n-gram table (32 bytes each)", unit="bits", low=10, high=30
     )
     # Generation
     prompt: str = knob("", "MODE=generate: the text to continue")
@@ -791,8 +791,8 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
             "be increasing numbers of documents, such as 833,1666",
         ),
         "ttt_lora_targets": (
-            lambda text: set(text.split(",")) <= LORA_TARGETS,
-            f"name modules of {', '.join(sorted(LORA_TARGETS))}",
+            lambda text: len(text.split(",")) == len(LORA_TARGETS & {*text.split(",")}),
+            f"name modules of {', '.join(sorted(LORA_TARGETS))}, each once",
         ),
         "clip_sigmas": (has_all_sigmas, "be a number, or one for each of attn, mlp, embed, table"),
     }
@@ -939,8 +939,9 @@ def method_rules(cfg: Config) -> list[Rule]:
             "least 0",
         ),
         (
-            cfg.ttt_method != "pretrain" or cfg.allow_noncompliant,
-            f"TTT_METHOD={cfg.ttt_method} breaks the rules; it needs ALLOW_NONCOMPLIANT=1",
+            cfg.ttt_method != "pretrain"
+            or (cfg.allow_noncompliant and cfg.mixer == "none" and not cfg.ngram_tilt),
+            "TTT_METHOD=pretrain is illegal: set ALLOW_NONCOMPLIANT=1 MIXER=none NGRAM_TILT=0",
         ),
     ]
 
@@ -4479,9 +4480,9 @@ class WeightAverager:
 def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Score]) -> Trainer:
     """Train `model` in place; at the end it holds the weights that AVERAGING selects."""
     trainer = Trainer(run, model)
+    load_checkpoint(trainer)
     with run.stage("warm_up"):
         trainer.warm_up()
-    load_checkpoint(trainer)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     # Reads the first batch, and with it the order of the epoch, before the clock starts.
@@ -4561,6 +4562,8 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         if validates:
             validate_and_log(trainer, validate)
             clock_s = time.perf_counter()  # validation does not count as training time
+    # What followed the last step has used up the time; or nothing was left to do.
+    log_step(trainer, losses.newest, trainer.lr_scale(), trainer.progress.step > losses.first_step)
 
 
 class LossQueue:
@@ -5043,7 +5046,8 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile everything: run WARMUP_STEPS of each stage on random tokens, then undo them."""
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        cfg, form, stages = self.run.cfg, None, train_stages(self.run.cfg)
+        progress, cfg = self.progress, self.run.cfg
+        form, stages = None, train_stages(cfg)
         checks_kernels = cfg.kernels == "auto" and cfg.compile and self.run.is_asynchronous
         # Again if a later stage has led to less being compiled.
         while form != (form := (self.model.train_forward, self.model.run_block)):
@@ -5058,7 +5062,7 @@ class Trainer:
         for stage in stages if self.graphs is not None else []:  # capture before the clock starts
             self.enter_stage(stage)
             self.warm_up_stage(stage)
-        self.load(before, Progress())
+        self.load(before, progress)
         self.run.synchronize()
 
     def random_windows(self, stage: TrainStage) -> Tensor:
@@ -5166,9 +5170,10 @@ class Trainer:
 # Knobs that may differ between a run and its continuation from a checkpoint.
 RESUME_IGNORED_KNOBS = (
     "mode recipe run_dir resume checkpoint_every_seconds compile compile_forward kernels "
-    "attention target_val_bpb train_log_every val_loss_every val_sample_tokens artifact "
-    "submission_name run_id submission_author artifact_budget_bytes eval_max_seconds data_path "
-    "tokenizer_path check_data metrics prompt temperature top_k max_new_tokens"
+    "attention micro_batch_tokens val_batch_size ttt_batch_size target_val_bpb train_log_every "
+    "val_loss_every val_sample_tokens artifact submission_name run_id submission_author "
+    "artifact_budget_bytes eval_max_seconds data_path tokenizer_path check_data metrics prompt "
+    "temperature top_k max_new_tokens"
 ).split()
 
 
@@ -5419,8 +5424,8 @@ def check_same_run(saved: Mapping[str, Any], cfg: Config, path: Path) -> None:
     ]
     require(
         not different,
-        f"{path} is from another run: {', '.join(different)}; set these knobs as "
-        "they were, remove it, or set another RUN_ID",
+        f"{path} is from another run: {', '.join(different)}; set these knobs as they were or "
+        "another RUN_ID; MODE=eval scores an artifact with other settings",
     )
 
 
@@ -7656,7 +7661,7 @@ class EvalBudget:
             self.spent = self.spent + last_step
             if self.step_work:
                 self.recent = PACE_DECAY * self.recent + last_step
-        paces = [actual / max(work, 1e-9) for actual, work in (self.spent, self.recent)]
+        paces = [actual / work if work else 0.0 for actual, work in (self.spent, self.recent)]
         return min(paces), max(paces)
 
     def fit_step(self, step: EvalStep, step_index: int) -> EvalStep | None:
@@ -7674,9 +7679,11 @@ class EvalBudget:
             self.needed_s = max(self.needed_s, elapsed_s + high * rest_s)
         if step.is_collective:
             self.needed_s = max_over_ranks(self.run, self.needed_s)
+            self.checked_s = time.perf_counter()  # waiting for another rank is not this one's pace
         if self.needed_s:
             self.step_work = 0.0
             return None
+        left_s = self.limit_s - (self.checked_s - self.started_s)
         spare_s = left_s - SCORING_RESERVE * self.limit_s
         drop = training_s > 0 and SAFETY_FACTOR * high * (rest_s + training_s) > spare_s
         if step.action == "train":
@@ -7901,8 +7908,7 @@ class EvalRunner:
     def choose_lrs(self, step: EvalStep) -> None:
         """Choose the learning rates of LoRA with the fewest nats in the documents of `step.text`.
 
-        The first one is best alone, each other one best in a mixture with those before it; of equal
-        ones the last, 0.
+        The first one is best alone, each other one best in a mixture with those before it.
         """
         chosen, num_lrs = list[int](), len(LORA_LRS)
         for _ in range(step.num_lrs):
@@ -7910,7 +7916,7 @@ class EvalRunner:
                 math.inf if i in chosen else self.pilot_nats(step.text, [*chosen, i])
                 for i in range(num_lrs)
             ]
-            chosen.append(min(range(num_lrs), key=lambda i: (nats_G[i], -i)))
+            chosen.append(nats_G.index(min(nats_G)))
             if len(chosen) == 1:
                 nats = ",".join(f"{nats / step.text[1]:.5f}" for nats in nats_G)
         self.lrs, self.pilot_nll = [LORA_LRS[i] for i in chosen], None
@@ -8216,8 +8222,9 @@ def run_pass(
             run.log("pass", name=kind, estimated_s=round(budget.estimated_s, 3), **marks)
         runner = EvalRunner(run, model, validation, steps, adaptive=adaptive)
         score = runner.run_steps(budget)
-    if budget.num_dropped:
-        marks["untrained"] = f"{budget.num_dropped} of {len(steps)} steps"
+    counts = run.all_reduce_sum(torch.tensor([budget.num_dropped, len(steps)], device=run.device))
+    if counts[0]:
+        marks["untrained"] = "{} of {} steps".format(*counts.tolist())
     if budget.estimated_s:
         marks["estimated_s"] = round(budget.estimated_s, 3)
     spent_s = run.ledger["evaluation"] + time.perf_counter() - started_s
@@ -8354,8 +8361,11 @@ class WeightTrainer:
         """
         cfg, params, total = self.run.cfg, self.params, torch.zeros(1, device=self.run.device)
         if batch is not None:
-            loss = self.model.loss(batch.ids_BT, batch.target_BT, batch.weight_BT)
-            loss.backward()  # type: ignore[no-untyped-call]
+            tensors = batch.ids_BT, batch.target_BT, batch.weight_BT
+            rows, T = batch.ids_BT.shape
+            num_micro = num_micro_batches(rows, T, cfg.micro_batch_tokens)
+            for part in zip(*(tensor.chunk(num_micro) for tensor in tensors), strict=True):
+                self.model.loss(*part).backward()  # type: ignore[no-untyped-call]
             total += batch.weight_BT.sum()
         flat = all_reduce_gradients(self.run, total, params)
         flat[:-1] /= flat[-1].clamp_min(1)
@@ -9169,6 +9179,11 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
         f"{directory} holds a finished run; set another RUN_ID or RUN_DIR",
     )
     code = packed_script()
+    require(
+        not cfg.trains or len(code) < cfg.artifact_budget_bytes,
+        f"ARTIFACT_BUDGET_BYTES={cfg.artifact_budget_bytes} must be above the {len(code)} bytes of "
+        "the packed script",
+    )
     identity = {
         "config": dataclasses.asdict(cfg),
         "code_sha256": hash_bytes(code),
@@ -9237,6 +9252,11 @@ def find_earlier_state(run: Run, artifact: Path, identity: Mapping[str, Any]) ->
         return {}
     if cfg.trains:
         check_same_run(state["config"], cfg, artifact)
+        budget = state["config"]["artifact_budget_bytes"]
+        require(
+            cfg.artifact_budget_bytes <= budget,
+            f"{artifact} was made for ARTIFACT_BUDGET_BYTES={budget}; remove it for a larger one",
+        )
     require(
         hash_bytes(artifact.read_bytes()) == state["artifact_sha256"],
         f"{artifact} is not the artifact that {path} records; {remedy}",
@@ -9304,9 +9324,8 @@ def train_and_write(
     evaluate_and_log(run, model, validation, "prequant")
     hessians = dict[str, KroneckerHessian]()
     if cfg.quantizer == "gptq":
-        with run.stage(
-            "calibrate", "training", limit_s=cfg.max_wallclock_seconds - cfg.train_seconds
-        ):
+        limit_s = cfg.max_wallclock_seconds - cfg.train_seconds
+        with run.stage("calibrate", "training", **({"limit_s": limit_s} if limit_s else {})):
             hessians = calibrate(run, model, loader, trainer.progress)
     with run.stage("write_artifact"):
         run.run_on_rank0(lambda: write_artifact(run, artifact, model, hessians, tokenizer_sha256))

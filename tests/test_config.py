@@ -530,6 +530,21 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         ),
         *(
             (
+                {"ttt_method": "pretrain", "allow_noncompliant": True, **changes},
+                "TTT_METHOD=pretrain is illegal: set ALLOW_NONCOMPLIANT=1 MIXER=none NGRAM_TILT=0",
+            )
+            for changes in ({"mixer": "backoff"}, {"ngram_tilt": 1.0}, {"mixer": "hedge"})
+        ),
+        *(
+            (
+                {"ttt_lora_targets": targets},
+                f"TTT_LORA_TARGETS={targets!r} must name modules of attn, head, k, mlp, mlp_block, "
+                "o, q, v, each once",
+            )
+            for targets in ("q,q", "mlp,head,mlp", "", "q,", "all")
+        ),
+        *(
+            (
                 {"ttt_lora_lr": lr},
                 f"TTT_LORA_LR={lr:g} must be -1 (chosen by the first documents) or at least 0",
             )
@@ -601,6 +616,8 @@ def test_a_contradiction_is_refused_in_these_words(changes: dict[str, Any], prob
         {"model_dim": 8, "num_heads": 4},
         {"quantizer": "rtn", "quant_grid": "uniform", "clip_sigmas": "12"},
         {"clip_sigmas": "12.85"},
+        {"ttt_lora_targets": "head,v,mlp,o,k,q"},
+        {"ttt_method": "pretrain", "allow_noncompliant": True, "adaptive_temperature": 0.98},
     ],
 )
 def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any]):
@@ -616,6 +633,9 @@ def test_what_only_comes_near_a_contradiction_is_accepted(changes: dict[str, Any
         {"bigram_dim": 10**9},
         {"ve_layers": ","},
         {"num_loops": 1, "enable_looping_at": "nan"},
+        {"bigram_dim": 1},  # one column has no standard deviation
+        {"trigram_dim": 1},
+        {"ve_dim": 1},
     ],
 )
 def test_a_list_that_selects_nothing_is_refused(changes: dict[str, Any]):

@@ -444,6 +444,54 @@ def test_a_pass_that_another_rank_abandons_is_abandoned_here(make_run: MakeRun, 
             runner.run_steps(budget)
 
 
+def test_the_time_that_other_ranks_take_is_not_the_pace_of_this_one(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run, clock = make_run(), [0.0]
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
+
+    def wait(tensor: torch.Tensor) -> torch.Tensor:
+        clock[0] += 9.0
+        return tensor
+
+    monkeypatch.setattr(run, "all_reduce_max", wait)
+    plan = [EvalStep("mix", text=(i, i + 1)) for i in range(4)]  # 1 s each, without documents
+    budget = EvalBudget(run, plan, 60.0, StepCost())
+    for step_index, step in enumerate(plan, start=1):
+        assert budget.fit_step(step, step_index) is step
+        clock[0] += 1.0
+    assert budget.measure_pace(len(plan) + 1) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize("cost", [None, StepCost(step_s=1.0, position_s=0.1)])
+def test_a_rank_that_scores_nothing_drops_no_training(make_run: MakeRun, data, monkeypatch, cost):
+    knobs = {**LORA, "ttt_phases": "1"}
+    run, clock = make_run(**knobs), [0.0]
+    monkeypatch.setattr("train_gpt.time.perf_counter", lambda: clock[0])
+    plan = plan_of(text_of(data)[:145], 4, 5, **knobs)  # four documents
+    plan = [step if step.action == "train" else EvalStep("score") for step in plan]
+    budget = EvalBudget(run, plan, 100.0, cost)
+    assert budget.to_train > 0
+    for step_index, step in enumerate(plan, start=1):
+        clock[0] += 0.1
+        assert budget.fit_step(step, step_index) is step
+    assert budget.num_dropped == 0
+
+
+def test_dropped_training_is_marked_with_that_of_all_ranks(make_run: MakeRun, data, monkeypatch):
+    run, ids = make_run(**CHUNK, eval_max_seconds=100.0), text_of(data)
+
+    def of_two_ranks(tensor: torch.Tensor) -> torch.Tensor:  # the other one dropped 3 of 9
+        return tensor.add_(torch.tensor([3, 9])) if tensor.dtype == torch.int64 else tensor
+
+    monkeypatch.setattr(run, "all_reduce_sum", of_two_ranks)
+    score, _, marks = train_gpt.run_pass(
+        run, random_model(run.cfg), validation_of(ids), "ttt", TimeLimit(math.inf)
+    )
+    assert score.tokens == 230
+    assert marks["untrained"] == f"3 of {9 + len(plan_of(ids, 0, 1, **CHUNK))} steps"
+
+
 def test_a_time_limit_counts_what_a_pass_needs_at_least(make_run: MakeRun, monkeypatch):
     monkeypatch.setattr("train_gpt.time.perf_counter", lambda: 10.0)
     run = make_run()

@@ -427,7 +427,7 @@ def test_the_recipe_trains_writes_and_scores_in_small(
 
 
 def test_what_breaks_the_rules_needs_the_flag() -> None:
-    with pytest.raises(ValueError, match="TTT_METHOD=pretrain breaks the rules"):
+    with pytest.raises(ValueError, match="TTT_METHOD=pretrain is illegal"):
         recipe(TRIGRAM, ALLOW_NONCOMPLIANT="0")
     with pytest.raises(ValueError, match="MIXER=hedge_entropy"):
         recipe(GATED, MIXER="hedge_entropy")

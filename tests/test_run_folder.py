@@ -252,6 +252,41 @@ def test_artifact_of_another_training_is_refused(data: TinyData, trained: Path):
         assert_refused(result, "run/artifact.bin is not the artifact that run/run_state.json")
 
 
+def prepare(data: TinyData, folder: Path, **changes: Any) -> None:
+    """Prepare RUN_DIR for a run, as every mode does first."""
+    cfg = tiny_config(**{**RUN, "data_path": str(data.folder), "run_dir": str(folder), **changes})
+    with train_gpt.start_run(cfg, {}) as run:
+        train_gpt.prepare_directory(run, folder / "artifact.bin")
+
+
+def test_budget_that_the_script_fills_is_refused_before_anything_is_written(
+    data: TinyData, tmp_path: Path
+):
+    size = len(train_gpt.packed_script())
+    with pytest.raises(InputError, match=rf"BYTES={size} must be above the {size} bytes of the "):
+        prepare(data, tmp_path / "run", mode="all", artifact_budget_bytes=size)
+    assert not contents(tmp_path)
+    prepare(data, tmp_path / "run", mode="all", artifact_budget_bytes=size + 1)
+
+
+def test_artifact_for_a_smaller_budget_is_refused_with_the_remedy(data: TinyData, trained: Path):
+    before = [*trained.glob("checkpoint/step_*/*")]
+    with pytest.raises(InputError, match=r"artifact\.bin was made for ARTIFACT_BUDGET_BYTES=\d+; "):
+        prepare(data, trained, mode="all", artifact_budget_bytes=10**8)
+    prepare(data, trained, mode="all", artifact_budget_bytes=10**6)  # its size is checked later
+    (trained / "artifact.bin").unlink()
+    prepare(data, trained, mode="all", artifact_budget_bytes=10**8)
+    assert before and [*trained.glob("checkpoint/step_*/*")] == before
+
+
+def test_settings_that_only_limit_memory_may_change_for_a_finished_artifact(
+    data: TinyData, trained: Path
+):
+    prepare(data, trained, mode="all", ttt_batch_size=3, micro_batch_tokens=64)
+    with pytest.raises(InputError, match=r"TTT_CHUNK_SIZE=7 .*; MODE=eval scores an artifact"):
+        prepare(data, trained, mode="all", ttt_chunk_size=7)
+
+
 def test_restart_with_another_text_is_refused(data: TinyData, trained: Path):
     other = trained.parent / "data"
     shutil.copytree(data.folder, other)

@@ -651,7 +651,7 @@ def buckets_of(cfg: Config) -> list[Any]:
 def test_buckets_are_those_of_python_s_integers_up_to_the_largest_ids(isolate: bool):
     knobs = {"bigram_vocab_size": 4096, "trigram_vocab_size": 20_480, "trigram_hash": "mixing"}
     cfg = tiny_config(
-        vocab_size=8192, num_layers=1, isolate_documents=isolate, bigram_dim=1, trigram_dim=1,
+        vocab_size=8192, num_layers=1, isolate_documents=isolate, bigram_dim=2, trigram_dim=2,
         **knobs)  # fmt: skip
     ids = torch.randint(2, 8192, (1, 300))
     ids[0, ::7], ids[0, 20:25], ids[0, 30:33] = BOS_ID, 8191, 0

@@ -605,6 +605,22 @@ def test_checkpoint_near_the_end_does_not_pass_the_budget(
     assert max(spent) <= 1
 
 
+def test_the_last_step_is_logged_if_a_checkpoint_uses_up_the_time(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run = clocked_run(new_run, 13.5, checkpoint_every_seconds=9.5)
+    trainer, save = ClockedTrainer(run, monkeypatch), train_gpt.save_checkpoint
+
+    def slow_save(*args: Any) -> None:
+        trainer.now_s += 3.0
+        save(*args)
+
+    monkeypatch.setattr(train_gpt, "save_checkpoint", slow_save)
+    assert trainer.run_for(forever(1.0)) == Progress(step=10, train_s=13.0)
+    last = metrics(run.directory, "step")[-1]
+    assert (last["step"], last["train_s"]) == (10, 13.0)
+
+
 def test_training_that_the_clock_ended_takes_no_further_step_when_it_is_resumed(
     new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):
@@ -810,6 +826,18 @@ def test_resumed_training_ends_with_the_bits_of_an_uninterrupted_one(
     assert same_bits(resumed, train_weights(new_run()))
 
 
+def test_the_warm_up_of_a_resumed_run_changes_its_seconds_alone(new_run: MakeRun, stopped: Resume):
+    def edit(meta: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+        meta["config"]["warmup_steps"] = 2
+        meta["ledger"]["other"] = 1000.0
+
+    change_checkpoint(stopped.checkpoint, edit)
+    run = stopped.run(warmup_steps=2)
+    assert same_bits(train_weights(run), train_weights(new_run()))
+    warm_up_s = metrics(stopped.directory, "stage")[-1]["elapsed_s"]
+    assert run.ledger["other"] >= 1000 + warm_up_s - 1e-3 > 1000.001
+
+
 def test_resume_0_starts_anew(new_run: MakeRun, stopped: Resume):
     anew = train_weights(stopped.run(resume=False, train_log_every=1))
     assert not metrics(stopped.directory, "resume")
@@ -992,6 +1020,7 @@ def test_checkpoint_of_another_configuration_is_refused_with_both_values(
 ):
     with pytest.raises(InputError) as caught:
         train_weights(stopped.run(seed=7, matrix_lr=0.5))
+    assert len(metrics(stopped.directory, "stage")) == 1  # refused before another warm-up
     message = str(caught.value)
     assert message.startswith(f"{stopped.checkpoint} is from another run: ")
     assert re.search(r"MATRIX_LR=0.5 \(\w+: 0.04\)", message)
@@ -1003,6 +1032,7 @@ def test_knobs_that_do_not_concern_the_weights_may_change_on_resumption(stopped:
     changes: dict[str, Any] = {
         "train_log_every": 3, "val_loss_every": 0, "checkpoint_every_seconds": 9.0,
         "target_val_bpb": 9.0, "run_id": "other", "submission_author": "A B",
+        "micro_batch_tokens": 64, "val_batch_size": 64, "ttt_batch_size": 3,
     }  # fmt: skip
     trainer, _ = open_trainer(stopped.run(**changes))
     train_gpt.load_checkpoint(trainer)

@@ -518,6 +518,16 @@ def test_a_fixed_learning_rate_is_mixed_with_parts_of_it(make_run: MakeRun, data
     assert np.abs(alone[0] - alone[1]).max() > 0.01
 
 
+def test_documents_too_short_to_learn_from_leave_the_default_rates(make_run: MakeRun, data):
+    knobs = {**METHODS["lora_choice"], "ttt_num_lrs": 3}
+    run, ids = make_run(**knobs), text_of(data)
+    ids[range(0, 141, C)] = BOS_ID  # a document is as long as a chunk
+    nats_of(run, random_model(run.cfg), ids)
+    event = choice_event(run)
+    assert len(set(event["nats_per_token"].split(","))) == 1
+    assert event["chosen"] == ",".join(f"{lr:g}" for lr in train_gpt.LORA_LRS[:3])
+
+
 def test_a_learning_rate_that_diverges_is_not_chosen(make_run: MakeRun, data, monkeypatch):
     monkeypatch.setattr(train_gpt, "LORA_LRS", (1e30, 0.02, 0.0))
     run, ids = make_run(**METHODS["lora_choice"], ttt_num_lrs=2), text_of(data)
@@ -760,6 +770,23 @@ def test_chunks_learn_as_a_plain_loop_of_sgd(make_run: MakeRun, data):
             )
             sgd.step()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_learn_in_micro_batches_as_at_once(make_run: MakeRun, data, monkeypatch):
+    ids, loss, sizes = text_of(data), GPT.loss, list[int]()
+
+    def recorded_loss(model: GPT, ids_BT: torch.Tensor, *more: Any) -> torch.Tensor:
+        sizes.append(ids_BT.numel())
+        return loss(model, ids_BT, *more)
+
+    monkeypatch.setattr(GPT, "loss", recorded_loss)
+    found = {}
+    for limit in (2 * T, T):
+        run = make_run(**CHUNK, micro_batch_tokens=limit)
+        sizes.clear()
+        found[limit] = nats_of(run, random_model(run.cfg), ids)
+        assert max(sizes) == limit
+    np.testing.assert_allclose(found[T], found[2 * T], **TOLERANCE)
 
 
 def test_the_hash_table_has_its_own_learning_rate(make_run: MakeRun):

@@ -274,13 +274,13 @@ def test_disjoint_windows_that_do_not_fit_fail_with_the_seconds_that_they_need(
 
 def test_a_pass_whose_last_step_ends_too_late_does_not_count(make_run, data, monkeypatch):
     run = make_run(**METHODS["sliding"], eval_max_seconds=1.0)
-    calls = itertools.count(1)  # compilation, 1 disjoint step, 2 measured ones, 3 sliding ones
+    calls = itertools.count(1)  # compilation, 1 disjoint step, 4 measured ones, 3 sliding ones
 
     def stop_in_the_last_step(now: float) -> float:
-        return 1000.0 if next(calls) == 7 else 1.0
+        return 1000.0 if next(calls) == 9 else 1.0
 
     outcome = simulate(run, monkeypatch, text_of(data, 100), stop_in_the_last_step)
-    assert next(calls) == 8
+    assert next(calls) == 10
     final = outcome.last("final")
     assert final["score"] == "quantized" and "final_sliding" not in run.scores
     assert final["notes"].startswith("sliding windows complete too late: after 3.")
@@ -317,7 +317,15 @@ def test_the_measurement_has_a_full_cache_and_the_mixer(make_run: MakeRun, data,
         run, random_model(run.cfg), plan, adaptive=True
     )
     assert step_s >= 0 and position_s >= 0 and step_s + position_s > 0
-    assert seen == [(T, True)] * 4
+    assert seen == [(T, True)] * 8
+
+
+def test_a_slow_moment_does_not_change_the_measurement(make_run: MakeRun, data, monkeypatch):
+    run, slow_times = make_run(**INCREMENTAL), iter([1.0, 5.0, 1.0, 1.0] * 2)
+    Machine(monkeypatch, lambda now: next(slow_times))
+    plan = plan_of(long_text(data), 0, 1, **INCREMENTAL)
+    cost = train_gpt.measure_step_cost(run, random_model(run.cfg), plan, adaptive=True)
+    assert cost == pytest.approx((STEP_S, POSITION_S, 0.0, 0.0))
 
 
 @pytest.mark.parametrize(("batch_rows", "cost"), [(1, 6.0), (6, 1.0)])

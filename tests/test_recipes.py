@@ -276,6 +276,7 @@ def test_a_small_stack_is_the_setting_of_its_old_record() -> None:
 @pytest.mark.parametrize(
     ("record", "stack"),
     [
+        ("LowerRates", "lower_rates.env"),
         ("Vocab4096", "vocab_4096.env"),
         ("Vocab2048", "vocab_2048.env"),
         ("PublicBaseline", "public_baseline.env"),

@@ -1216,7 +1216,8 @@ def parse_name(text: str) -> str:
     return text
 
 
-TRAINING = ("bpe", "split", False, False)  # --model, --digits, ... if not given
+TOKENIZER_BYTES = 20_000_000
+TRAINING = ("bpe", "split", False, False, TOKENIZER_BYTES)  # --model, --digits, ... if not given
 
 
 def parse_options(argv: list[str] | None) -> Options:
@@ -1239,7 +1240,8 @@ def parse_options(argv: list[str] | None) -> Options:
     tokenizers.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this one as it is")
     sizes = bounded(MIN_VOCAB_SIZE, MAX_TOKEN_ID + 1)
     tokenizers.add_argument("--vocab-size", type=sizes, default=1024, help="pieces to train")
-    add("--tokenizer-bytes", type=bounded(1, 10**9), default=20_000_000, help="text to train it on")
+    sample = "bytes of text to train it on"
+    add("--tokenizer-bytes", type=bounded(1, 10**9), default=TOKENIZER_BYTES, help=sample)
     add("--shard-tokens", type=bounded(1, 2**31 - 1), default=100_000_000, help="tokens a shard")
     add("--dedup", action="store_true", help="drop copies inside the training documents too")
     add("--byte-sidecar", action="store_true", help="write each validation token's byte count")
@@ -1257,9 +1259,9 @@ def parse_options(argv: list[str] | None) -> Options:
     add("--force", action="store_true", help="replace what another call made in --out")
     options = parser.parse_args(argv, namespace=Options())
     options.name = options.name or ("demo" if options.source else "corpus")
-    training = (options.model, options.digits, options.superwords, options.any_script)
-    if options.tokenizer and training != TRAINING:
-        names = "--model, --digits, --superwords and --any-script"
+    kind = (options.model, options.digits, options.superwords, options.any_script)
+    if options.tokenizer and (*kind, options.tokenizer_bytes) != TRAINING:
+        names = "--model, --digits, --superwords, --any-script and --tokenizer-bytes"
         parser.error(f"{names} train a tokenizer, but --tokenizer is set")
     return options
 

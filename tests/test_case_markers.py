@@ -277,13 +277,17 @@ def test_every_kind_of_tokenizer_is_lossless(kind: str):
         assert prepare.decode_document(processor, ids) == text
 
 
+@pytest.mark.parametrize(
+    "option", [["--superwords"], ["--model", "unigram"], ["--tokenizer-bytes", "5000"]]
+)
 def test_options_of_training_need_a_tokenizer_to_train(
-    marked_set: Path, capsys: pytest.CaptureFixture[str]
+    option: list[str], marked_set: Path, capsys: pytest.CaptureFixture[str]
 ):
-    words = ["--source", "stdlib", "--out", "x", "--superwords", "--tokenizer"]
+    words = ["--source", "stdlib", "--out", "x", *option]
+    prepare.parse_options(words)
     with pytest.raises(SystemExit, match="2"):
-        prepare.parse_options([*words, str(marked_set / "tokenizer.model")])
-    assert "--superwords" in capsys.readouterr().err
+        prepare.parse_options([*words, "--tokenizer", str(marked_set / "tokenizer.model")])
+    assert option[0] in capsys.readouterr().err.split("error: ")[1]
 
 
 def test_the_comparison_prints_tokens_per_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -107,7 +107,7 @@ QAT = {  # of the last tenth of the steps, which have 1/6 of the learning rate o
     "QAT_GRID": "artifact",
 }
 TITLES = {
-    "ours": "ours: optimal scales, trellis, ANS",
+    "ours": "ours: solved scales, trellis, ANS",
     "public": "public: GPTQ, SDClip, uniform, brotli",
     "qat": "qat: ours after a quantization-aware finish",
 }

@@ -65,8 +65,6 @@ MODELS = {
 SIGMAS = "attn:13,mlp:11.5,embed:20,table:12.85"
 SIX_BITS = {"attn_bits": 6, "mlp_bits": 6, "table_bits": 6, "embed_bits": 8}
 SDCLIP = {**SIX_BITS, "clip_sigmas": SIGMAS}
-# Of the three matrices with the largest errors, as in openai/parameter-golf#2135.
-LQER = {"lqer_rank": 4, "lqer_group": 32}
 ROUNDED = {"quantizer": "rtn", "quant_grid": "uniform"}
 
 
@@ -76,6 +74,7 @@ class Method(NamedTuple):
     title: str
     knobs: Json
     share: float = 0.0  # of the reference's bytes, to which it is fitted; 0 = not fitted
+    is_removed: bool = False  # from the script: its rows stay, and cannot be measured again
 
 
 METHODS = {
@@ -90,20 +89,20 @@ METHODS = {
     ),
     "gptq_lite": Method(
         "GPTQ-lite: best of five percentiles, 6 bits, embedding 8, zstd",
-        {**ROUNDED, **SIX_BITS, "row_steps": "search", "compressor": "zstd"},
+        {},
+        is_removed=True,
     ),
     "reference": Method(
         "GPTQ, SDClip, uniform, brotli (reference)",
         {**SDCLIP, "quant_grid": "uniform", "compressor": "brotli_shuffled"},
     ),
-    "solved_trellis": Method("optimal scales, trellis, ans (default)", {}, 1.0),
+    "solved_trellis": Method("solved scales, trellis, ans (default)", {}, 1.0),
     "sdclip_uniform": Method("SDClip, uniform, ans", {**SDCLIP, "quant_grid": "uniform"}, 1.0),
-    "solved_uniform": Method("optimal scales, uniform, ans", {"quant_grid": "uniform"}, 1.0),
+    "solved_uniform": Method("solved scales, uniform, ans", {"quant_grid": "uniform"}, 1.0),
     "sdclip_trellis": Method("SDClip, trellis, ans", SDCLIP, 1.0),
-    "sdclip_uniform_lqer": Method(
-        "SDClip, uniform, LQER, ans", {**SDCLIP, **LQER, "quant_grid": "uniform"}, 1.0
-    ),
-    "solved_trellis_lqer": Method("optimal scales, trellis, LQER, ans", LQER, 1.0),
+    # LQER of rank 4 for the three matrices with the largest errors, as in openai/parameter-golf#2135.
+    "sdclip_uniform_lqer": Method("SDClip, uniform, LQER, ans", {}, 1.0, is_removed=True),
+    "solved_trellis_lqer": Method("solved scales, trellis, LQER, ans", {}, 1.0, is_removed=True),
 }
 # The same with fewer bytes, where the quantization loss is well above the noise.
 for share in (85, 70):
@@ -120,6 +119,7 @@ RIVALS = [  # default and reference with equal bytes
     ("solved_trellis_70", "reference_70"),
     ("solved_trellis", "sdclip_uniform"),
 ]
+MEASURED = [name for name, method in METHODS.items() if not method.is_removed]
 CODED = ("reference", "solved_trellis")  # methods whose codes are compressed with every coder
 CURVES = ("sdclip_uniform", "solved_uniform", "solved_trellis")  # in the plot
 FACTORS = (0.75, 1.35, 1.8, 2.4)  # times the scales that give the reference's bytes
@@ -695,7 +695,8 @@ weights in matrices. Error: Hessian-weighted squared error of all matrices (sum 
 e_o^T over their rows), relative to the reference. bpb: bits per byte of the first {tokens:,}
 validation tokens in disjoint windows of the training context; added bpb: the increase by
 quantization. The methods with `ans` are fitted to the bytes of the reference (or the given share of
-them) by one common factor of all scales, within {fitted:g} %.
+them) by one common factor of all scales, within {fitted:g} %. GPTQ-lite and LQER were measured with
+the script whose SHA-256 is below; today's script has neither of them.
 
 - Commands: `make bench-quant`, or `python tests/bench_quant.py --models RUN_DIR...`; this file:
   the same with `--table`. Every number: `quantization.jsonl`.
@@ -802,7 +803,7 @@ def main() -> None:
     """Measure what is missing, then write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", type=Path, help="run folders, instead of MODELS")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=MEASURED, default=MEASURED)
     parser.add_argument("--only-methods", action="store_true", help="no coders, no curves")
     parser.add_argument("--results", type=Path, default=RESULTS, help="result file")
     parser.add_argument("--table", action="store_true", help="only rewrite the table and the plot")

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_gpt as tg
+from tests import bench_quant
 from tests.conftest import random_model, tiny_config
 from train_gpt import Config, Quantized, quantize_model, quantize_rows
 
@@ -189,3 +191,8 @@ def test_what_was_quantised_once_is_quantised_to_itself():
     again = quantize_rows(w, 6)
     assert again.row_scales is not None
     torch.testing.assert_close(again.dequantized(), w, rtol=2**-10, atol=0)
+
+
+def test_the_methods_that_make_bench_quant_measures_are_those_of_the_script():
+    for name in bench_quant.MEASURED:
+        bench_quant.knobs_of(bench_quant.METHODS[name], tg.Config())

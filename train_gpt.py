@@ -381,7 +381,7 @@ class Config:
         0.4, "SWA collects while the learning rate multiplier is below this", low=0, high=1
     )
     tail_frac: float = knob(
-        0.1, "final fraction of training whose steps AVERAGING=tail averages", low=0, high=1
+        0.1, "final fraction of training whose steps AVERAGING=tail averages", low=1e-6, high=1
     )
     swa_every: int = knob(50, "steps between weights collected by SWA", unit="steps", low=1)
     deep_supervision: float = knob(
@@ -913,13 +913,6 @@ def method_rules(cfg: Config) -> list[Rule]:
             "QAT_GRID=artifact needs AVERAGING=none PRUNE_FRAC=0 ROW_STEPS=solved CLIP_SIGMAS=",
         ),
         (
-            cfg.late_qat_threshold == 0
-            or cfg.min_lr < cfg.late_qat_threshold
-            and cfg.warmdown_frac + cfg.warmdown_iters > 0,
-            f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold:g} must be above MIN_LR={cfg.min_lr:g}, "
-            "with WARMDOWN_FRAC or WARMDOWN_ITERS; otherwise it never begins",
-        ),
-        (
             cfg.ttt_method != "lora" or not cfg.eval_hash_rows or bool(cfg.ttt_phases),
             f"EVAL_HASH_ROWS={cfg.eval_hash_rows}: TTT_METHOD=lora trains this table in TTT_PHASES "
             "alone; set them, or EVAL_HASH_ROWS=0",
@@ -947,8 +940,16 @@ def method_rules(cfg: Config) -> list[Rule]:
 
 
 def stage_rules(cfg: Config) -> list[Rule]:
-    """Rules about the sequence length and batch size of every training stage."""
+    """Rules about what begins during the warmdown, and about every training stage."""
     longest, rules = cfg.train_seq_len, list[Rule]()
+    for name, lr, is_used in (
+        ("LATE_QAT_THRESHOLD", cfg.late_qat_threshold, cfg.late_qat_threshold > 0),
+        ("SWA_START_LR", cfg.swa_start_lr, cfg.averaging == "swa"),
+    ):
+        begins = lr > cfg.min_lr and cfg.warmdown_frac + cfg.warmdown_iters > 0
+        remedy = "with WARMDOWN_FRAC or WARMDOWN_ITERS; otherwise it never begins"
+        text = f"{name}={lr:g} must be above MIN_LR={cfg.min_lr:g}, {remedy}"
+        rules.append((not is_used or begins, text))
     for T, tokens, *_ in train_stages(cfg):
         rules += [
             (
@@ -1320,7 +1321,8 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
         join_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     with run.at_exit as undo:
         now = f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}"
-        run_id = cfg.run_id or run.broadcast_object(now)
+        run_id = run.broadcast_object(cfg.run_id or now)
+        check_same_knobs(run)
         run.directory = Path(cfg.run_dir or Path("logs") / run_id)
         run.run_on_rank0(lambda: undo.enter_context(lock_directory(run.directory)))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1329,6 +1331,20 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
         run.check_signal()
     if world_size > 1:  # not after an exception: it would wait for the other ranks
         dist.destroy_process_group()
+
+
+def check_same_knobs(run: Run) -> None:
+    """Raise InputError on all ranks if the environment of one sets other knobs than rank 0's."""
+    if run.world_size > 1:
+        all_knobs: list[Any] = [None] * run.world_size
+        dist.all_gather_object(all_knobs, dataclasses.asdict(run.cfg))
+        for rank, knobs in enumerate(all_knobs):
+            changed = [name.upper() for name, value in knobs.items() if value != all_knobs[0][name]]
+            require(
+                {*changed} <= {"DATA_PATH", "TOKENIZER_PATH"},
+                f"rank {rank} has other values of {', '.join(changed)} than rank 0; set the same "
+                "knobs on all nodes",
+            )
 
 
 def parse_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
@@ -4023,10 +4039,7 @@ def flash_attend(
 
 
 def flex_backend() -> AttentionBackend:
-    """PyTorch's flex attention, compiled on a GPU.
-
-    It is compiled separately because calibration and LoRA passes run outside of compiled blocks.
-    """
+    """PyTorch's flex attention, compiled on a GPU, also outside of compiled blocks."""
     kernel: Any = flex_attention.flex_attention
     if torch.cuda.is_available() and not compile_unavailable_reason(torch.device("cuda")):
         kernel = torch.compile(kernel, dynamic=False)
@@ -4510,22 +4523,16 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
     """Run optimizer steps until the budget is used; log, save checkpoints and validate."""
     run, cfg, losses = trainer.run, trainer.run.cfg, LossQueue(trainer)
     last_first_step = trainer.progress.step + FIRST_LOGGED_STEPS
-    clock_s = saved_s = time.perf_counter()  # up to when the clock counts; the last checkpoint
-    save_s = 0.0  # duration of the last checkpoint on the slowest rank
+    clock, saved_s, save_s = TrainingClock(trainer), time.perf_counter(), 0.0
 
-    def advance_clock(*flags: bool) -> StepFlags:
-        nonlocal clock_s
-        before_s, clock_s = clock_s, time.perf_counter()
-        return sync_step_state(trainer, StepFlags(*flags), clock_s - before_s)
-
-    while not trainer.progress.is_over(cfg):
+    while not clock.is_over():
         scale = trainer.lr_scale()
         stage = trainer.next_stage()
         if stage.qat and not trainer.has_grid:
             losses.read()
             losses.check(losses.is_bad, check_weights=True)
             if trainer.solve_grid(loader):
-                advance_clock()  # it took time: look at the clock again
+                clock.advance()  # it took time: look at the clock again
                 trainer.drop_unused_grid()
                 continue
         trainer.enter_stage(stage)
@@ -4538,30 +4545,30 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         num_queued = int(run.is_asynchronous and not (validates or is_logged))
         losses.read(num_queued)
         checkpoint_due = 0 < cfg.checkpoint_every_seconds <= time.perf_counter() - saved_s
-        flags = advance_clock(checkpoint_due, run.signal_received, losses.is_bad)
-        is_over = trainer.progress.is_over(cfg, steps=1 + num_queued)
-        has_time_to_save = not trainer.progress.is_over(cfg, save_s, steps=1 + num_queued)
-        saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
+        flags = clock.end_step(checkpoint_due, run.signal_received, losses.is_bad)
+        ends = clock.is_over(0.0, num_queued)
+        has_time_to_save = not clock.is_over(save_s, num_queued)
+        saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or ends
         if saves and num_queued:  # look again, as nothing is queued now
             losses.read()
-            flags = advance_clock(*flags[:2], flags.bad_loss or losses.is_bad)
-            is_over = trainer.progress.is_over(cfg)
-            saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or is_over
+            flags = clock.end_step(*flags[:2], flags.bad_loss or losses.is_bad)
+            ends = clock.is_over()
+            saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or ends
         losses.check(flags.bad_loss, check_weights=saves or validates)
-        log_step(trainer, losses.newest, scale, is_logged or is_over)
+        log_step(trainer, losses.newest, scale, is_logged or ends)
         if saves:
             before_s = trainer.progress.train_s
             trainer.save()
             saved_s = time.perf_counter()
-            if is_over:
+            if ends:
                 return
-            advance_clock()  # saving counts as training time
-            save_s = trainer.progress.train_s - before_s
+            clock.advance()  # saving counts as training time
+            save_s = trainer.progress.train_s - before_s  # on the slowest rank
         if flags.interrupted:
             raise Interrupted(f"stopped by a signal after step {step}; restart to resume")
         if validates:
             validate_and_log(trainer, validate)
-            clock_s = time.perf_counter()  # validation does not count as training time
+            clock.last_s = time.perf_counter()  # validation does not count as training time
     # What followed the last step has used up the time; or nothing was left to do.
     log_step(trainer, losses.newest, trainer.lr_scale(), trainer.progress.step > losses.first_step)
 
@@ -4619,18 +4626,38 @@ class StepFlags(NamedTuple):
     bad_loss: bool = False  # the loss is not finite
 
 
-def sync_step_state(trainer: Trainer, flags: StepFlags, elapsed_s: float) -> StepFlags:
-    """Advance the training clock by the slowest rank's `elapsed_s`; returns all ranks' flags.
+class TrainingClock:
+    """Advances `trainer`'s clock, and knows what its last steps took on the slowest rank."""
 
-    The clock determines the learning rate, so it must be the same on all ranks.
-    """
-    run, progress = trainer.run, trainer.progress
-    values = [progress.train_s + elapsed_s, *map(float, flags)]
-    # On the host, which so does not wait for a GPU.
-    reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64))
-    train_s, *any_rank = reduced.tolist()
-    trainer.progress = progress._replace(train_s=train_s)
-    return StepFlags(*map(bool, any_rank))
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.last_s = trainer, time.perf_counter()  # up to when the clock counts
+        # Of the last two calls of end_step: while a step is queued, every other one takes no time.
+        self.steps_s = deque([0.0], maxlen=2)
+
+    def advance(self, *flags: bool) -> StepFlags:
+        """Advance the clock by the slowest rank's seconds since the last call; all ranks' flags.
+
+        The clock determines the learning rate, so it must be the same on all ranks.
+        """
+        run, progress = self.trainer.run, self.trainer.progress
+        before_s, self.last_s = self.last_s, time.perf_counter()
+        values = [progress.train_s + self.last_s - before_s, *map(float, StepFlags(*flags))]
+        # On the host, which so does not wait for a GPU.
+        reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64))
+        train_s, *any_rank = reduced.tolist()
+        self.trainer.progress = progress._replace(train_s=train_s)
+        return StepFlags(*map(bool, any_rank))
+
+    def end_step(self, *flags: bool) -> StepFlags:
+        """The same after a step."""
+        before_s, all_flags = self.trainer.progress.train_s, self.advance(*flags)
+        self.steps_s.append(self.trainer.progress.train_s - before_s)
+        return all_flags
+
+    def is_over(self, extra_s: float = 0.0, num_queued: int = 0) -> bool:
+        """Whether the training has no time for `extra_s`, the queued steps and another one."""
+        progress, cfg = self.trainer.progress, self.trainer.run.cfg
+        return progress.is_over(cfg, extra_s, 1 + num_queued, max(self.steps_s))
 
 
 def log_step(trainer: Trainer, loss: float, scale: float, is_logged: bool) -> None:
@@ -4692,7 +4719,8 @@ def warn_about_average(trainer: Trainer) -> None:
             run.log("warning", text=text)
 
 
-# The next step is assumed to take this multiple of the mean step time; more with a larger batch.
+# The next step is assumed to take this multiple of the mean step time, which a larger batch raises,
+# or of the longer of the last two steps, if that is more: loops and long sequences come late.
 SLOW_STEP = 1.2
 
 
@@ -4708,12 +4736,14 @@ class Progress(NamedTuple):
         limit_s = cfg.train_seconds or math.inf
         return min(1.0, max(self.step / cfg.iterations, self.train_s / limit_s))
 
-    def is_over(self, cfg: Config, extra_s: float = 0.0, steps: int = 1) -> bool:
+    def is_over(
+        self, cfg: Config, extra_s: float = 0.0, steps: int = 1, last_step_s: float = 0.0
+    ) -> bool:
         """Whether all steps are done, or `extra_s` and more `steps` would exceed the time."""
         done, schedule = self.fraction(cfg), cfg.train_batch_schedule
         tokens = scheduled_value(schedule, done, cfg.train_batch_tokens)
         growth = max(1.0, tokens * self.step / self.tokens) if self.tokens else 1.0
-        next_step_s = SLOW_STEP * growth * self.train_s / max(1, self.step)
+        next_step_s = SLOW_STEP * max(growth * self.train_s / max(1, self.step), last_step_s)
         end_s = self.train_s + extra_s + steps * next_step_s
         return self.step >= cfg.iterations or 0 < cfg.train_seconds < end_s
 
@@ -5515,16 +5545,14 @@ class CalibrationStats:
         hooks.append(
             model.register_forward_hook(lambda _, args, x_BTD: self.add(head, "inputs", x_BTD))
         )
-        compiled = model.run_block, model.blend_skip, model.nll
-        model.run_block, model.blend_skip = run_block, blend_skip
-        model.nll = functools.partial(self.record_head, head)
-        try:
-            model.loss(ids_BT, target_BT, torch.ones_like(target_BT)).backward()  # type: ignore[no-untyped-call]
-        finally:
-            model.run_block, model.blend_skip, model.nll = compiled
-            self.last_product = None, None
-            for hook in hooks:
-                hook.remove()
+        with uncompiled(model):
+            model.nll = functools.partial(self.record_head, head)
+            try:
+                model.loss(ids_BT, target_BT, torch.ones_like(target_BT)).backward()  # type: ignore[no-untyped-call]
+            finally:
+                self.last_product = None, None
+                for hook in hooks:
+                    hook.remove()
         model.zero_grad(set_to_none=True)
         self.num_tokens += target_BT.numel()
 
@@ -6845,8 +6873,8 @@ NEEDS_SPACE = re.compile(r"[\w.'\"]{2}")
 def minify(source: str) -> str:
     """The source without comments, documentation, annotations and optional whitespace.
 
-    A statement takes one line, and each level of indentation one space. The text of a token is
-    never changed. The result is the same for all versions of Python, unlike that of ast.unparse.
+    Each level of indentation takes one space. The text of a token is never changed. The result is
+    the same for all versions of Python, unlike that of ast.unparse.
     """
     tree, offset = ast.parse(source), character_offsets(source)
     spans = sorted(
@@ -6854,14 +6882,14 @@ def minify(source: str) -> str:
     )
     edges = [0, *itertools.chain(*spans), len(source)]
     source = "".join(source[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2))
-    docstrings, output = docstring_positions(source), list[str]()
+    docstrings, statements = docstring_positions(source), list[tuple[int, str]]()
     statement, indent, first, previous_end = "", 0, (0, 0), (0, 0)
     for kind, text, start, end in source_tokens(source):
         if kind in ("INDENT", "DEDENT"):
             indent += 1 if kind == "INDENT" else -1
         elif kind == "NEWLINE":
             statement = docstrings.get(first, statement)
-            output += [" " * indent, statement, "\n"] if statement else []
+            statements += [(indent, statement)] if statement else []
             statement = ""
         elif kind not in ("COMMENT", "NL", "ENDMARKER"):
             if not statement:
@@ -6869,7 +6897,32 @@ def minify(source: str) -> str:
             elif start != previous_end and NEEDS_SPACE.match(statement[-1] + text[0]):
                 statement += " "
             statement, previous_end = statement + text, end
-    return "".join(output)
+    return join_statements(statements)
+
+
+# How a statement begins that cannot share a line with the one before; `match` may also be a name.
+COMPOUND = re.compile(
+    r"@|(async|case|class|def|elif|else|except|finally|for|if|match|try|while|with)\b"
+)
+
+
+def join_statements(statements: Sequence[tuple[int, str]]) -> str:
+    """The lines of a script from its statements and their levels of indentation.
+
+    Simple statements after each other share a line, which is that of the header of their block if
+    nothing else is in it.
+    """
+    lines = list[tuple[int, str]]()
+    for (level, is_simple), members in itertools.groupby(
+        statements, lambda item: (item[0], not COMPOUND.match(item[1]))
+    ):
+        texts = [text for _, text in members]
+        lines += [(level, text) for text in ([";".join(texts)] if is_simple else texts)]
+    output = ""
+    for i, (level, text) in enumerate(lines):
+        is_block = i > 0 and lines[i - 1][0] < level > [*lines, (0, "")][i + 1][0]
+        output += text if is_block else "\n" + " " * level + text
+    return output[1:] + "\n" * bool(output)
 
 
 Position = tuple[int, int]  # row, from 1, and column
@@ -7987,6 +8040,19 @@ class EvalRunner:
 
 
 @contextlib.contextmanager
+def uncompiled(model: GPT) -> Generator[None]:
+    """Context in which the model is not compiled, nor flex attention, which would be on its own."""
+    compiled = (model.run_block, model.blend_skip, model.nll, model.prepare_mask)
+    model.run_block, model.blend_skip, model.nll = run_block, blend_skip, softcapped_cross_entropy
+    if model.prepare_mask is flex_block_mask:
+        model.prepare_mask = sdpa_mask
+    try:
+        yield
+    finally:
+        model.run_block, model.blend_skip, model.nll, model.prepare_mask = compiled
+
+
+@contextlib.contextmanager
 def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
     """Context in which a pass may change the model; afterwards it is restored to the bit.
 
@@ -8002,22 +8068,17 @@ def restore_model_after(cfg: Config, model: GPT) -> Generator[None]:
         # Else the end of a document, which the length of its batch shows, would choose the angles.
         model.rotary.data = model.long_rotary.data
     hashes = model.hashes
-    compiled = (model.run_block, model.blend_skip, model.nll, model.prepare_mask)
-    if cfg.ttt_method == "lora":  # chunks have too many different lengths for compilation
-        model.run_block, model.blend_skip = run_block, blend_skip
-        model.nll = softcapped_cross_entropy
-        if model.prepare_mask is flex_block_mask:
-            model.prepare_mask = sdpa_mask
     if cfg.eval_hash_rows:
         model.hashes = nn.ModuleList(
             [*hashes, EvalHashEmbedding(cfg).to(model.skip_weights.device)]
         )
     try:
-        yield
+        # The chunks of LoRA have too many different lengths for compilation.
+        with uncompiled(model) if cfg.ttt_method == "lora" else contextlib.nullcontext():
+            yield
     finally:
         model.set_adapters([])
         model.hashes = hashes
-        model.run_block, model.blend_skip, model.nll, model.prepare_mask = compiled
         model.requires_grad_(True).zero_grad()
         for x, value in before:
             x.data = value
@@ -8083,7 +8144,10 @@ def measure_step_cost(
     """
     trained = [step.shape for step in plan if step.windows and step.action == "train"]
     if trained and model.run_block is not run_block:  # compile now, not during the pass
-        ids_BT = torch.zeros(max(trained), dtype=torch.int64, device=run.device)
+        WeightTrainer(run, model)  # turns off the gradients of frozen weights, as it will then
+        num_rows, T = max(trained)
+        num_rows //= num_micro_batches(num_rows, T, run.cfg.micro_batch_tokens)
+        ids_BT = torch.zeros(num_rows, T, dtype=torch.int64, device=run.device)
         model.loss(ids_BT, ids_BT).backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
     steps = [step for step in plan if step.windows and step.action != "train"]
@@ -9169,8 +9233,11 @@ def prepare_directory(run: Run, artifact: Path) -> None:
     InputError if the folder holds a finished run, another run or files that no run has written.
     """
     state, identity = run.run_on_rank0(lambda: claim_directory(run, artifact))
-    run.ledger.update(state.get("ledger", {}))
-    run.scores.update(state.get("scores", {}))
+    if state:
+        run.ledger.update(state["ledger"])
+        run.scores.update(state["scores"])
+        budget_s = state["config"]["max_wallclock_seconds"]  # which the training had
+        run.cfg = dataclasses.replace(run.cfg, max_wallclock_seconds=budget_s)
     log_setup(run)
     run.log("data_identity", **identity["data"])
 
@@ -9296,6 +9363,8 @@ def check_state(state: Mapping[str, Any], run: Run) -> None:
     require(scores.keys() == {"train_end"}, "scores must be those of train_end alone")
     names = ("steps", "train_s", "tokens_per_s")
     steps, train_s, tokens_per_s = map(scores["train_end"].__getitem__, names)
+    budget_s = state["config"]["max_wallclock_seconds"]
+    require(is_duration(budget_s), f"max_wallclock_seconds {budget_s!r:.40} is not a duration")
     is_speed = type(tokens_per_s) is int and tokens_per_s >= 0
     require(is_speed, f"tokens_per_s {tokens_per_s!r:.40} is not a number of tokens")
     is_count = type(steps) is int and 0 < steps <= state["config"]["iterations"]
@@ -9368,11 +9437,15 @@ def quantize_and_encode(
         return encode(groups, 1.0)
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
     budget_bytes = max(1, cfg.artifact_budget_bytes - code_bytes)
-    if any(group.fixed for group in groups):
+    is_trained = any(group.fixed for group in groups)
+    if is_trained or (cfg.trains_on_grid and tokenizer_sha256):  # not to find the grid
         # The codes that late QAT trained may take so many bytes that too few are left for others.
         fresh = group_matrices(dataclasses.replace(cfg, late_qat_threshold=0.0), model, hessians)
         factor, fresh_factor = (scale_factor_for(x, 8.0 * budget_bytes) for x in (groups, fresh))
-        if factor > MAX_COARSENING * fresh_factor:
+        if not is_trained:
+            run.log("warning", text="late QAT has not begun; the artifact is as without it")
+            groups = fresh
+        elif factor > MAX_COARSENING * fresh_factor:
             run.log("warning", text="the codes of late QAT take too many bytes; new scales")
             groups = fresh
     return fill_budget(groups, functools.partial(encode, groups), budget_bytes)

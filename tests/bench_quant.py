@@ -100,7 +100,7 @@ METHODS = {
     "sdclip_uniform": Method("SDClip, uniform, ans", {**SDCLIP, "quant_grid": "uniform"}, 1.0),
     "solved_uniform": Method("solved scales, uniform, ans", {"quant_grid": "uniform"}, 1.0),
     "sdclip_trellis": Method("SDClip, trellis, ans", SDCLIP, 1.0),
-    # LQER of rank 4 for the three matrices with the largest errors, as in openai/parameter-golf#2135.
+    # LQER of rank 4 for the three matrices with the largest errors: openai/parameter-golf#2135.
     "sdclip_uniform_lqer": Method("SDClip, uniform, LQER, ans", {}, 1.0, is_removed=True),
     "solved_trellis_lqer": Method("solved scales, trellis, LQER, ans", {}, 1.0, is_removed=True),
 }

@@ -1016,7 +1016,52 @@ ODD_SOURCES = {
 
 def test_a_docstring_that_shares_its_line_stays():
     source = "class A:'doc';x=1\ndef f():'doc'\ndef g():\n 'doc';return 1\n"
-    assert unpack(pack_source(source)) == source
+    assert unpack(pack_source(source)) == source.replace("\n ", "")
+
+
+def test_statements_share_a_line_only_where_python_allows_it():
+    source = """
+a=1
+match=2
+match.real
+if a:
+ b=2
+ c=3
+else:d=4
+@x
+def f():
+ for i in a:
+  b=i
+  c=b
+ return b
+class C:
+ x=1
+ def g(self):return 2
+ y=x;z=y
+if b:
+ if c:
+  d=1
+e=2
+"""
+    short = """a=1
+match=2
+match.real
+if a:b=2;c=3
+else:d=4
+@x
+def f():
+ for i in a:b=i;c=b
+ return b
+class C:
+ x=1
+ def g(self):return 2
+ y=x;z=y
+if b:
+ if c:d=1
+e=2
+"""
+    assert minify(source) == short
+    assert ast.dump(ast.parse(short)) == ast.dump(ast.parse(source))
 
 
 def test_an_annotation_in_parentheses_stays():
@@ -1271,8 +1316,8 @@ def test_a_packed_script_leaves_out_what_packs():
     for call in ("tokenize.generate_tokens(", "ast.get_docstring(", "np.memmap("):
         assert call in SOURCE and call not in unpack(packed(SOURCE))
     source = "a=1\n# packing\nb=2\n# end of packing\nc=3\n"
-    assert unpack(pack_source(source)) == "a=1\nc=3\n"
-    assert unpack(pack_source("a=1\n# packing\nb=2\n")) == "a=1\nb=2\n"
+    assert unpack(pack_source(source)) == "a=1;c=3\n"
+    assert unpack(pack_source("a=1\n# packing\nb=2\n")) == "a=1;b=2\n"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ A simulated machine replaces the forward and backward passes: they advance a clo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ import train_gpt
 from tests.conftest import MakeRun, TinyData, random_model, tiny_config
 from tests.test_ttt import CHUNK, LORA, METHODS, T, nats_of, plan_of, text_of, validation_of
 from train_gpt import (
+    GPT,
     USABLE_BUDGET_FRAC,
     EvalBudget,
     EvalStep,
@@ -326,6 +328,27 @@ def test_a_slow_moment_does_not_change_the_measurement(make_run: MakeRun, data, 
     plan = plan_of(long_text(data), 0, 1, **INCREMENTAL)
     cost = train_gpt.measure_step_cost(run, random_model(run.cfg), plan, adaptive=True)
     assert cost == pytest.approx((STEP_S, POSITION_S, 0.0, 0.0))
+
+
+def test_the_measurement_compiles_the_training_steps_of_the_pass(
+    make_run: MakeRun, data, monkeypatch
+):
+    # Of one row each, and with frozen weights.
+    knobs = {**CHUNK, "ttt_freeze_blocks": 1, "ttt_batch_seqs": 2, "micro_batch_tokens": T}
+    run, ids, loss = make_run(**knobs), text_of(data), GPT.loss
+    plan, model, seen = plan_of(ids, 0, 1, **knobs), random_model(run.cfg), list[Any]()
+
+    def recorded_loss(model: GPT, ids_BT: torch.Tensor, *more: Any) -> torch.Tensor:
+        seen.append((ids_BT.shape, [x.requires_grad for x in model.parameters()]))
+        return loss(model, ids_BT, *more)
+
+    monkeypatch.setattr(GPT, "loss", recorded_loss)
+    model.run_block = functools.partial(train_gpt.run_block)  # as if it were compiled
+    train_gpt.measure_step_cost(run, model, plan, adaptive=True)
+    (measured,) = seen
+    train_gpt.EvalRunner(run, model, validation_of(ids), plan, adaptive=True).run_steps()
+    assert measured[0] == (1, T) and not all(measured[1])
+    assert len(seen) > 2 and all(other == measured for other in seen)
 
 
 @pytest.mark.parametrize(("batch_rows", "cost"), [(1, 6.0), (6, 1.0)])

@@ -433,6 +433,20 @@ def test_adapters_do_not_compile_flex_attention_for_each_length(make_run: MakeRu
         assert torch.equal(found, train_gpt.sdpa_attend(q, keys, keys, mask))
 
 
+def test_calibration_does_not_compile_flex_attention_within_the_training_time(make_run: MakeRun):
+    run = make_run(num_layers=1, quantizer="gptq", isolate_documents=True)
+    window_BT, sums = torch.randint(run.cfg.vocab_size, (2, 33)), []
+    for name in ("sdpa", "flex"):
+        torch.manual_seed(0)
+        model = GPT(run.cfg, train_gpt.ATTENTION_BACKENDS[name](), torch.float32)
+        prepare, stats = model.prepare_mask, train_gpt.CalibrationStats(model)
+        stats.accumulate(window_BT)  # flex attention has no gradients on a CPU
+        assert model.prepare_mask is prepare
+        sums.append(stats.sums)
+    assert sums[0].keys() == sums[1].keys()
+    assert all(torch.equal(sums[0][key], sums[1][key]) for key in sums[0])
+
+
 # --- Memory, traffic, errors ---------------------------------------------------------------------
 
 

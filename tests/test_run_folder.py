@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -223,6 +224,8 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "seconds": lambda s: s["scores"]["train_end"].update(train_s=1e6),
     "no speed": lambda s: s["scores"]["train_end"].pop("tokens_per_s"),
     "speed": lambda s: s["scores"]["train_end"].update(tokens_per_s="x"),
+    "training budget": lambda s: s["config"].update(max_wallclock_seconds=-1.0),
+    "no training budget": lambda s: s["config"].pop("max_wallclock_seconds"),
     "no hash": lambda s: s.pop("artifact_sha256"),
     "other hash": lambda s: s.update(artifact_sha256="0" * 64),
     "source": lambda s: s.update(code_sha256="0" * 64),
@@ -277,6 +280,20 @@ def test_artifact_for_a_smaller_budget_is_refused_with_the_remedy(data: TinyData
     (trained / "artifact.bin").unlink()
     prepare(data, trained, mode="all", artifact_budget_bytes=10**8)
     assert before and [*trained.glob("checkpoint/step_*/*")] == before
+
+
+def test_the_training_is_judged_by_the_budget_that_it_had(data: TinyData, trained: Path):
+    edit_state(trained, lambda s: s["config"].update(max_wallclock_seconds=4800.0))
+    edit_state(trained, lambda s: s["ledger"].update(training=4000.0))
+    for budget_s in (600.0, 0.0):
+        cfg = tiny_config(**{**RUN, "data_path": str(data.folder), "mode": "eval"})
+        cfg = dataclasses.replace(cfg, run_dir=str(trained), max_wallclock_seconds=budget_s)
+        with train_gpt.start_run(cfg, {}) as run:
+            train_gpt.prepare_directory(run, trained / "artifact.bin")
+            sizes = {"total_bytes": 1, "budget_bytes": 1}
+            budget = train_gpt.log_budget(run, sizes)
+        assert budget["time"]["training_budget_s"] == 4800.0
+        assert train_gpt.find_overruns(budget) == []
 
 
 def test_settings_that_only_limit_memory_may_change_for_a_finished_artifact(

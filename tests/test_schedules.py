@@ -776,13 +776,34 @@ def test_late_qat_that_would_never_begin_is_refused(knobs: dict[str, Any]):
     tiny_config(**{**knobs, "late_qat_threshold": 0.5, "warmdown_iters": 3})
 
 
-def test_a_run_that_ends_before_the_grid_is_known_is_quantized_as_without(new_run: MakeRun):
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"swa_start_lr": 0.1, "min_lr": 0.1},
+        {"swa_start_lr": 0.0, "min_lr": 0.0},
+        {"swa_start_lr": 0.4, "warmdown_frac": 0.0},
+    ],
+)
+def test_averaging_that_would_never_begin_is_refused(knobs: dict[str, Any]):
+    with pytest.raises(InputError, match="SWA_START_LR=.* above MIN_LR=.* never begins"):
+        tiny_config(**knobs, averaging="swa")
+    tiny_config(**knobs, averaging="ema")
+    with pytest.raises(InputError, match="TAIL_FRAC=0"):
+        tiny_config(averaging="tail", tail_frac=0.0)
+
+
+@pytest.mark.parametrize("quant_grid", ["uniform", "trellis"])
+def test_a_run_that_ends_before_the_grid_is_known_is_quantized_as_without(
+    quant_grid: str, new_run: MakeRun
+):
     payloads = []
     for grid in ("artifact", "rows"):
-        run = grid_run(new_run, qat_grid=grid, late_qat_threshold=0.1, quant_grid="uniform")
+        run = grid_run(new_run, qat_grid=grid, late_qat_threshold=0.1, quant_grid=quant_grid)
         trainer = train_all(run)  # the last multiplier is 1/6
         hessians = train_gpt.calibrate(run, trainer.model, open_loader(run), trainer.progress)
         payloads.append(train_gpt.quantize_and_encode(run, trainer.model, hessians, "0" * 64))
+        is_told = "late QAT has not begun" in (run.directory / "train.log").read_text()
+        assert is_told == (grid == "artifact")
     assert payloads[0] == payloads[1]
 
 

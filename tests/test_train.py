@@ -503,6 +503,23 @@ def test_training_that_the_clock_ended_takes_no_further_step_on_any_device(
         assert again == ended
 
 
+@pytest.mark.parametrize("kind", [ClockedTrainer, QueueingTrainer])
+def test_steps_that_become_longer_do_not_exceed_the_budget(
+    kind: type[ClockedTrainer], new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    for budget_s in np.linspace(60, 64, 21):  # longer than 1.2 times the mean
+        trainer = kind(clocked_run(new_run, budget_s), monkeypatch)
+        durations = itertools.chain(itertools.repeat(1.0, 40), forever(4.0))
+        assert budget_s - 9 < trainer.run_for(durations).train_s <= budget_s
+
+
+def test_training_goes_on_after_a_single_long_step(
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = ClockedTrainer(clocked_run(new_run, 60.0), monkeypatch)
+    assert trainer.run_for(itertools.chain([1.0] * 20, [15.0], forever(1.0))).train_s > 57
+
+
 def test_losses_in_the_log_are_those_of_their_steps_on_any_device(
     new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ):

@@ -381,7 +381,7 @@ class Config:
         0.4, "SWA collects while the learning rate multiplier is below this", low=0, high=1
     )
     tail_frac: float = knob(
-        0.1, "final fraction of training whose steps AVERAGING=tail averages", low=1e-6, high=1
+        0.1, "final fraction of training whose steps AVERAGING=tail averages", low=0, high=1
     )
     swa_every: int = knob(50, "steps between weights collected by SWA", unit="steps", low=1)
     deep_supervision: float = knob(
@@ -941,7 +941,9 @@ def method_rules(cfg: Config) -> list[Rule]:
 
 def stage_rules(cfg: Config) -> list[Rule]:
     """Rules about what begins during the warmdown, and about every training stage."""
-    longest, rules = cfg.train_seq_len, list[Rule]()
+    has_average = cfg.averaging != "tail" or cfg.tail_frac > 0
+    rules: list[Rule] = [(has_average, "TAIL_FRAC=0 must be above 0 with AVERAGING=tail")]
+    longest = cfg.train_seq_len
     for name, lr, is_used in (
         ("LATE_QAT_THRESHOLD", cfg.late_qat_threshold, cfg.late_qat_threshold > 0),
         ("SWA_START_LR", cfg.swa_start_lr, cfg.averaging == "swa"),
@@ -1333,15 +1335,23 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
         dist.destroy_process_group()
 
 
+# Where a node finds its data, and what rank 0 alone uses.
+KNOBS_OF_ONE_NODE = ("data_path", "tokenizer_path", "recipe", "run_id", "run_dir", "artifact")
+
+
 def check_same_knobs(run: Run) -> None:
     """Raise InputError on all ranks if the environment of one sets other knobs than rank 0's."""
     if run.world_size > 1:
         all_knobs: list[Any] = [None] * run.world_size
         dist.all_gather_object(all_knobs, dataclasses.asdict(run.cfg))
         for rank, knobs in enumerate(all_knobs):
-            changed = [name.upper() for name, value in knobs.items() if value != all_knobs[0][name]]
+            changed = [
+                name.upper()
+                for name, value in knobs.items()
+                if value != all_knobs[0][name] and name not in KNOBS_OF_ONE_NODE
+            ]
             require(
-                {*changed} <= {"DATA_PATH", "TOKENIZER_PATH"},
+                not changed,
                 f"rank {rank} has other values of {', '.join(changed)} than rank 0; set the same "
                 "knobs on all nodes",
             )
@@ -4060,7 +4070,7 @@ def flex_block_mask(ids_BT: Tensor, isolate: bool, past: int = 0) -> Any:
 def flex_attend(kernel: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Any) -> Tensor:
     """Attention (B, T, H, E) by flex attention; if not compiled, it takes T^2 memory.
 
-    A mask of SDPA is for SDPA, see restore_model_after.
+    A mask of SDPA is for SDPA, see uncompiled.
     """
     if mask is None or isinstance(mask, Tensor):
         return sdpa_attend(q_BTHE, k_BTKE, v_BTKE, mask)
@@ -4525,7 +4535,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
     last_first_step = trainer.progress.step + FIRST_LOGGED_STEPS
     clock, saved_s, save_s = TrainingClock(trainer), time.perf_counter(), 0.0
 
-    while not clock.is_over():
+    while not trainer.progress.is_over(cfg):
         scale = trainer.lr_scale()
         stage = trainer.next_stage()
         if stage.qat and not trainer.has_grid:
@@ -4546,13 +4556,13 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
         losses.read(num_queued)
         checkpoint_due = 0 < cfg.checkpoint_every_seconds <= time.perf_counter() - saved_s
         flags = clock.end_step(checkpoint_due, run.signal_received, losses.is_bad)
-        ends = clock.is_over(0.0, num_queued)
-        has_time_to_save = not clock.is_over(save_s, num_queued)
+        ends = trainer.progress.is_over(cfg, steps=1 + num_queued)
+        has_time_to_save = not trainer.progress.is_over(cfg, save_s, steps=1 + num_queued)
         saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or ends
         if saves and num_queued:  # look again, as nothing is queued now
             losses.read()
             flags = clock.end_step(*flags[:2], flags.bad_loss or losses.is_bad)
-            ends = clock.is_over()
+            ends = trainer.progress.is_over(cfg)
             saves = (flags.checkpoint_due and has_time_to_save) or flags.interrupted or ends
         losses.check(flags.bad_loss, check_weights=saves or validates)
         log_step(trainer, losses.newest, scale, is_logged or ends)
@@ -4627,12 +4637,10 @@ class StepFlags(NamedTuple):
 
 
 class TrainingClock:
-    """Advances `trainer`'s clock, and knows what its last steps took on the slowest rank."""
+    """Advances the clock in `trainer.progress` by the time that the slowest rank takes."""
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.last_s = trainer, time.perf_counter()  # up to when the clock counts
-        # Of the last two calls of end_step: while a step is queued, every other one takes no time.
-        self.steps_s = deque([0.0], maxlen=2)
 
     def advance(self, *flags: bool) -> StepFlags:
         """Advance the clock by the slowest rank's seconds since the last call; all ranks' flags.
@@ -4649,15 +4657,13 @@ class TrainingClock:
         return StepFlags(*map(bool, any_rank))
 
     def end_step(self, *flags: bool) -> StepFlags:
-        """The same after a step."""
-        before_s, all_flags = self.trainer.progress.train_s, self.advance(*flags)
-        self.steps_s.append(self.trainer.progress.train_s - before_s)
+        """`advance` after a step, whose seconds are kept."""
+        before, all_flags = self.trainer.progress, self.advance(*flags)
+        last_s = self.trainer.progress.train_s - before.train_s
+        self.trainer.progress = self.trainer.progress._replace(
+            last_s=last_s, before_last_s=before.last_s
+        )
         return all_flags
-
-    def is_over(self, extra_s: float = 0.0, num_queued: int = 0) -> bool:
-        """Whether the training has no time for `extra_s`, the queued steps and another one."""
-        progress, cfg = self.trainer.progress, self.trainer.run.cfg
-        return progress.is_over(cfg, extra_s, 1 + num_queued, max(self.steps_s))
 
 
 def log_step(trainer: Trainer, loss: float, scale: float, is_logged: bool) -> None:
@@ -4730,20 +4736,22 @@ class Progress(NamedTuple):
     step: int = 0  # finished optimizer steps
     train_s: float = 0.0  # training clock in seconds; validation does not count
     tokens: int = 0  # training tokens
+    # Seconds of the last two steps. With a queue, one that follows a step waited for takes none.
+    last_s: float = 0.0
+    before_last_s: float = 0.0
 
     def fraction(self, cfg: Config) -> float:
         """Fraction of the budget in [0, 1]: of steps or of seconds, whichever is larger."""
         limit_s = cfg.train_seconds or math.inf
         return min(1.0, max(self.step / cfg.iterations, self.train_s / limit_s))
 
-    def is_over(
-        self, cfg: Config, extra_s: float = 0.0, steps: int = 1, last_step_s: float = 0.0
-    ) -> bool:
+    def is_over(self, cfg: Config, extra_s: float = 0.0, steps: int = 1) -> bool:
         """Whether all steps are done, or `extra_s` and more `steps` would exceed the time."""
         done, schedule = self.fraction(cfg), cfg.train_batch_schedule
         tokens = scheduled_value(schedule, done, cfg.train_batch_tokens)
         growth = max(1.0, tokens * self.step / self.tokens) if self.tokens else 1.0
-        next_step_s = SLOW_STEP * max(growth * self.train_s / max(1, self.step), last_step_s)
+        mean_s = growth * self.train_s / max(1, self.step)
+        next_step_s = SLOW_STEP * max(mean_s, self.last_s, self.before_last_s)
         end_s = self.train_s + extra_s + steps * next_step_s
         return self.step >= cfg.iterations or 0 < cfg.train_seconds < end_s
 
@@ -5002,11 +5010,11 @@ class Trainer:
         for param in self.adam_params:
             param.grad = grad_or_zeros(param)
         self.adam.step()
-        (step, train_s, tokens), done = self.progress, self.progress.fraction(cfg)
+        (step, _, tokens, *_), done = self.progress, self.progress.fraction(cfg)
         self.muon.step(cfg.matrix_lr * scale, momentum_at(step, done, cfg), cfg.muon_wd)
         self.model.zero_grad(set_to_none=True)
         tokens += window_BT[:, 1:].numel() * self.run.world_size
-        self.progress = Progress(step + 1, train_s, tokens)
+        self.progress = self.progress._replace(step=step + 1, tokens=tokens)
         self.averager.update(step + 1, scale, self.progress.fraction(cfg))
         return loss
 
@@ -5387,13 +5395,14 @@ def check_meta(meta: Mapping[str, Any], trainer: Trainer) -> None:
     """Raise InputError unless the entries of meta.json have the right types and ranges."""
     run, progress, ledger = trainer.run, meta["progress"], meta["ledger"]
     batches = [stage.batch_tokens for stage in train_stages(run.cfg)]
-    require(isinstance(progress, list) and len(progress) == 3, "progress is not three numbers")
-    step, train_s, tokens = progress
+    require(isinstance(progress, list) and len(progress) == 5, "progress is not five numbers")
+    step, _, tokens, *_ = progress
     require(
         type(step) is int and 1 <= step <= run.cfg.iterations,
         f"progress: step {step!r:.40} is not in [1, {run.cfg.iterations}]",
     )
-    require(is_duration(train_s), f"progress: {train_s!r:.40} is not a number of seconds")
+    for value in progress[1], *progress[3:]:
+        require(is_duration(value), f"progress: {value!r:.40} is not a number of seconds")
     min_tokens, max_tokens = step * min(batches), step * max(batches)
     require(
         type(tokens) is int and min_tokens <= tokens <= max_tokens,
@@ -6912,15 +6921,17 @@ def join_statements(statements: Sequence[tuple[int, str]]) -> str:
     Simple statements after each other share a line, which is that of the header of their block if
     nothing else is in it.
     """
-    lines = list[tuple[int, str]]()
+    lines = list[tuple[int, bool, str]]()
     for (level, is_simple), members in itertools.groupby(
         statements, lambda item: (item[0], not COMPOUND.match(item[1]))
     ):
-        texts = [text for _, text in members]
-        lines += [(level, text) for text in ([";".join(texts)] if is_simple else texts)]
+        texts = [text.rstrip(";") for _, text in members]
+        texts = [";".join(texts)] if is_simple else texts
+        lines += [(level, is_simple, text) for text in texts]
     output = ""
-    for i, (level, text) in enumerate(lines):
-        is_block = i > 0 and lines[i - 1][0] < level > [*lines, (0, "")][i + 1][0]
+    for i, (level, is_simple, text) in enumerate(lines):
+        next_level = lines[i + 1][0] if i + 1 < len(lines) else 0
+        is_block = is_simple and i > 0 and lines[i - 1][0] < level > next_level
         output += text if is_block else "\n" + " " * level + text
     return output[1:] + "\n" * bool(output)
 
@@ -8041,7 +8052,7 @@ class EvalRunner:
 
 @contextlib.contextmanager
 def uncompiled(model: GPT) -> Generator[None]:
-    """Context in which the model is not compiled, nor flex attention, which would be on its own."""
+    """Context without compilation, also of flex attention, which is compiled separately."""
     compiled = (model.run_block, model.blend_skip, model.nll, model.prepare_mask)
     model.run_block, model.blend_skip, model.nll = run_block, blend_skip, softcapped_cross_entropy
     if model.prepare_mask is flex_block_mask:
@@ -9438,14 +9449,15 @@ def quantize_and_encode(
     code_bytes = (run.directory / "train_gpt.py").stat().st_size
     budget_bytes = max(1, cfg.artifact_budget_bytes - code_bytes)
     is_trained = any(group.fixed for group in groups)
-    if is_trained or (cfg.trains_on_grid and tokenizer_sha256):  # not to find the grid
-        # The codes that late QAT trained may take so many bytes that too few are left for others.
+    # The call that finds the grid has no tokenizer.
+    if any(group.late for group in groups) and (is_trained or tokenizer_sha256):
         fresh = group_matrices(dataclasses.replace(cfg, late_qat_threshold=0.0), model, hessians)
         factor, fresh_factor = (scale_factor_for(x, 8.0 * budget_bytes) for x in (groups, fresh))
         if not is_trained:
             run.log("warning", text="late QAT has not begun; the artifact is as without it")
             groups = fresh
         elif factor > MAX_COARSENING * fresh_factor:
+            # The codes that late QAT trained take so many bytes that too few are left for others.
             run.log("warning", text="the codes of late QAT take too many bytes; new scales")
             groups = fresh
     return fill_budget(groups, functools.partial(encode, groups), budget_bytes)

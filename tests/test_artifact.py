@@ -1041,7 +1041,10 @@ class C:
 if b:
  if c:
   d=1
-e=2
+if b:
+ if c:d=1
+e=2;
+f=3;
 """
     short = """a=1
 match=2
@@ -1058,9 +1061,11 @@ class C:
  y=x;z=y
 if b:
  if c:d=1
-e=2
+if b:
+ if c:d=1
+e=2;f=3
 """
-    assert minify(source) == short
+    assert minify(source) == minify(short) == short
     assert ast.dump(ast.parse(short)) == ast.dump(ast.parse(source))
 
 

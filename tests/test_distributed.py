@@ -449,21 +449,23 @@ def test_batch_that_does_not_divide_is_refused_once_with_the_numbers(data: TinyD
     assert said(results[1]) == said(results[2]) == ""
 
 
-@pytest.mark.parametrize("change", [{"SEED": "8"}, {"RUN_ID": "mine"}, {"MATRIX_LR": "0.1"}])
+@pytest.mark.parametrize("change", [{"SEED": "8"}, {"AVERAGING": "none"}, {"MATRIX_LR": "0.1"}])
 def test_ranks_with_other_knobs_than_rank_0_are_refused(data: TinyData, work: Path, change):
     env = run_environment(data)
-    results = run_ranks([env, {**env, **change}], work)
+    results = run_ranks([env, {**env, **change, "DATA_PATH": f"{data.folder}/."}], work)
     assert [r.status for r in results] == [2, 2], results[0].err
     (name,) = change
     assert results[0].err.startswith(f"InputError: rank 1 has other values of {name} than rank 0;")
     assert said(results[1]) == "" and not (work / "run").exists()
 
 
-def test_ranks_may_find_the_data_in_other_folders(data: TinyData, work: Path):
+def test_ranks_may_name_other_folders(data: TinyData, work: Path):
     env = run_environment(data, mode="train", iterations=1)
     (work / "data").symlink_to(data.folder)
-    results = run_ranks([env, {**env, "DATA_PATH": "data"}], work)
+    other = {"DATA_PATH": "data", "RUN_ID": "other", "RUN_DIR": "elsewhere", "ARTIFACT": "x"}
+    results = run_ranks([env, env | other], work)
     assert [r.status for r in results] == [0, 0], results[0].err
+    assert (work / "run" / "artifact.bin").exists() and not (work / "elsewhere").exists()
 
 
 def test_bad_loss_of_one_rank_stops_both_at_its_step(data: TinyData, work: Path, worker: Path):

@@ -689,10 +689,13 @@ def test_a_next_step_with_a_larger_batch_is_expected_to_take_longer(
 def test_a_next_step_is_expected_to_take_at_least_as_long_as_the_last_ones():
     cfg = tiny_config(max_wallclock_seconds=100, iterations=1000)
     progress = Progress(90, cfg.train_seconds - 10.0, 90 * cfg.train_batch_tokens)  # a second each
-    assert not progress.is_over(cfg, last_step_s=0.5) and not progress.is_over(cfg, last_step_s=8.3)
-    assert progress.is_over(cfg, last_step_s=8.4)
-    assert not progress.is_over(cfg, steps=2, last_step_s=4.1)
-    assert progress.is_over(cfg, steps=2, last_step_s=4.2)
+    assert not progress._replace(last_s=0.5).is_over(cfg)
+    assert not progress._replace(last_s=8.3).is_over(cfg)
+    assert progress._replace(last_s=8.4).is_over(cfg)
+    assert not progress._replace(last_s=4.1).is_over(cfg, steps=2)
+    assert progress._replace(last_s=4.2).is_over(cfg, steps=2)
+    assert not progress._replace(before_last_s=8.3).is_over(cfg)
+    assert progress._replace(before_last_s=8.4).is_over(cfg)
 
 
 def scale_at(progress: Progress, make_run: MakeRun, **knobs: Any) -> float:

@@ -581,7 +581,6 @@ def assert_refused(results: list[Result], problem: str) -> None:
 BAD_INPUT_OF_RANK_1 = {
     "missing data set": ({"DATA_PATH": "nowhere"}, "no tokenizer at nowhere/tokenizer.model"),
     "missing tokenizer": ({"TOKENIZER_PATH": "t.model"}, "no tokenizer at t.model"),
-    "vocabulary": ({"VOCAB_SIZE": "500"}, "VOCAB_SIZE=500 does not match the tokenizer"),
 }
 
 

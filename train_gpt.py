@@ -516,7 +516,7 @@ class Config:
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
     ttt_lora_lr: float = knob(
-        -1.0, "LoRA learning rate (AdamW); -1 = chosen by the first documents, or 0.003", low=-1
+        -1.0, "LoRA learning rate (AdamW); -1 = chosen by the first documents, or 0.001", low=-1
     )
     ttt_num_lrs: int = knob(
         0,
@@ -7246,7 +7246,7 @@ Span = tuple[int, int]  # targets: the first, and one past the last
 
 
 # Learning rates of LoRA to choose from. The first one is used where there is no choice, or no time.
-LORA_LRS = (3e-3, 1e-3, 1e-2, 3e-4, 1e-4, 3e-5, 1e-5, 0.0)
+LORA_LRS = (1e-3, 3e-3, 1e-2, 3e-4, 1e-4, 3e-5, 1e-5, 0.0)
 # The documents that begin before this target try all of them.
 PILOT_TARGETS = 16_384
 # Weights of learning rates in a document: see mix_lrs.

@@ -182,7 +182,7 @@ def test_the_learning_rate_is_chosen_only_if_there_is_time(make_run: MakeRun, da
             run = make_run(**METHODS["lora_choice"], ttt_num_lrs=1, eval_max_seconds=limit_s)
             outcome = simulate(run, patch, long_text(data), SPEEDS["constant"])
         score = outcome.last("final_ttt")
-        assert score.get("adjusted") == (None if is_chosen else "ttt_lora_lr -1 -> 0.003")
+        assert score.get("adjusted") == (None if is_chosen else "ttt_lora_lr -1 -> 0.001")
     assert [e["event"] for e in outcome.events].count("ttt_lora_lrs") == 1  # of both runs
 
 
@@ -191,7 +191,7 @@ def test_the_learning_rate_is_chosen_only_if_there_is_time(make_run: MakeRun, da
     [
         (100.0, None),
         (2.0, "ttt_num_lrs 3 -> 1"),
-        (1.2, "ttt_num_lrs 3 -> 1, ttt_lora_lr -1 -> 0.003"),
+        (1.2, "ttt_num_lrs 3 -> 1, ttt_lora_lr -1 -> 0.001"),
     ],
 )
 def test_learning_rates_are_mixed_only_if_there_is_time(

@@ -4578,7 +4578,7 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
             raise Interrupted(f"stopped by a signal after step {step}; restart to resume")
         if validates:
             validate_and_log(trainer, validate)
-            clock.last_s = time.perf_counter()  # validation does not count as training time
+            clock.started_s = time.perf_counter()  # validation does not count as training time
     # What followed the last step has used up the time; or nothing was left to do.
     log_step(trainer, losses.newest, trainer.lr_scale(), trainer.progress.step > losses.first_step)
 
@@ -4640,7 +4640,7 @@ class TrainingClock:
     """Advances the clock in `trainer.progress` by the time that the slowest rank takes."""
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.last_s = trainer, time.perf_counter()  # up to when the clock counts
+        self.trainer, self.started_s = trainer, time.perf_counter()  # of the step
 
     def advance(self, *flags: bool) -> StepFlags:
         """Advance the clock by the slowest rank's seconds since the last call; all ranks' flags.
@@ -4648,8 +4648,8 @@ class TrainingClock:
         The clock determines the learning rate, so it must be the same on all ranks.
         """
         run, progress = self.trainer.run, self.trainer.progress
-        before_s, self.last_s = self.last_s, time.perf_counter()
-        values = [progress.train_s + self.last_s - before_s, *map(float, StepFlags(*flags))]
+        before_s, self.started_s = self.started_s, time.perf_counter()
+        values = [progress.train_s + self.started_s - before_s, *map(float, StepFlags(*flags))]
         # On the host, which so does not wait for a GPU.
         reduced = run.all_reduce_max(torch.tensor(values, dtype=torch.float64))
         train_s, *any_rank = reduced.tolist()

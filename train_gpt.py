@@ -1,7 +1,7 @@
 """Train, compress and score a language model whose code and weights fit in 16,000,000 bytes.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # 8 GPUs, all defaults
-    RECIPE=records/demo/cpu.env python train_gpt.py            # one GPU, or a CPU, to look around
+    RECIPE=records/demo/cpu.env python train_gpt.py            # a small model, on data/demo
     MODE=describe python train_gpt.py                          # shape, groups, bytes; needs no data
     MODE=eval ARTIFACT=logs/x/artifact.bin python train_gpt.py # score an artifact, fresh process
     MODE=generate PROMPT="def " ARTIFACT=logs/x/artifact.bin python train_gpt.py # write text
@@ -200,7 +200,7 @@ class Config:
     data_path: str = knob(
         "./data/datasets/fineweb10B_sp8192", "folder with *_train_*.bin and *_val_*.bin shards"
     )
-    tokenizer_path: str = knob("", "SentencePiece model; empty = DATA_PATH/tokenizer.model")
+    tokenizer_path: str = knob("", "SentencePiece model; empty = that of DATA_PATH")
     check_data: str = knob(
         "quick",
         "compare SHA-256 with manifest.json: quick = of validation files, full = of all",
@@ -511,7 +511,7 @@ class Config:
     ttt_chunk_size: int = knob(
         24, "size of a document chunk: targets between two adapter steps", unit="tokens", low=1
     )
-    ttt_batch_size: int = knob(64, "documents adapted side by side", low=1, high=2**16)
+    ttt_batch_size: int = knob(64, "adapters trained side by side", low=1, high=2**16)
     ttt_lora_rank: int = knob(32, "LoRA rank", low=1, high=4096)
     ttt_lora_alpha: float = knob(32.0, "LoRA alpha; the output is scaled by alpha / rank", low=0)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "modules with a LoRA; see lora_modules")
@@ -2138,9 +2138,9 @@ def check_plausible_counts(
 ) -> None:
     """Raise InputError if byte counts are far from those of the pieces' text.
 
-    They need not be equal. Case markers (private-use characters) stand for no text. What a
-    normalizing tokenizer removes counts with the next token, and the bytes of a normalized
-    character with the last of its byte pieces.
+    They need not be equal. Case markers (private-use characters) stand for no text. Bytes that a
+    normalizing tokenizer removes count with the next token, those of a normalized character with
+    the last of its byte pieces.
     """
     max_bytes = (table.base_bytes + table.leading_space).astype(np.uint16)
     exceeding = (counts > max_bytes[ids]) & ~table.is_byte[ids]
@@ -2817,7 +2817,8 @@ class SmearGate(nn.Module):
     """Mix the previous token's embedding x' into each x, except at the start of a document.
 
     - blend (thwu1): (1 - g) x + g x' with g = sigmoid(theta), initially 1/2.
-    - lambda (openai/parameter-golf#1667): x + lambda * sigmoid(w x[:12]) * x', initially x.
+    - lambda (openai/parameter-golf#1667): x + lambda * sigmoid(w x[:GATE_WINDOW]) * x',
+      initially x.
 
     The mask at document starts is from openai/parameter-golf#1851.
     """
@@ -2843,8 +2844,8 @@ class AttnOutputGate(nn.Module):
 
     - head (openai/parameter-golf#430): a learned number, initially 1.
     - input (openai/parameter-golf#413): sigmoid(W n + 4).
-    - window (openai/parameter-golf#1667): 2 sigmoid(W n[:12]), initially 1.
-    - sparse (openai/parameter-golf#1787): sigmoid(s W n[:12]), initially 1/2.
+    - window (openai/parameter-golf#1667): 2 sigmoid(W n[:GATE_WINDOW]), initially 1.
+    - sparse (openai/parameter-golf#1787): sigmoid(s W n[:GATE_WINDOW]), initially 1/2.
     """
 
     def __init__(self, cfg: Config):
@@ -7041,7 +7042,7 @@ def shorten_locals(source: str) -> str:
     """The source with short names for the local variables and arguments of its functions.
 
     Arguments keep their names if a call passes one of that name by keyword, if only a keyword can
-    pass them, and if the function has a decorator or takes any keyword. So do variables that an
+    pass them, or if the function has a decorator or takes any keyword. So do variables that an
     f-string mentions, because the positions of its names are not exact before Python 3.12, and
     those that share a name with anything else in the function or with a name outside of functions.
     """
@@ -7392,10 +7393,10 @@ class EvalPlanner:
         After the numbers of documents in TTT_PHASES, all weights are trained on all text scored so
         far. Per-document LoRA is from openai/parameter-golf#77 and #1530, phases from #1610.
 
-        Compliance: all ranks finish the documents of a group before anything is learned from the
-        group that other documents see (n-grams, weights). Where n-grams are mixed in afterwards,
-        that is done in the order of the text, with the n-grams of the text before. The learning
-        rate is chosen by the first documents of the text, for those after them.
+        Compliance: a group is all documents up to the next point at which something is learned that
+        other documents see (n-grams, weights); all ranks finish it before. Where n-grams are mixed
+        in afterwards, that is done in the order of the text, with the n-grams of the text before.
+        The learning rate is chosen by the first documents of the text, for those after them.
         """
         mixes_at_once = self.cfg.needs_mixer and not self.cfg.mixes_afterwards
         documents, steps = [*itertools.pairwise(bounds)], list[EvalStep]()
@@ -8656,8 +8657,8 @@ def mix_bits(bits: Tensor) -> Tensor:
 class NgramCounts:
     """Counts of n-grams: how often each token followed each context of the lengths `orders`.
 
-    The n-grams of a negative order are counted in each document by itself. A context is its last
-    tokens, after a number of its document that is larger than any token.
+    The n-grams of a negative order are counted in each document by itself: their contexts begin
+    with the number of the document, which is larger than any token.
 
     An open-addressing hash table holds contexts, and contexts with their continuation. A row stores
     its full 63-bit key, so that two n-grams are never confused. A table that is half full is

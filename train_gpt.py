@@ -43,6 +43,7 @@ if __name__ == "__main__":
 import ast
 import bisect
 import builtins
+import bz2
 import contextlib
 import ctypes
 import dataclasses
@@ -57,7 +58,6 @@ import io
 import itertools
 import json
 import keyword
-import lzma
 import math
 import platform
 import re
@@ -6830,7 +6830,7 @@ def script_source() -> str:
 
 
 # How a packed script starts.
-PACKED_START = "# coding:latin-1\nimport linecache,lzma\nPACKED_SOURCE="
+PACKED_START = "# coding:latin-1\nimport "
 
 
 @functools.cache
@@ -6847,16 +6847,14 @@ def packed_script() -> bytes:
 # fifth shorter than base85. The stub puts the unpacked source where tracebacks, inspect and Triton
 # look for a file's lines.
 PACKED_STUB = (
-    PACKED_START + 'lzma.decompress("""{payload}""".encode("latin-1"),format=lzma.FORMAT_RAW,'
-    'filters=[{{"id":lzma.FILTER_LZMA2,"preset":9}}]).decode()\n'
+    PACKED_START + "bz2,linecache\n"
+    'PACKED_SOURCE=bz2.decompress("""{payload}""".encode("latin-1")).decode()\n'
     'linecache.cache["<train_gpt>"]='
     '(len(PACKED_SOURCE),None,PACKED_SOURCE.splitlines(True),"<train_gpt>")\n'
     'exec(compile(PACKED_SOURCE,"<train_gpt>","exec"))\n'
 )
 # Characters that cannot stand in a string of triple quotes as they are, besides its end and NUL.
 PAYLOAD_ESCAPES = str.maketrans({"\r": "\\r", "\\": "\\\\"})
-# Parameters of LZMA for text: the position of a byte modulo 4 says nothing about it.
-PACKING_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}
 PACKING_CODE = re.compile(r"^# packing\n.*?^# end of packing\n", re.MULTILINE | re.DOTALL)
 
 
@@ -6868,7 +6866,7 @@ def pack_source(source: str) -> bytes:
     """
     source = shorten_locals(minify(PACKING_CODE.sub("", source)))
     source = shorten_globals(shorten_own_names(source))
-    packed = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=[PACKING_FILTER])
+    packed = bz2.compress(source.encode())  # smaller than LZMA's
     payload = packed.decode("latin-1").translate(PAYLOAD_ESCAPES)
     # A digit after it would be part of the escape of a null byte.
     payload = re.sub("\0(?=[0-7])", r"\\x00", payload).replace("\0", r"\0")
@@ -6894,14 +6892,14 @@ def minify(source: str) -> str:
     source = "".join(source[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2))
     docstrings, statements = docstring_positions(source), list[tuple[int, str]]()
     statement, indent, first, previous_end = "", 0, (0, 0), (0, 0)
-    for kind, text, start, end in source_tokens(source):
+    for kind, text, start, end in needed_tokens(source):
         if kind in ("INDENT", "DEDENT"):
             indent += 1 if kind == "INDENT" else -1
         elif kind == "NEWLINE":
             statement = docstrings.get(first, statement)
             statements += [(indent, statement)] if statement else []
             statement = ""
-        elif kind not in ("COMMENT", "NL", "ENDMARKER"):
+        elif kind != "ENDMARKER":
             if not statement:
                 first = start
             elif start != previous_end and NEEDS_SPACE.match(statement[-1] + text[0]):
@@ -6938,6 +6936,32 @@ def join_statements(statements: Sequence[tuple[int, str]]) -> str:
 
 
 Position = tuple[int, int]  # row, from 1, and column
+
+
+def needed_tokens(source: str) -> Iterator[tuple[str, str, Position, Position]]:
+    """The tokens without comments and without the comma after the last of several items."""
+    comma, num_commas = None, [0]
+    for token in source_tokens(source):
+        kind, text, *_ = token
+        if kind in ("COMMENT", "NL"):
+            continue
+        if comma and not (text in CLOSING_BRACKETS and num_commas[-1] > 1):
+            yield comma
+        comma = None
+        if text == ",":
+            comma = token
+            num_commas[-1] += 1
+            continue
+        if text in ("(", "[", "{"):
+            num_commas.append(0)
+        elif text == "lambda":  # its arguments are no items
+            num_commas[-1] -= 99
+        elif text in CLOSING_BRACKETS:
+            num_commas.pop()
+        yield token
+
+
+CLOSING_BRACKETS = (")", "]", "}")
 
 
 def source_tokens(source: str) -> Iterator[tuple[str, str, Position, Position]]:

@@ -164,7 +164,7 @@ FOREIGN: dict[str, Callable[[Path], None]] = {
     "link train.log": link("train.log", "config "),
     "link metrics.jsonl": link("metrics.jsonl", ""),
     "link run_state.json": link("run_state.json", "{}"),
-    "link train_gpt.py": link("train_gpt.py", "import base64,linecache,lzma\nPACKED_SOURCE="),
+    "link train_gpt.py": link("train_gpt.py", "# coding:latin-1\nimport bz2,linecache\n"),
     "fifo train.log": lambda folder: os.mkfifo(folder / "train.log"),
     "folder train.log": lambda folder: (folder / "train.log").mkdir(),
 }

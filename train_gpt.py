@@ -149,6 +149,7 @@ TTT_METHODS = ("none", "pretrain", "chunk", "lora")
 TTT_CONTEXTS = ("window", "text", "incremental")
 MIXERS = ("none", "hedge", "hedge_entropy", "backoff")
 MAX_ORDER = 63  # tokens of context of the longest n-grams
+MAX_DURATION_S = 10**9  # 32 years
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,7 +362,9 @@ class Config:
     iterations: int = knob(
         20_000, "maximum number of optimizer steps", unit="steps", low=1, high=2**31
     )
-    max_wallclock_seconds: float = knob(600.0, "training budget; 0 = none", unit="s", low=0)
+    max_wallclock_seconds: float = knob(
+        600.0, "training budget; 0 = none", unit="s", low=0, high=MAX_DURATION_S
+    )
     warmup_steps: int = knob(
         20, "steps that only trigger compilation; their effect is undone", unit="steps", low=0
     )
@@ -461,7 +464,11 @@ class Config:
         0, "score only the first tokens (marked partial); 0 = all", unit="tokens", low=0
     )
     eval_max_seconds: float = knob(
-        600.0, "evaluation budget; 0 = none; adaptation stops first", unit="s", low=0
+        600.0,
+        "evaluation budget; 0 = none; adaptation stops first",
+        unit="s",
+        low=0,
+        high=MAX_DURATION_S,
     )
     ttt_method: str = knob(
         "lora",
@@ -744,10 +751,10 @@ def is_increasing_schedule(text: str) -> bool:
 
 
 def is_loop_schedule(text: str, num_loops: int) -> bool:
-    """Whether `text` is one progress value in [0, 1], or `num_loops` non-decreasing ones."""
-    points = [0.0, *map(float, text.split(",")), 1.0]
+    """Whether `text` is one progress value in [0, 1), or `num_loops` non-decreasing ones."""
+    points = [0.0, *map(float, text.split(","))]
     increasing = all(a <= b for a, b in itertools.pairwise(points))  # false for nan
-    return len(points) - 2 in {1, num_loops} and increasing
+    return len(points) - 1 in {1, num_loops} and increasing and points[-1] < 1
 
 
 ListRule = tuple[Callable[[str], bool], str]  # a test of the text, and the rule in words
@@ -784,7 +791,7 @@ def list_knob_rules(cfg: Config) -> dict[str, ListRule]:
         "train_batch_schedule": schedule,
         "enable_looping_at": (
             lambda text: is_loop_schedule(text, cfg.num_loops),
-            "be one value of progress, or NUM_LOOPS non-decreasing ones",
+            "be one value of progress below 1, or NUM_LOOPS non-decreasing ones",
         ),
         "ttt_phases": (
             lambda text: is_increasing_list(text, range(1, 2**31)),
@@ -904,6 +911,10 @@ def method_rules(cfg: Config) -> list[Rule]:
             "without CLIP_SIGMAS",
         ),
         (
+            not cfg.ngram_tilt or bool(cfg.ngram_tilt_orders),
+            f"NGRAM_TILT={cfg.ngram_tilt:g} needs NGRAM_TILT_ORDERS",
+        ),
+        (
             not cfg.clip_sigmas or cfg.row_steps == "solved",
             f"CLIP_SIGMAS and ROW_STEPS={cfg.row_steps} both set the quantization scales",
         ),
@@ -913,9 +924,10 @@ def method_rules(cfg: Config) -> list[Rule]:
             "QAT_GRID=artifact needs AVERAGING=none PRUNE_FRAC=0 ROW_STEPS=solved CLIP_SIGMAS=",
         ),
         (
-            cfg.ttt_method != "lora" or not cfg.eval_hash_rows or bool(cfg.ttt_phases),
-            f"EVAL_HASH_ROWS={cfg.eval_hash_rows}: TTT_METHOD=lora trains this table in TTT_PHASES "
-            "alone; set them, or EVAL_HASH_ROWS=0",
+            not cfg.eval_hash_rows
+            or (bool(cfg.ttt_phases) if cfg.ttt_method == "lora" else cfg.ttt_method != "none"),
+            f"EVAL_HASH_ROWS={cfg.eval_hash_rows}: nothing trains this table; set it to 0, or "
+            "TTT_METHOD=chunk, or lora with TTT_PHASES",
         ),
         (
             cfg.ttt_method != "lora" or not cfg.ttt_polyak,
@@ -942,7 +954,14 @@ def method_rules(cfg: Config) -> list[Rule]:
 def stage_rules(cfg: Config) -> list[Rule]:
     """Rules about what begins during the warmdown, and about every training stage."""
     has_average = cfg.averaging != "tail" or cfg.tail_frac > 0
-    rules: list[Rule] = [(has_average, "TAIL_FRAC=0 must be above 0 with AVERAGING=tail")]
+    rules: list[Rule] = [
+        (has_average, "TAIL_FRAC=0 must be above 0 with AVERAGING=tail"),
+        (
+            not cfg.late_qat_threshold or cfg.trains_on_grid or not cfg.solves_scales,
+            f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold:g}: QAT_GRID=rows are not the scales of "
+            "ROW_STEPS=solved; set QAT_GRID=artifact, or ROW_STEPS or CLIP_SIGMAS",
+        ),
+    ]
     longest = cfg.train_seq_len
     for name, lr, is_used in (
         ("LATE_QAT_THRESHOLD", cfg.late_qat_threshold, cfg.late_qat_threshold > 0),
@@ -1208,7 +1227,12 @@ class Run:
             if self.send_metrics:
                 kinds = (int, float)  # without bool
                 numbers = {f"{event}/{k}": v for k, v in values.items() if type(v) in kinds}
-                self.send_metrics(numbers, self.step)
+                try:
+                    self.send_metrics(numbers, self.step)
+                except Exception as error:  # the numbers are in metrics.jsonl, too
+                    self.send_metrics = None
+                    text = f"METRICS={self.cfg.metrics} has stopped: {error!s:.300}"
+                    self.log("warning", text=format_line(text))
 
     def append(self, name: str, line: str) -> None:
         """Rank 0: add a line to a file in RUN_DIR."""
@@ -1324,7 +1348,9 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
     with run.at_exit as undo:
         now = f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{os.getpid()}"
         run_id = run.broadcast_object(cfg.run_id or now)
-        check_same_knobs(run)
+        knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in KNOBS_OF_ONE_NODE}
+        script = hash_bytes(script_source().encode())
+        check_same_on_ranks(run, **knobs, script=script, dtype=dtype, device=device.type)
         run.directory = Path(cfg.run_dir or Path("logs") / run_id)
         run.run_on_rank0(lambda: undo.enter_context(lock_directory(run.directory)))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1339,27 +1365,23 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
 KNOBS_OF_ONE_NODE = ("data_path", "tokenizer_path", "recipe", "run_id", "run_dir", "artifact")
 
 
-def check_same_knobs(run: Run) -> None:
-    """Raise InputError on all ranks if the environment of one sets other knobs than rank 0's."""
+def check_same_on_ranks(run: Run, **values: Any) -> None:
+    """Raise InputError on all ranks if one of them has other values than rank 0."""
     if run.world_size > 1:
-        all_knobs: list[Any] = [None] * run.world_size
-        dist.all_gather_object(all_knobs, dataclasses.asdict(run.cfg))
-        for rank, knobs in enumerate(all_knobs):
-            changed = [
-                name.upper()
-                for name, value in knobs.items()
-                if value != all_knobs[0][name] and name not in KNOBS_OF_ONE_NODE
-            ]
+        all_values: list[Any] = [None] * run.world_size
+        dist.all_gather_object(all_values, values)
+        for rank, values in enumerate(all_values):
+            changed = [k.upper() for k, value in values.items() if value != all_values[0][k]]
             require(
                 not changed,
-                f"rank {rank} has other values of {', '.join(changed)} than rank 0; set the same "
-                "knobs on all nodes",
+                f"rank {rank} has other values of {', '.join(changed)} than rank 0; all nodes need "
+                "the same script, knobs, data and kind of machine",
             )
 
 
 def parse_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK; InputError unless they describe a process group."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
     texts = {name: env[name] for name in names if env.get(name)}
     given = ", ".join(f"{name}={text}" for name, text in texts.items())
     remedy = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
@@ -1368,7 +1390,8 @@ def parse_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
     rank, world_size = int(texts.get("RANK", 0)), int(texts.get("WORLD_SIZE", 1))
     require(rank < world_size, f"{given}: RANK must be below WORLD_SIZE ({world_size}); {remedy}")
     if world_size > 1:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+        needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] + names[2:] * torch.cuda.is_available()
+        missing = [name for name in needed if not env.get(name)]
         require(not missing, f"{given}, but without {' and '.join(missing)}; {remedy}")
     return rank, world_size, int(texts.get("LOCAL_RANK", 0))
 
@@ -1885,6 +1908,7 @@ class Validation(NamedTuple):
     target_bytes: np.ndarray
     partial: bool
     banned_VV: np.ndarray | None = None  # see noncanonical_pairs; None: not used
+    table_s: float = 0.0  # seconds that this table took, which count as evaluation
 
     @property
     def num_targets(self) -> int:
@@ -1894,8 +1918,8 @@ class Validation(NamedTuple):
         """The beginning of the text, of `num_targets`; all of it for 0."""
         if not 0 < num_targets < self.num_targets:
             return self
-        ids = self.ids[: num_targets + 1].copy()
-        return Validation(ids, self.target_bytes[:num_targets].copy(), True, self.banned_VV)
+        ids, target_bytes = self.ids[: num_targets + 1], self.target_bytes[:num_targets]
+        return self._replace(ids=ids.copy(), target_bytes=target_bytes.copy(), partial=True)
 
 
 def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor) -> Validation:
@@ -1933,8 +1957,10 @@ def load_validation(cfg: Config, processor: sentencepiece.SentencePieceProcessor
     check_totals(cfg, ids, counts)
     if manifest.transform != "none" and manifest.is_lossless:
         check_document_bytes(sidecars[0], processor, ids, counts)
+    began_s = time.perf_counter()
     banned_VV = noncanonical_pairs(processor) if cfg.noncanonical_factor < 1 else None
-    whole = Validation(ids, counts[1:].astype(np.int64), partial=False, banned_VV=banned_VV)
+    table_s = time.perf_counter() - began_s
+    whole = Validation(ids, counts[1:].astype(np.int64), False, banned_VV, table_s)
     return whole.head(cfg.val_tokens_limit)
 
 
@@ -3839,7 +3865,9 @@ def build_model(run: Run, weights: Mapping[str, Tensor] | None = None) -> GPT:
             model = GPT(cfg, attention, run.dtype)
         model.load_state_dict(weights, assign=True)
     model = model.to(run.device)
-    if cfg.compile and (reason := compile_unavailable_reason(run.device)):
+    reason = compile_unavailable_reason(run.device) if cfg.compile else ""
+    check_same_on_ranks(run, compiler=not reason)
+    if reason:
         run.log("warning", text=f"the model is not compiled: {reason}; training will be slower")
     elif cfg.compile:
         model.compile_()
@@ -3894,6 +3922,7 @@ def choose_attention_backend(
         flash, reason = find_flash_attention(cfg, device)
     # Flex skips masked blocks; a dense document mask takes T^2 bytes and rules out fast kernels.
     use_flex = on_gpu and cfg.isolate_documents and cfg.compile
+    use_flex = use_flex and not compile_unavailable_reason(device)
     backend = flash or ATTENTION_BACKENDS["flex" if use_flex else "sdpa"]()
     return backend._replace(reason=reason)
 
@@ -4523,7 +4552,7 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
         "peak_memory_mib": round(peak_memory_mib(run.device), 1),
     }
     run.log("train_end", **run.scores["train_end"])
-    warn_about_average(trainer)
+    warn_about_weights(trainer)
     trainer.averager.export_()
     trainer.round_to_grid()
     trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
@@ -4576,7 +4605,9 @@ def train_loop(trainer: Trainer, loader: BatchLoader, validate: Callable[[], Sco
             clock.advance()  # saving counts as training time
             save_s = trainer.progress.train_s - before_s  # on the slowest rank
         if flags.interrupted:
-            raise Interrupted(f"stopped by a signal after step {step}; restart to resume")
+            raise Interrupted(
+                f"stopped by a signal after step {step}; start again with RUN_DIR={run.directory}"
+            )
         if validates:
             validate_and_log(trainer, validate)
             clock.started_s = time.perf_counter()  # validation does not count as training time
@@ -4621,7 +4652,7 @@ class LossQueue:
         if problem:
             raise RunFailed(
                 f"{problem} at step {self.steps[1]} (last finite: {self.losses[0]:.4f} at step "
-                f"{self.steps[0]}); the checkpoint before it is kept; start again with lower "
+                f"{self.steps[0]}); a checkpoint before it is kept; start again with lower "
                 "learning rates and another RUN_ID"
             )
 
@@ -4714,9 +4745,12 @@ def pass_between_steps(trainer: Trainer) -> Generator[None]:
 MAX_INITIAL_EMA_WEIGHT = 0.01  # of the initial weights in the exported EMA, without a warning
 
 
-def warn_about_average(trainer: Trainer) -> None:
-    """Log a warning if the average is empty or still close to the initial weights."""
+def warn_about_weights(trainer: Trainer) -> None:
+    """Log a warning if loops have not begun, or an average is empty or still near the start."""
     run, averaging = trainer.run, trainer.run.cfg.averaging
+    if trainer.current_stage.loops < run.cfg.num_loops:
+        text = "is after the last step: the model is scored with loops that were never trained"
+        run.log("warning", text=f"ENABLE_LOOPING_AT={run.cfg.enable_looping_at} {text}")
     if averaging in ("swa", "tail") and not trainer.averager.count:
         run.log("warning", text=f"{averaging} averaged no weights; the last ones are exported")
     if averaging == "ema":
@@ -5221,9 +5255,15 @@ RESUME_IGNORED_KNOBS = (
 ).split()
 
 
+# Knobs that only the export reads, unless there is late QAT.
+EXPORT_KNOBS = (
+    "attn_bits mlp_bits embed_bits table_bits gate_bits prune_frac quant_grid row_steps "
+    "clip_sigmas compressor"
+).split()
+
+
 CHECKPOINT_FILES = ("state.safetensors", "meta.json")  # in the order of their removal
 MAX_META_BYTES = 2**20
-MAX_DURATION_S = 1e9  # 32 years
 # What reading a damaged file can raise; RecursionError is a RuntimeError, InputError a ValueError.
 READ_ERRORS = (
     OSError, ValueError, LookupError, TypeError, RuntimeError, safetensors.SafetensorError,
@@ -5460,11 +5500,16 @@ def check_counters(state: Mapping[str, Tensor], step: int) -> None:
 
 
 def check_same_run(saved: Mapping[str, Any], cfg: Config, path: Path) -> None:
-    """Raise InputError if `path` was written with other values of knobs that matter to training."""
-    now = dataclasses.asdict(cfg)
+    """Raise InputError if `path` was written with other values of knobs that matter to it.
+
+    A checkpoint can be exported with other EXPORT_KNOBS than those that its run began with.
+    """
+    now, ignored = dataclasses.asdict(cfg), [*RESUME_IGNORED_KNOBS]
+    if path.name.startswith("step_") and not cfg.late_qat_threshold:
+        ignored += EXPORT_KNOBS
     different = [
         f"{name.upper()}={now[name]} (there: {saved.get(name)!r:.80})"
-        for name in sorted(now.keys() - RESUME_IGNORED_KNOBS)
+        for name in sorted(now.keys() - ignored)
         if now[name] != saved.get(name)
     ]
     require(
@@ -7254,8 +7299,8 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     run.log("size", **sizes)
     if total > budget:
         raise RunFailed(
-            f"code and artifact take {total} bytes of ARTIFACT_BUDGET_BYTES={budget}; "
-            "lower *_BITS or the model's shape"
+            f"code and artifact take {total} bytes of ARTIFACT_BUDGET_BYTES={budget}; remove "
+            f"{artifact} and start again with lower *_BITS, or with another shape and RUN_ID"
         )
     return sizes
 
@@ -8354,7 +8399,8 @@ def evaluate_and_log(
     with run.stage(f"evaluate_{kind}", budget_name, **expected):
         score, budget, marks = run_pass(run, model, validation, kind, limit)
     if not math.isfinite(score.nats):
-        raise RunFailed(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
+        error = PassAbandoned if kind in PASS_NAMES else RunFailed
+        raise error(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
     if score.problems and not run.cfg.allow_noncompliant:
         raise RunFailed(f"final_{kind}: {score.problems[0]}")
     for problem in score.problems[:1]:
@@ -8376,6 +8422,7 @@ def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
     are counted as `other`. RunFailed if not even the disjoint windows fit.
     """
     cfg, notes, end_s = run.cfg, list[str](), math.inf
+    run.ledger["evaluation"] += validation.table_s
     if cfg.eval_max_seconds:
         usable_s = USABLE_BUDGET_FRAC * cfg.eval_max_seconds - run.ledger["evaluation"]
         end_s = time.perf_counter() + usable_s
@@ -8384,7 +8431,7 @@ def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
     except PassAbandoned as error:
         raise RunFailed(
             f"EVAL_MAX_SECONDS={cfg.eval_max_seconds} is too short for disjoint windows: {error}; "
-            "raise it, or lower VAL_TOKENS_LIMIT"
+            "raise it, or set or lower VAL_TOKENS_LIMIT"
         ) from error
     for kind in ["sliding"] * (cfg.eval_stride > 0) + ["ttt"] * cfg.adapts:
         limit_s, spent_s = end_s, run.ledger["evaluation"]
@@ -8474,10 +8521,9 @@ class WeightTrainer:
             total += batch.weight_BT.sum()
         flat = all_reduce_gradients(self.run, total, params)
         flat[:-1] /= flat[-1].clamp_min(1)
-        if cfg.ttt_train == "blocks":
-            for param in self.masked:
-                assert param.grad is not None, "all_reduce_gradients sets every gradient"
-                param.grad[: cfg.ttt_freeze_blocks] = 0
+        for param in self.masked:
+            assert param.grad is not None, "all_reduce_gradients sets every gradient"
+            param.grad[: cfg.ttt_freeze_blocks] = 0
         if cfg.ttt_grad_clip:
             nn.utils.clip_grad_norm_(params, cfg.ttt_grad_clip)
         ramp = 1 + (cfg.ttt_ramp - 1) * min(1.0, chunk_frac / 0.3)
@@ -9268,6 +9314,7 @@ def prepare_directory(run: Run, artifact: Path) -> None:
 
     InputError if the folder holds a finished run, another run or files that no run has written.
     """
+    check_same_on_ranks(run, **data_identity(run.cfg))
     state, identity = run.run_on_rank0(lambda: claim_directory(run, artifact))
     if state:
         run.ledger.update(state["ledger"])
@@ -9613,6 +9660,8 @@ def write_submission(run: Run, sizes: Mapping[str, int], groups: Mapping[str, in
     budget["bytes"]["groups"] = groups
     score = run.scores[verdict.final]
     train_end = run.scores.get("train_end", {"steps": 0, "train_s": 0.0})
+    if "train_end" not in run.scores:
+        verdict.reasons.append("RUN_DIR does not hold the training of the artifact")
     result = {
         "val_bpb": score["val_bpb"],
         "val_loss": score["val_loss"],

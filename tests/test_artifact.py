@@ -890,11 +890,12 @@ def test_the_counted_size_is_that_of_both_files_on_disk(
 def test_a_byte_over_the_budget_fails_the_run(make_run: MakeRun, artifacts: dict[str, bytes]):
     budget = len(artifacts["zlib"]) + 300
     run = make_run(artifact_budget_bytes=budget)
+    artifact = write_files(run, 301, artifacts["zlib"])
     with pytest.raises(RunFailed) as failure:
-        check_sizes(run, write_files(run, 301, artifacts["zlib"]))
+        check_sizes(run, artifact)
     assert str(failure.value) == (
-        f"code and artifact take {budget + 1} bytes of ARTIFACT_BUDGET_BYTES={budget}; "
-        "lower *_BITS or the model's shape"
+        f"code and artifact take {budget + 1} bytes of ARTIFACT_BUDGET_BYTES={budget}; remove "
+        f"{artifact} and start again with lower *_BITS, or with another shape and RUN_ID"
     )
 
 

@@ -123,6 +123,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "trigram_hash": {"isolate_documents": False},
     "eval_hash_rows": {"ttt_method": "chunk"},
     "ttt_polyak": {"ttt_method": "chunk"},
+    "late_qat_threshold": {"row_steps": "max"},
     "value_residual": {"parallel_residual": "none"},
 }
 
@@ -488,9 +489,23 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         ),
         (
             {"num_loops": 2, "enable_looping_at": "0.5,0.4"},
-            "ENABLE_LOOPING_AT='0.5,0.4' must be one value of progress, or NUM_LOOPS "
+            "ENABLE_LOOPING_AT='0.5,0.4' must be one value of progress below 1, or NUM_LOOPS "
             "non-decreasing ones",
         ),
+        (
+            {"num_loops": 1, "enable_looping_at": "1"},
+            "ENABLE_LOOPING_AT='1' must be one value of progress below 1, or NUM_LOOPS "
+            "non-decreasing ones",
+        ),
+        *(
+            (
+                {"late_qat_threshold": 0.1, "row_steps": "solved", **more},
+                "LATE_QAT_THRESHOLD=0.1: QAT_GRID=rows are not the scales of ROW_STEPS=solved; set "
+                "QAT_GRID=artifact, or ROW_STEPS or CLIP_SIGMAS",
+            )
+            for more in ({}, {"averaging": "ema"})
+        ),
+        ({"ngram_tilt": 2.6, "ngram_tilt_orders": ""}, "NGRAM_TILT=2.6 needs NGRAM_TILT_ORDERS"),
         (
             {"num_loops": 1, "loop_start": 5, "loop_end": 4},
             "LOOP_START=5, LOOP_END=4 must be blocks in this order, below NUM_LAYERS=9",
@@ -509,8 +524,13 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         ),
         (
             {"ttt_method": "lora", "eval_hash_rows": 64},
-            "EVAL_HASH_ROWS=64: TTT_METHOD=lora trains this table in TTT_PHASES alone; set them, "
-            "or EVAL_HASH_ROWS=0",
+            "EVAL_HASH_ROWS=64: nothing trains this table; set it to 0, or TTT_METHOD=chunk, or "
+            "lora with TTT_PHASES",
+        ),
+        (
+            {"ttt_method": "none", "eval_hash_rows": 9, "ttt_phases": "4"},
+            "EVAL_HASH_ROWS=9: nothing trains this table; set it to 0, or TTT_METHOD=chunk, or "
+            "lora with TTT_PHASES",
         ),
         (
             {"ttt_method": "lora", "ttt_polyak": 0.5},

@@ -12,19 +12,21 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 import train_gpt
-from tests.conftest import TinyData, environment, tiny_config
+from tests.conftest import MakeRun, TinyData, environment, tiny_config, write_raw_shard
 from tests.processes import (
     SCRIPT,
     Result,
@@ -459,6 +461,66 @@ def test_ranks_with_other_knobs_than_rank_0_are_refused(data: TinyData, work: Pa
     assert said(results[1]) == "" and not (work / "run").exists()
 
 
+def edit_shard(folder: Path, pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    (shard,) = folder.glob(pattern)
+    write_raw_shard(shard, change(np.fromfile(shard, dtype="<u2")[512:]))
+
+
+def without_last_document(ids: np.ndarray) -> np.ndarray:
+    return ids[: np.flatnonzero(ids == train_gpt.BOS_ID)[-1]]
+
+
+DATA_OF_ONE_NODE: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
+    "another validation text": (
+        "*_val_*", lambda ids: np.where(ids == ids.max(), ids.max() - 1, ids), "VAL_SHA256",
+    ),
+    "a shorter one": ("*_val_*", without_last_document, "VAL_TOKENS, VAL_SHA256"),
+    "less training text": (
+        "*_train_000001*", without_last_document, "TRAIN_TOKENS, TRAIN_SAMPLE_SHA256",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA_OF_ONE_NODE)
+@pytest.mark.parametrize("mode", ["all", "eval"])
+def test_ranks_with_other_data_than_rank_0_are_refused(
+    data: TinyData, work: Path, name: str, mode: str
+):
+    pattern, change, keys = DATA_OF_ONE_NODE[name]
+    other = Path(shutil.copytree(data.folder, work / "other"))
+    edit_shard(other, pattern, change)
+    if mode == "eval":
+        if "train" in pattern:
+            pytest.skip("MODE=eval reads no training text")
+        (work / "artifact.bin").write_bytes(b"not read")
+    env = run_environment(data, mode=mode, artifact="artifact.bin" if mode == "eval" else "")
+    results = run_ranks([env, {**env, "DATA_PATH": str(other)}], work)
+    assert [r.status for r in results] == [2, 2], results[0].err
+    assert results[0].err.startswith(f"InputError: rank 1 has other values of {keys} than rank 0;")
+
+
+def test_a_rank_with_another_script_or_precision_is_refused(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run()
+    run.world_size = 2
+
+    def gather(boxes: list[Any], values: dict[str, Any]) -> None:
+        boxes[:] = [values, {**values, **changed}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    values = {"script": "a", "dtype": torch.bfloat16, "device": "cpu", "seed": 3}
+    changed: dict[str, Any]
+    for changed in ({"script": "b"}, {"dtype": torch.float32}, {"device": "cuda", "seed": 4}):
+        names = ", ".join(changed).upper()
+        with pytest.raises(
+            train_gpt.InputError, match=f"^rank 1 has other values of {names} than rank 0; "
+        ):
+            train_gpt.check_same_on_ranks(run, **values)
+    changed = {}
+    train_gpt.check_same_on_ranks(run, **values)
+
+
 def test_ranks_may_name_other_folders(data: TinyData, work: Path):
     env = run_environment(data, mode="train", iterations=1)
     (work / "data").symlink_to(data.folder)
@@ -616,6 +678,15 @@ WRONG_RANKS = [
 def test_rank_variables_that_describe_no_group_are_refused(ranks: dict[str, str]):
     with pytest.raises(train_gpt.InputError, match="start with torchrun, or unset RANK"):
         train_gpt.parse_ranks(ranks)
+
+
+def test_ranks_on_gpus_need_the_number_of_their_gpu(monkeypatch: pytest.MonkeyPatch):
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    assert train_gpt.parse_ranks(ranks) == (1, 2, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(train_gpt.InputError, match="but without LOCAL_RANK; start with torchrun"):
+        train_gpt.parse_ranks(ranks)
+    assert train_gpt.parse_ranks({**ranks, "LOCAL_RANK": "1"}) == (1, 2, 1)
 
 
 @pytest.mark.parametrize(

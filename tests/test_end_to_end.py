@@ -402,7 +402,7 @@ def test_bad_environment_ends_with_all_problems_in_one_message(work: Path):
     assert_refused(result, lines=8)
     problems = sorted(line.strip() for line in result.err.splitlines()[1:])
     assert problems[0].startswith("MATRIX_LR='fast' is not a valid float")
-    assert problems[1].startswith("MAX_WALLCLOCK_SECONDS=-1.0 must be at least 0")
+    assert problems[1].startswith("MAX_WALLCLOCK_SECONDS=-1.0 must be in [0, 1000000000]")
     assert problems[2].startswith("MODE='dance' must be one of all, train, eval, describe")
     assert problems[3] == "MUON_LRS is not a knob; use MATRIX_LR"
     assert problems[4] == "NUM_LAYER is not a knob; did you mean NUM_LAYERS?"
@@ -537,6 +537,19 @@ def test_evaluation_over_its_time_fails_the_run_and_is_not_called_compliant(
     result = run_script({**done.env, "EVAL_MAX_SECONDS": "0.001"}, trained.parent)
     assert_failed(result, "EVAL_MAX_SECONDS=0.001 is too short for disjoint windows: abandoned")
     assert not (trained / "submission.json").exists() or not submission(trained)["compliant"]
+
+
+def test_an_artifact_scored_elsewhere_is_not_called_compliant(done: Done, shipped: Path):
+    diverging = {"TTT_METHOD": "lora", "TTT_LORA_LR": "1e30", "TTT_CHUNK_SIZE": "4"}
+    env = {**base_environment(), **EVALUATE, "VOCAB_SIZE": str(VOCAB_SIZE), **diverging}
+    result = run_script(env, shipped)
+    assert result.status == 0, result.err
+    report, last = submission(shipped / "again"), metrics(shipped / "again", "submission")[-1]
+    assert report["compliant"] is last["compliant"] is False
+    assert last["reasons"] == "RUN_DIR does not hold the training of the artifact"
+    assert report["val_bpb"] == submission(done.folder)["val_bpb"]
+    (seed,) = report["seeds"].values()
+    assert "the loss is nan; lower the learning rates" in seed["skipped"]
 
 
 # --- MODE=describe -------------------------------------------------------------------------------

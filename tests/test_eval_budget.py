@@ -462,6 +462,14 @@ class Peers:
         return tensor.clamp_min(next(self.values))
 
 
+def test_the_table_of_noncanonical_tokens_counts_as_evaluation(make_run: MakeRun, data: TinyData):
+    run = make_run(**CHUNK)
+    evaluate_artifact(
+        run, random_model(run.cfg), validation_of(text_of(data))._replace(table_s=1e6)
+    )
+    assert 1e6 < run.ledger["evaluation"] < 2e6
+
+
 def test_a_pass_that_another_rank_abandons_is_abandoned_here(make_run: MakeRun, data):
     run, ids = make_run(**CHUNK), text_of(data)
     plan = plan_of(ids, 0, 1, **CHUNK)

@@ -736,6 +736,16 @@ def test_each_kernel_equals_sdpa_on_the_gpu(name: str, isolate: bool):
         assert ((got.float() - expected).norm() / expected.norm()).item() < 0.02
 
 
+@pytest.mark.parametrize("reason, name", [("", "flex"), ("Triton is not installed", "sdpa")])
+def test_flex_attention_is_not_chosen_where_it_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, reason: str, name: str
+):
+    monkeypatch.setattr(train_gpt, "find_flash_attention", lambda *_: (None, "none"))
+    monkeypatch.setattr(train_gpt, "compile_unavailable_reason", lambda _: reason)
+    cfg = tiny_config(isolate_documents=True, compile=True)
+    assert choose_attention_backend(cfg, torch.device("cuda"), torch.bfloat16).name == name
+
+
 def test_a_kernel_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # makes its import fail
     with pytest.raises(InputError, match="^ATTENTION=fa2 is not installed: .*flash_attn"):
@@ -825,6 +835,7 @@ def test_on_a_gpu_the_best_kernel_that_is_installed_is_chosen(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(train_gpt, "attention_error", lambda *_: 0.0)
+    monkeypatch.setattr(train_gpt, "compile_unavailable_reason", lambda _: "")
     train_gpt.find_flash_attention.cache_clear()
     for name in train_gpt.ATTENTION_BACKENDS:
         fake = functools.partial(make, name)

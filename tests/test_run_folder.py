@@ -326,6 +326,27 @@ def test_checkpoint_is_not_continued_with_another_script(data: TinyData, trained
     assert result.status == 0, result.err
 
 
+def test_an_artifact_over_the_budget_is_made_again_with_fewer_bits(data: TinyData, work: Path):
+    size = len(train_gpt.packed_script()) + 100
+    env = run_environment(data, artifact_budget_bytes=size)
+    result = run_script(env, work)
+    artifact = work / "run" / "artifact.bin"
+    assert result.status == 1 and "remove run/artifact.bin and start again" in result.err
+    old, fewer = artifact.read_bytes(), {"ATTN_BITS": "4", "MLP_BITS": "4", "COMPRESSOR": "zstd"}
+    assert_refused(run_script(env | fewer, work), "artifact.bin is from another run: ATTN_BITS=4")
+    artifact.unlink()
+    larger = {"ARTIFACT_BUDGET_BYTES": "1000000"}
+    assert_refused(
+        run_script(env | fewer | larger | {"MATRIX_LR": "0.07"}, work),
+        "from another run: MATRIX_LR",
+    )
+    again = run_script(env | fewer | larger, work)
+    assert again.status == 0, again.err
+    assert len(artifact.read_bytes()) < len(old)
+    assert submission(work / "run")["seeds"]["1337"]["steps"] == 3
+    assert [e["step"] for e in metrics(work / "run", "resume")] == [3]
+
+
 def test_own_artifact_is_scored_after_a_restart(data: TinyData, trained: Path):
     result = run_script(run_environment(data), trained.parent)
     assert result.status == 0, result.err

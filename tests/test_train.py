@@ -369,6 +369,17 @@ def test_without_averaging_the_last_weights_are_exported(
     assert all(torch.equal(exported[name].double(), trajectory[10][name]) for name in exported)
 
 
+@pytest.mark.parametrize("begins, is_warned", [("0.95", True), ("0.5", False), ("0.5,0.95", True)])
+def test_loops_that_were_never_trained_are_announced(
+    new_run: MakeRun, begins: str, is_warned: bool
+):
+    run = new_run(num_loops=2, loop_start=0, loop_end=1, enable_looping_at=begins)
+    train_weights(run)
+    texts = [event["text"] for event in metrics(run.directory, "warning")]
+    expected = f"ENABLE_LOOPING_AT={begins} is after the last step"
+    assert any(text.startswith(expected) for text in texts) == is_warned, texts
+
+
 def test_averages_that_are_of_no_use_are_announced(new_run: MakeRun, trajectory):
     run = new_run(averaging="swa", swa_every=100, warmdown_frac=1.0)
     exported = train_weights(run)

@@ -827,6 +827,21 @@ def test_what_is_frozen_stays_and_all_else_is_trained(knobs, frozen):
         assert "blocks.0.attn_scale" in trained and "skip_weights" not in trained
 
 
+@pytest.mark.parametrize("trained", ["all", "blocks"])
+def test_the_rows_of_frozen_blocks_stay(make_run: MakeRun, data: TinyData, trained: str):
+    run = make_run(**CHUNK, ttt_freeze_blocks=1, ttt_train=trained, value_residual="x0")
+    model = random_model(run.cfg)
+    rows = {n: p for n, p in model.named_parameters() if n in train_gpt.ROW_PER_BLOCK}
+    before = {name: param.detach().clone() for name, param in rows.items()}
+    assert rows
+    trainer = train_gpt.WeightTrainer(run, model)
+    ids_BT = torch.from_numpy(text_of(data)[:33])[None]
+    ones_BT = torch.ones(1, 32)
+    trainer.step(train_gpt.Batch(ids_BT[:, :-1], ids_BT[:, 1:], 0, None, ones_BT), 0.0, 1.0)
+    for name, param in rows.items():
+        assert torch.equal(param[0], before[name][0]) and not torch.equal(param[1], before[name][1])
+
+
 def test_every_call_of_a_looped_block_has_its_own_adapter(make_run: MakeRun):
     run = make_run(**LORA | {"num_layers": 3}, num_loops=1, loop_start=0, loop_end=2,
                    ttt_lora_targets="v")  # fmt: skip

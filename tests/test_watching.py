@@ -119,6 +119,25 @@ def test_metrics_get_the_numbers_of_the_log(
     assert sent.closed
 
 
+def test_metrics_that_fail_later_do_not_end_the_run(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(numbers: dict[str, float], step: int) -> None:
+        calls.append(step)
+        raise OSError("no space\nleft")
+
+    sent, run, calls = Sent(), make_run(metrics="wandb"), list[int]()
+    monkeypatch.setattr(sent, "log", fail)
+    monkeypatch.setitem(sys.modules, "wandb", sent)
+    open_metrics(run)
+    run.log("step", step=7, train_loss=2.5)
+    run.log("step", step=8, train_loss=2.4)
+    assert calls == [7]
+    lines = (run.directory / "train.log").read_text().splitlines()
+    assert len(lines) == 3 and lines[1].startswith("warning ")
+    assert "METRICS=wandb has stopped: no space" in lines[1]
+
+
 def test_metrics_that_cannot_start_are_refused(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,12 +27,13 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,6 +178,15 @@ def find_problems(script: Any, run: Run, model: GPT, text: Validation) -> dict[s
     }
 
 
+def gather_problems(run: Run, own: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The messages of all ranks by condition, each once: every rank checks its own targets."""
+    found: list[Any] = [own]
+    if run.world_size > 1:
+        found *= run.world_size
+        dist.all_gather_object(found, own)
+    return {name: [*dict.fromkeys(x for rank in found for x in rank[name])] for name in own}
+
+
 def num_audited_targets(cfg: train_gpt.Config) -> int:
     """Targets for a few rounds of training, and for documents before and after a choice of rates.
 
@@ -193,7 +203,7 @@ def audit(run: Run, model: GPT, validation: Validation, script: Any = train_gpt)
     count = min(validation.num_targets, num_audited_targets(run.cfg))
     ids, target_bytes = validation.ids[: count + 1], validation.target_bytes[:count]
     text = validation._replace(ids=ids, target_bytes=target_bytes, partial=True)
-    by_condition = find_problems(script, run, model, text)
+    by_condition = gather_problems(run, find_problems(script, run, model, text))
     for condition, problems in by_condition.items():
         run.log(
             "audit",

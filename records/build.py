@@ -16,7 +16,7 @@ import train_gpt
 from records import ROOT
 from records.check import check_record, packed_size, read_logs
 from records.knobs import config_defaults, knob_docs
-from records.logs import LOG, METRICS, SOURCE, Json, RunLog, run_settings
+from records.logs import LOG, METRICS, PACKED, SOURCE, Json, RunLog, run_settings
 from records.markdown import replace_marked
 from records.pages import (
     format_changes,
@@ -48,7 +48,7 @@ def read_finished_run(folder: Path) -> tuple[RunLog, Json]:
     if not path.is_file():
         raise InputError(f"{path} is missing: the run did not finish")
     log, own = RunLog.read(folder / METRICS), read_submission(path)
-    for name in (LOG, SOURCE):
+    for name in (LOG, PACKED, SOURCE):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing: not the whole folder of a run")
     computed = compute_submission([log], {k: own.get(k, "") for k in (*DESCRIBED, *OPTIONAL)})
@@ -101,7 +101,8 @@ def write_record(folder: Path, logs: Sequence[RunLog], texts: Mapping[str, str])
     for log in logs:
         shutil.copyfile(log.path, folder / f"metrics_seed{log.seed}.jsonl")
         shutil.copyfile(log.path.parent / LOG, folder / f"train_seed{log.seed}.log")
-    shutil.copyfile(logs[0].path.parent / SOURCE, folder / "train_gpt.py")
+    for name in (PACKED, SOURCE):
+        shutil.copyfile(logs[0].path.parent / name, folder / name)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     check_run_env(folder / "run.env", run_settings(logs[0]))

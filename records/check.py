@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import train_gpt
 from records.consistency import find_contradictions
 from records.knobs import config_defaults
-from records.logs import FINAL_SCORES, Json, RunLog, run_settings
+from records.logs import FINAL_SCORES, PACKED, SOURCE, Json, RunLog, run_settings, source_file
 from records.markdown import replace_marked
 from records.pages import HEADINGS, MAX_README_LINES, env_lines, format_result
 from records.submission import (
@@ -137,17 +137,18 @@ def check_text_log(path: Path, log: RunLog, source: str) -> list[str]:
 
 
 def check_sources(folder: Path, logs: Sequence[RunLog], submission: Json) -> list[str]:
-    """Return problems: train_gpt.py or run.env differ from those of a run."""
-    raw = (folder / "train_gpt.py").read_bytes()
+    """Return problems: the readable script or run.env differ from those of a run."""
+    path = source_file(folder)
+    raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     problems = []
     if digest != submission["source_sha256"]:
-        problems.append("train_gpt.py is not the source that submission.json names")
+        problems.append(f"{path.name} is not the source that submission.json names")
     settings = env_lines((folder / "run.env").read_text(encoding="utf-8"))
     source = raw.decode("utf-8", errors="replace")
     for log in logs:
         if shared_versions(log)[1] != digest:
-            problems.append(f"train_gpt.py is not the source of {log.path.name}")
+            problems.append(f"{path.name} is not the source of {log.path.name}")
         if {f"{name}={value}" for name, value in run_settings(log).items()} != settings:
             problems.append(f"run.env is not the setting of {log.path.name}")
         problems += check_text_log(folder / f"train_seed{log.seed}.log", log, source)
@@ -175,7 +176,7 @@ def packed_size(source: str) -> int:
     try:
         return len(train_gpt.pack_source(source))
     except Exception as error:  # whatever tokenize and ast raise for text that is not Python
-        raise InputError(f"train_gpt.py cannot be packed: {error}") from error
+        raise InputError(f"the source cannot be packed: {error}") from error
 
 
 def packer_of(source: str) -> str:
@@ -203,6 +204,24 @@ def check_code_size(source: str, code_bytes: int) -> tuple[list[str], list[str]]
     if is_same_packer or not size / 2 < code_bytes < 2 * size:
         return [text], []
     return [], [f"not proven: {text} with this version of the packer"]
+
+
+def check_packed_script(folder: Path, source: str, code_bytes: int) -> list[str]:
+    """Return problems: train_gpt.py is not what submission.json counts, or not of this source.
+
+    A record of an older version of this tool has the readable script alone.
+    """
+    path = folder / PACKED
+    if source_file(folder) == path:
+        return []
+    packed = path.read_bytes()
+    problems = []
+    if len(packed) != code_bytes:
+        problems.append(f"{path.name} has {len(packed):,} bytes, submission.json {code_bytes:,}")
+    is_same_packer = packer_of(source) == packer_of(train_gpt.script_source())
+    if is_same_packer and packed != train_gpt.pack_source(source):
+        problems.append(f"{path.name} is not {SOURCE}, packed")
+    return problems
 
 
 # --- Pages and descriptions ----------------------------------------------------------------------
@@ -289,9 +308,10 @@ def check_record(folder: Path, records: Path, name: str = "") -> Findings:
         if problems := find_differences(submission, computed):
             return Findings(problems, [])
         result = format_result(logs, computed, find_previous(computed["previous"], records))
-        source = (folder / "train_gpt.py").read_text(encoding="utf-8")
+        source = source_file(folder).read_text(encoding="utf-8")
         page = (folder / "README.md").read_text(encoding="utf-8")
         problems, notes = check_code_size(source, submission["code_bytes"])
+        problems += check_packed_script(folder, source, submission["code_bytes"])
         problems += find_overruns(submission["budget"])
         problems += check_description(folder, name or folder.name, submission)
         problems += [problem for log in logs for problem in find_contradictions(log)]

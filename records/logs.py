@@ -26,7 +26,16 @@ from train_gpt import InputError
 
 Json = dict[str, Any]
 
-METRICS, LOG, SOURCE = "metrics.jsonl", "train.log", "train_gpt_source.py"
+METRICS, LOG = "metrics.jsonl", "train.log"
+# The packed script, whose bytes are counted, and the readable one.
+PACKED, SOURCE = "train_gpt.py", "train_gpt_source.py"
+
+
+def source_file(folder: Path) -> Path:
+    """Return the readable script of a record; older records have only that one."""
+    return folder / (SOURCE if (folder / SOURCE).exists() else PACKED)
+
+
 # Scores of the artifact, in the order in which a run computes them; the last one is its result.
 # Repeated here, as the tracks in submission.py are: the checker does not take the rules from the
 # script that it checks.

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,14 +49,25 @@ def find_inputs(folder: Path, log: RunLog, data_path: Path | None) -> Inputs:
     return Inputs(artifact.absolute(), data.absolute())
 
 
-def adjusted_knobs(log: RunLog) -> dict[str, str]:
-    """Return the knobs that the run changed to fit its evaluation budget, as it changed them."""
-    texts = [log.last(name).get("adjusted", "") for name in FINAL_SCORES]
-    changes = [note.split() for text in filter(None, texts) for note in text.split(", ")]
-    return {change[0].upper(): change[-1] for change in changes}  # of "eval_stride 64 -> 128"
+def adjusted_knobs(log: RunLog) -> list[tuple[dict[str, str], tuple[str, ...]]]:
+    """Return the runs that score a record again: their knobs, and the scores to take from each.
+
+    The knobs are those that the run changed to fit its evaluation budget. EVAL_STRIDE is the one
+    that two passes read; where each changed it in its own way, each is scored by a run of its own.
+    """
+    knobs = dict[str, dict[str, str]]()
+    for name in FINAL_SCORES:
+        text = log.last(name).get("adjusted", "")
+        notes = [note.split() for note in text.split(", ")] if text else []
+        knobs[name] = {note[0].upper(): note[-1] for note in notes}  # of "eval_stride 64 -> 128"
+    *windows, last = FINAL_SCORES
+    strides = {knobs[name].get("EVAL_STRIDE", "") for name in (windows[-1], last)}
+    if len(strides) == 1 or not log.last(last) or log.knob("TTT_METHOD") == "lora":
+        return [({k: v for own in knobs.values() for k, v in own.items()}, FINAL_SCORES)]
+    return [(knobs[windows[-1]], tuple(windows)), (knobs[last], (last,))]
 
 
-def score_again(folder: Path, log: RunLog, inputs: Inputs, run_dir: Path) -> RunLog:
+def score_again(folder: Path, log: RunLog, inputs: Inputs, adjusted: Mapping[str, str]) -> RunLog:
     """Run the record's script in MODE=eval; return its log, or raise InputError if it fails."""
     knobs = {*log.config["values"], "RECIPE"}
     environment = {name: value for name, value in os.environ.items() if name not in knobs}
@@ -63,29 +75,32 @@ def score_again(folder: Path, log: RunLog, inputs: Inputs, run_dir: Path) -> Run
         "MODE": "eval",
         "ARTIFACT": str(inputs.artifact),
         "DATA_PATH": str(inputs.data_path),
-        "RUN_DIR": str(run_dir),
         "SEED": log.seed,
         "EVAL_MAX_SECONDS": "0",  # a slower machine must not learn less
-        **adjusted_knobs(log),
+        **adjusted,
     }
-    done = subprocess.run(
-        [sys.executable, str((folder / "train_gpt.py").absolute())],
-        env={**environment, **run_settings(log), **own},
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    if done.returncode:
-        said = done.stdout.decode("utf-8", errors="replace")[-MAX_ERROR_CHARACTERS:].strip()
-        raise InputError(f"seed {log.seed}: train_gpt.py ended with {done.returncode}: {said}")
-    return RunLog.read(run_dir / METRICS)
+    with tempfile.TemporaryDirectory() as scratch:
+        run_dir = Path(scratch) / "run"
+        done = subprocess.run(
+            [sys.executable, str((folder / "train_gpt.py").absolute())],
+            env={**environment, **run_settings(log), **own, "RUN_DIR": str(run_dir)},
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        if done.returncode:
+            said = done.stdout.decode("utf-8", errors="replace")[-MAX_ERROR_CHARACTERS:].strip()
+            raise InputError(f"seed {log.seed}: train_gpt.py ended with {done.returncode}: {said}")
+        return RunLog.read(run_dir / METRICS)
 
 
-def compare_scores(log: RunLog, again: RunLog, tolerance_bpb: float) -> Findings:
-    """Return where scores or sizes differ, and a line for each score."""
+def compare_scores(
+    log: RunLog, again: RunLog, tolerance_bpb: float, names: Sequence[str] = FINAL_SCORES
+) -> Findings:
+    """Return where the scores `names` or sizes differ, and a line for each score."""
     problems, notes = list[str](), list[str]()
-    for name in FINAL_SCORES:
+    for name in names:
         logged, new = log.last(name), again.last(name)
         if not logged:
             if new:  # the run had no time for it
@@ -117,12 +132,12 @@ def rescore_record(folder: Path, data_path: Path | None, tolerance_bpb: float) -
     verdict = Findings([], [])
     for log in read_logs(folder):
         try:
-            with tempfile.TemporaryDirectory() as scratch:
-                inputs = find_inputs(folder, log, data_path)
-                again = score_again(folder, log, inputs, Path(scratch) / "run")
-                found = compare_scores(log, again, tolerance_bpb)
+            inputs = find_inputs(folder, log, data_path)
+            for adjusted, names in adjusted_knobs(log):
+                again = score_again(folder, log, inputs, adjusted)
+                found = compare_scores(log, again, tolerance_bpb, names)
+                verdict.problems.extend(found.problems)
+                verdict.notes.extend(found.notes)
         except InputError as error:
-            found = Findings([f"not scored again: {error}"], [])
-        verdict.problems.extend(found.problems)
-        verdict.notes.extend(found.notes)
+            verdict.problems.append(f"not scored again: {error}")
     return verdict

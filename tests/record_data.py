@@ -133,6 +133,7 @@ def write_run(folder: Path, events: list[Event]) -> Path:
     (folder / "train.log").write_text(log_text(events), "utf-8", "backslashreplace")
     (folder / "metrics.jsonl").write_text(metrics_text(events), encoding="utf-8")
     (folder / "train_gpt_source.py").write_text(SOURCE, encoding="utf-8")
+    (folder / "train_gpt.py").write_bytes(train_gpt.pack_source(SOURCE))
     described = {"author": "A. Author", "date": "2026-01-02", "name": "run", "previous": ""}
     own = compute_submission([RunLog.read(folder / "metrics.jsonl")], described)
     (folder / "submission.json").write_text(json.dumps(own), encoding="utf-8")

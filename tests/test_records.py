@@ -631,8 +631,10 @@ def test_a_record_holds_what_is_needed_to_check_and_to_repeat_it(record: Path) -
     names = {path.name for path in record.iterdir()}
     logs = {f"{kind}_seed{seed}.{end}" for seed in BPB
             for kind, end in (("train", "log"), ("metrics", "jsonl"))}  # fmt: skip
-    assert names == logs | set(check.RECORD_FILES)
-    assert (record / "train_gpt.py").read_text() == SOURCE
+    assert names == logs | {*check.RECORD_FILES, "train_gpt_source.py"}
+    assert (record / "train_gpt_source.py").read_text() == SOURCE
+    packed = (record / "train_gpt.py").read_bytes()
+    assert packed == train_gpt.pack_source(SOURCE) and len(packed) == CODE_BYTES
     readme = (record / "README.md").read_text()
     assert "| 2 | 400 | 250.0 | 1.31000 | 1.31500 | 1.29000 | - | 700,002 |" in readme
     assert problems_of(record) == ""

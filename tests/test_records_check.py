@@ -20,7 +20,7 @@ import pytest
 import train_gpt
 from records import ROOT, check, plots
 from records.check import check_code_size, check_record, packer_of
-from records.logs import RunLog, run_settings
+from records.logs import FINAL_SCORES, RunLog, run_settings
 from records.pages import HEADINGS, format_result
 from records.records import main
 from records.rescore import adjusted_knobs, compare_scores
@@ -131,7 +131,7 @@ def test_a_submission_that_is_no_json_object_is_refused(
         ),
         ("train_seed2.log", "config * NUM_LAYERS:6", "config * NUM_LAYERS:7", "has no line"),
         ("train_seed2.log", "class Config", "class Other", "does not contain the source"),
-        ("train_gpt.py", "ran", "did not run", "is not the source"),
+        ("train_gpt_source.py", "ran", "did not run", "is not the source"),
         ("run.env", "NUM_LAYERS=6", "NUM_LAYERS=7", "is not the setting of metrics_seed1"),
         ("run.env", "NUM_LAYERS=6\n", "", "is not the setting of metrics_seed1"),
         ("README.md", "1.29000", "1.19000", "another Result"),
@@ -166,7 +166,7 @@ def test_check_refuses_a_pipe_in_place_of_a_file(record: Path, name: str) -> Non
     assert "is missing" in problems_of(record)
 
 
-@pytest.mark.parametrize("name", ["README.md", "train_gpt.py", "run.env"])
+@pytest.mark.parametrize("name", ["README.md", "train_gpt_source.py", "run.env"])
 def test_check_refuses_a_file_that_is_no_text(record: Path, name: str) -> None:
     (record / name).write_bytes(b"\xff\xfe\x00 no text")
     assert problems_of(record)
@@ -344,7 +344,29 @@ def test_packers_differ_if_any_function_differs_that_packs() -> None:
 @pytest.mark.parametrize("source", ["def f(:\n", "'''", "\0", "x = (\n"])
 def test_check_refuses_a_source_that_is_no_python(source: str, tmp_path: Path) -> None:
     record = forge(tmp_path / "records" / TRACK / NAME, run_events(1, 1.3), source)
-    assert "train_gpt.py cannot be packed" in problems_of(record)
+    assert "the source cannot be packed" in problems_of(record)
+
+
+def test_check_compares_the_packed_script_with_its_source_and_its_size(
+    record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "packer_of", lambda source: "the same")
+    packed = record / "train_gpt.py"
+    right = packed.read_bytes()
+    packed.write_bytes(right + b"\n")
+    said = problems_of(record)
+    assert f"train_gpt.py has {len(right) + 1} bytes, submission.json {len(right)}" in said
+    packed.write_bytes(right[:-2] + b" \n")
+    assert problems_of(record) == "train_gpt.py is not train_gpt_source.py, packed"
+    packed.write_bytes(right)
+    assert problems_of(record) == ""
+
+
+def test_a_record_of_the_readable_script_alone_is_still_checked(record: Path) -> None:
+    (record / "train_gpt_source.py").replace(record / "train_gpt.py")
+    assert problems_of(record) == ""
+    (record / "train_gpt.py").write_text("x = 1\n")
+    assert "train_gpt.py is not the source that submission.json names" in problems_of(record)
 
 
 @pytest.mark.parametrize(
@@ -666,10 +688,25 @@ def test_a_run_that_its_time_had_limited_is_scored_again_in_the_same_way() -> No
         final_sliding={"adjusted": "eval_stride 64 -> 128"},
         final_ttt={"adjusted": "ttt_num_lrs 3 -> 1, ttt_chunk_size 24 -> 48"},
     )
-    assert adjusted_knobs(scored_log()) == {}
-    assert adjusted_knobs(limited) == {
-        "EVAL_STRIDE": "128", "TTT_NUM_LRS": "1", "TTT_CHUNK_SIZE": "48",
-    }  # fmt: skip
+    assert adjusted_knobs(scored_log()) == [({}, FINAL_SCORES)]
+    knobs = {"EVAL_STRIDE": "128", "TTT_NUM_LRS": "1", "TTT_CHUNK_SIZE": "48"}
+    assert adjusted_knobs(limited) == [(knobs, FINAL_SCORES)]
+
+
+@pytest.mark.parametrize("sliding", ["", "eval_stride 64 -> 128", "eval_stride 64 -> 512"])
+@pytest.mark.parametrize("last", ["", "eval_stride 64 -> 128", None])
+def test_passes_with_strides_of_their_own_are_scored_by_runs_of_their_own(
+    sliding: str, last: str | None
+) -> None:
+    log = scored_log(
+        final_sliding={"adjusted": sliding}, final_ttt=None if last is None else {"adjusted": last}
+    )
+    log.config["values"]["TTT_METHOD"] = "chunk"
+    knobs = [{"EVAL_STRIDE": text.split()[-1]} if text else {} for text in (sliding, last or "")]
+    if last is None or sliding == last:
+        assert adjusted_knobs(log) == [(knobs[0], FINAL_SCORES)]
+    else:
+        assert adjusted_knobs(log) == [(knobs[0], FINAL_SCORES[:2]), (knobs[1], FINAL_SCORES[2:])]
 
 
 @pytest.mark.parametrize(

@@ -961,6 +961,17 @@ def test_an_audit_fails_what_is_not(make_run: MakeRun, data, knobs, broken):
 
 
 @pytest.mark.slow
+def test_an_audit_reports_what_other_ranks_find(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    def gather(boxes: list[Any], own: dict[str, list[str]]) -> None:
+        boxes[:] = [own, {"C1": ["a", "b"], "C2": ["c"]}]
+
+    run, own = make_run(), {"C1": ["b"], "C2": list[str]()}
+    assert audit.gather_problems(run, own) == own
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    run.world_size = 2
+    assert audit.gather_problems(run, own) == {"C1": ["b", "a"], "C2": ["c"]}
+
+
 def test_the_script_scores_an_artifact_as_it_learns_and_audits_it(data: TinyData, tmp_path):
     work = tmp_path / "work"
     work.mkdir()

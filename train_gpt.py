@@ -6267,6 +6267,10 @@ def read_artifact(path: Path, run: Run, tokenizer_sha256: str) -> GPT:
             f"its text has transform {transform!r:.40}, not {allowed}; {remedy}",
         )
         check_shape_knobs(header["model"])
+        ignored = [k for k in changed_knobs(run.cfg) if k.lower() in header["model"]]
+        ignored = [k for k in ignored if header["model"][k.lower()] != getattr(run.cfg, k.lower())]
+        if ignored and run.cfg.mode == "eval":
+            run.log("warning", text=f"the artifact's values of {', '.join(ignored)} are used")
         run.cfg = dataclasses.replace(run.cfg, **header["model"])
         problems = check_eval_context(run.cfg)
         require(run.cfg.mode == "generate" or not problems, "; ".join(problems))

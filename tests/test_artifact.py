@@ -678,6 +678,27 @@ def test_knobs_of_training_do_not_matter_to_reading(read: Callable[..., GPT]):
     assert read(payload, train_batch_tokens=256, mode="eval").cfg.train_seq_len == 48
 
 
+@pytest.mark.parametrize(
+    ("mode", "knobs", "named"),
+    [
+        ("eval", {"seed": 7, "train_seq_len": 48}, "SEED"),
+        ("eval", {"seed": 7, "num_layers": 4, "ttt_lora_lr": 0.1}, "NUM_LAYERS, SEED"),
+        ("eval", {}, ""),
+        ("generate", {"seed": 7}, ""),
+    ],
+)
+def test_knobs_of_the_artifact_that_were_set_to_other_values_are_named(
+    read: Callable[..., GPT], tmp_path: Path, mode: str, knobs: dict[str, Any], named: str
+):
+    payload = make_artifact(train_seq_len=48, train_batch_tokens=96)
+    cfg = read(payload, **{**SHAPE, "train_seq_len": 48, "mode": mode, **knobs}).cfg
+    assert cfg.seed == tiny_config().seed
+    log = tmp_path / "run/train.log"
+    text = log.read_text() if log.exists() else ""
+    assert text.count("warning") == bool(named)
+    assert f"the artifact's values of {named} are used" in text or not named
+
+
 # --- Edited numbers under a right checksum -------------------------------------------------------
 
 

@@ -954,14 +954,7 @@ def method_rules(cfg: Config) -> list[Rule]:
 def stage_rules(cfg: Config) -> list[Rule]:
     """Rules about what begins during the warmdown, and about every training stage."""
     has_average = cfg.averaging != "tail" or cfg.tail_frac > 0
-    rules: list[Rule] = [
-        (has_average, "TAIL_FRAC=0 must be above 0 with AVERAGING=tail"),
-        (
-            not cfg.late_qat_threshold or cfg.trains_on_grid or not cfg.solves_scales,
-            f"LATE_QAT_THRESHOLD={cfg.late_qat_threshold:g}: QAT_GRID=rows are not the scales of "
-            "ROW_STEPS=solved; set QAT_GRID=artifact, or ROW_STEPS or CLIP_SIGMAS",
-        ),
-    ]
+    rules: list[Rule] = [(has_average, "TAIL_FRAC=0 must be above 0 with AVERAGING=tail")]
     longest = cfg.train_seq_len
     for name, lr, is_used in (
         ("LATE_QAT_THRESHOLD", cfg.late_qat_threshold, cfg.late_qat_threshold > 0),
@@ -1645,12 +1638,12 @@ def open_metrics(run: Run) -> None:
             wandb = importlib.import_module("wandb")
             name, config = cfg.run_id or run.directory.name, dataclasses.asdict(cfg)
             wandb.init(project="parameter-golf", name=name, dir=str(run.directory), config=config)
-            run.at_exit.callback(wandb.finish)
+            run.at_exit.callback(close_metrics, wandb.finish)
             run.send_metrics = lambda numbers, step: wandb.log(numbers, step=step)
         elif cfg.metrics == "tensorboard":
             tensorboard = importlib.import_module("torch.utils.tensorboard")
             writer = tensorboard.SummaryWriter(str(run.directory))
-            run.at_exit.callback(writer.close)
+            run.at_exit.callback(close_metrics, writer.close)
 
             def send(numbers: dict[str, float], step: int) -> None:
                 for name, value in numbers.items():
@@ -1659,6 +1652,12 @@ def open_metrics(run: Run) -> None:
             run.send_metrics = send
     except Exception as error:  # of the package: no account, no network, another version
         raise InputError(f"METRICS={cfg.metrics} cannot be used: {error!s:.300}") from error
+
+
+def close_metrics(close: Callable[[], Any]) -> None:
+    """Call `close`; a run that has done its work does not fail because a package cannot end."""
+    with contextlib.suppress(Exception):
+        close()
 
 
 # --- 3. Data -------------------------------------------------------------------------------------
@@ -4532,15 +4531,19 @@ class WeightAverager:
 
 def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Score]) -> Trainer:
     """Train `model` in place; at the end it holds the weights that AVERAGING selects."""
-    trainer = Trainer(run, model)
+    trainer, cfg = Trainer(run, model), run.cfg
     load_checkpoint(trainer)
+    first_step = trainer.progress.step
+    if cfg.late_qat_threshold and cfg.solves_scales and not cfg.trains_on_grid:
+        text = "late QAT rounds to the scales of QAT_GRID=rows, and the artifact stores others"
+        run.log("warning", text=f"{text}; set QAT_GRID=artifact, or ROW_STEPS=max")
     with run.stage("warm_up"):
         trainer.warm_up()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     # Reads the first batch, and with it the order of the epoch, before the clock starts.
     loader.batch(trainer.progress.tokens, trainer.next_stage())
-    limit_s = run.cfg.train_seconds
+    limit_s = cfg.train_seconds
     run.log("begin", name="train", **({"limit_s": limit_s} if limit_s else {}))
     train_loop(trainer, loader, validate)
     trainer.stop_graphs()
@@ -4552,7 +4555,10 @@ def train(run: Run, model: GPT, loader: BatchLoader, validate: Callable[[], Scor
         "peak_memory_mib": round(peak_memory_mib(run.device), 1),
     }
     run.log("train_end", **run.scores["train_end"])
-    warn_about_weights(trainer)
+    if trainer.progress.step > first_step and trainer.current_stage.loops < cfg.num_loops:
+        text = "is after the last step: the model is scored with loops that were never trained"
+        run.log("warning", text=f"ENABLE_LOOPING_AT={cfg.enable_looping_at} {text}")
+    warn_about_average(trainer)
     trainer.averager.export_()
     trainer.round_to_grid()
     trainer.enter_stage(trainer.current_stage._replace(qat=False, deep=0.0))
@@ -4745,12 +4751,9 @@ def pass_between_steps(trainer: Trainer) -> Generator[None]:
 MAX_INITIAL_EMA_WEIGHT = 0.01  # of the initial weights in the exported EMA, without a warning
 
 
-def warn_about_weights(trainer: Trainer) -> None:
-    """Log a warning if loops have not begun, or an average is empty or still near the start."""
+def warn_about_average(trainer: Trainer) -> None:
+    """Log a warning if the average is empty or still close to the initial weights."""
     run, averaging = trainer.run, trainer.run.cfg.averaging
-    if trainer.current_stage.loops < run.cfg.num_loops:
-        text = "is after the last step: the model is scored with loops that were never trained"
-        run.log("warning", text=f"ENABLE_LOOPING_AT={run.cfg.enable_looping_at} {text}")
     if averaging in ("swa", "tail") and not trainer.averager.count:
         run.log("warning", text=f"{averaging} averaged no weights; the last ones are exported")
     if averaging == "ema":
@@ -5404,7 +5407,8 @@ def read_checkpoint(folder: Path, trainer: Trainer) -> tuple[dict[str, Any], dic
         require(isinstance(config, dict), "config in meta.json is not an object")
     except READ_ERRORS as error:
         raise InputError(f"{folder} is damaged ({error!s:.300}); {remedy}") from error
-    check_same_run(config, trainer.run.cfg, folder)
+    can_export = not trainer.run.cfg.late_qat_threshold
+    check_same_run(config, trainer.run.cfg, folder, EXPORT_KNOBS if can_export else ())
     try:
         check_meta(meta, trainer)
         step = meta["progress"][0]
@@ -5499,17 +5503,14 @@ def check_counters(state: Mapping[str, Tensor], step: int) -> None:
     require(0 <= count <= step, f"average/count is {count} after {step} steps")
 
 
-def check_same_run(saved: Mapping[str, Any], cfg: Config, path: Path) -> None:
-    """Raise InputError if `path` was written with other values of knobs that matter to it.
-
-    A checkpoint can be exported with other EXPORT_KNOBS than those that its run began with.
-    """
-    now, ignored = dataclasses.asdict(cfg), [*RESUME_IGNORED_KNOBS]
-    if path.name.startswith("step_") and not cfg.late_qat_threshold:
-        ignored += EXPORT_KNOBS
+def check_same_run(
+    saved: Mapping[str, Any], cfg: Config, path: Path, free: Sequence[str] = ()
+) -> None:
+    """Raise InputError if `path` was written with other knobs than now, `free` ones aside."""
+    now = dataclasses.asdict(cfg)
     different = [
         f"{name.upper()}={now[name]} (there: {saved.get(name)!r:.80})"
-        for name in sorted(now.keys() - ignored)
+        for name in sorted(now.keys() - {*RESUME_IGNORED_KNOBS, *free})
         if now[name] != saved.get(name)
     ]
     require(
@@ -7302,10 +7303,10 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     sizes |= {"total_bytes": total, "budget_bytes": budget}
     run.log("size", **sizes)
     if total > budget:
-        raise RunFailed(
-            f"code and artifact take {total} bytes of ARTIFACT_BUDGET_BYTES={budget}; remove "
-            f"{artifact} and start again with lower *_BITS, or with another shape and RUN_ID"
-        )
+        remedy = f"remove {artifact} and start again with lower *_BITS, or with another shape and "
+        remedy = remedy + "RUN_ID" if run.cfg.trains else "raise it, or score another artifact"
+        text = f"code and artifact take {total} bytes of ARTIFACT_BUDGET_BYTES={budget}"
+        raise RunFailed(f"{text}; {remedy}")
     return sizes
 
 
@@ -7717,7 +7718,7 @@ REDUCED_TARGETS = 2**22  # whose steps are summed over the ranks at once
 
 
 class PassAbandoned(RuntimeError):
-    """A pass was skipped, stopped, or complete too late; the message says why."""
+    """A pass was skipped, stopped, complete too late, or not finite; the message says why."""
 
 
 def max_over_ranks(run: Run, value: float) -> float:
@@ -8393,7 +8394,8 @@ def evaluate_and_log(
 ) -> float:
     """Run the pass `kind` (prequant, quantized, sliding, ttt); log and keep its score.
 
-    Returns its seconds without compilation. Raises PassAbandoned if it does not fit.
+    Returns its seconds without compilation. Raises PassAbandoned if it does not fit, or if the
+    adaptive pass diverges.
     """
     limit, expected = limit or TimeLimit(), dict[str, float]()
     if kind in ("prequant", "quantized") and "train_end" in run.scores:
@@ -8403,7 +8405,7 @@ def evaluate_and_log(
     with run.stage(f"evaluate_{kind}", budget_name, **expected):
         score, budget, marks = run_pass(run, model, validation, kind, limit)
     if not math.isfinite(score.nats):
-        error = PassAbandoned if kind in PASS_NAMES else RunFailed
+        error = PassAbandoned if kind == "ttt" else RunFailed
         raise error(f"final_{kind}: the loss is {score.nats}; lower the learning rates")
     if score.problems and not run.cfg.allow_noncompliant:
         raise RunFailed(f"final_{kind}: {score.problems[0]}")
@@ -8422,8 +8424,9 @@ PASS_NAMES = {"sliding": "sliding windows", "ttt": "test-time training"}
 def evaluate_artifact(run: Run, model: GPT, validation: Validation) -> None:
     """Score with disjoint windows, sliding windows and the adaptive pass, as far as time allows.
 
-    The last complete pass is the final score. The seconds of a pass that was skipped or abandoned
-    are counted as `other`. RunFailed if not even the disjoint windows fit.
+    The last complete pass is the final score. The seconds of a pass that was skipped or abandoned,
+    or of an adaptive pass whose loss is not finite, are counted as `other`. RunFailed if not even
+    the disjoint windows fit.
     """
     cfg, notes, end_s = run.cfg, list[str](), math.inf
     run.ledger["evaluation"] += validation.table_s
@@ -9318,8 +9321,9 @@ def prepare_directory(run: Run, artifact: Path) -> None:
 
     InputError if the folder holds a finished run, another run or files that no run has written.
     """
-    check_same_on_ranks(run, **data_identity(run.cfg))
-    state, identity = run.run_on_rank0(lambda: claim_directory(run, artifact))
+    data = data_identity(run.cfg)
+    check_same_on_ranks(run, **data)
+    state, identity = run.run_on_rank0(lambda: claim_directory(run, artifact, data))
     if state:
         run.ledger.update(state["ledger"])
         run.scores.update(state["scores"])
@@ -9329,7 +9333,9 @@ def prepare_directory(run: Run, artifact: Path) -> None:
     run.log("data_identity", **identity["data"])
 
 
-def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def claim_directory(
+    run: Run, artifact: Path, data: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rank 0: check RUN_DIR and write the packed script; the earlier state and the identity."""
     cfg, directory = run.cfg, run.directory
     check_own_files(directory)
@@ -9346,7 +9352,7 @@ def claim_directory(run: Run, artifact: Path) -> tuple[dict[str, Any], dict[str,
     identity = {
         "config": dataclasses.asdict(cfg),
         "code_sha256": hash_bytes(code),
-        "data": data_identity(cfg),
+        "data": data,
     }
     state = find_earlier_state(run, artifact, identity)
     write_atomic(directory / "train_gpt.py", code)

@@ -51,6 +51,7 @@ def read_finished_run(folder: Path) -> tuple[RunLog, Json]:
     for name in (LOG, PACKED, SOURCE):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing: not the whole folder of a run")
+    refuse_mixed_runs([log])
     computed = compute_submission([log], {k: own.get(k, "") for k in (*DESCRIBED, *OPTIONAL)})
     if problems := find_differences(own, computed):
         raise InputError(f"{path} does not follow from its log: {'; '.join(problems)}")

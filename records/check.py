@@ -12,6 +12,7 @@ import ast
 import datetime
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ def check_text_log(path: Path, log: RunLog, source: str) -> list[str]:
         for line in sorted(lines)
     ]
     if source.rstrip("\n") not in sources:
-        problems.append(f"{path.name} does not contain the source train_gpt.py")
+        problems.append(f"{path.name} does not contain the source")
     for event in log.all("config"):
         for line in sorted(config_lines(event) - {*rest})[:3]:
             problems.append(f"{path.name} has no line `{line}`")
@@ -161,7 +162,7 @@ def check_changed_knobs(log: RunLog, source: str) -> list[str]:
     try:
         defaults = config_defaults(source)
     except (ValueError, SyntaxError, RecursionError) as error:
-        return [f"train_gpt.py cannot be parsed: {error}"]
+        return [f"the source cannot be parsed: {error}"]
     values, problems = log.config["values"], []
     for name in sorted(defaults.keys() & values.keys()):
         is_default = type(values[name])(defaults[name]) == values[name]
@@ -206,22 +207,23 @@ def check_code_size(source: str, code_bytes: int) -> tuple[list[str], list[str]]
     return [], [f"not proven: {text} with this version of the packer"]
 
 
-def check_packed_script(folder: Path, source: str, code_bytes: int) -> list[str]:
-    """Return problems: train_gpt.py is not what submission.json counts, or not of this source.
+def check_packed_script(folder: Path, source: str, code_bytes: int) -> tuple[list[str], list[str]]:
+    """Return problems and notes: is train_gpt.py what submission.json counts, and this source?
 
     A record of an older version of this tool has the readable script alone.
     """
     path = folder / PACKED
     if source_file(folder) == path:
-        return []
-    packed = path.read_bytes()
-    problems = []
+        return [], []
+    packed, problems = path.read_bytes(), list[str]()
     if len(packed) != code_bytes:
         problems.append(f"{path.name} has {len(packed):,} bytes, submission.json {code_bytes:,}")
-    is_same_packer = packer_of(source) == packer_of(train_gpt.script_source())
-    if is_same_packer and packed != train_gpt.pack_source(source):
-        problems.append(f"{path.name} is not {SOURCE}, packed")
-    return problems
+    if packed == train_gpt.pack_source(source):
+        return problems, []
+    text = f"{path.name} is {SOURCE}, packed"
+    if packer_of(source) == packer_of(train_gpt.script_source()):
+        return [*problems, f"not true: {text}"], []
+    return problems, [f"not proven: {text}; --rescore lets it pack itself"]
 
 
 # --- Pages and descriptions ----------------------------------------------------------------------
@@ -274,6 +276,7 @@ def missing_files(folder: Path) -> list[str]:
     paths = sorted(folder.glob("metrics_seed*.jsonl"))
     needed = [*RECORD_FILES, *(f"train_{p.stem.removeprefix('metrics_')}.log" for p in paths)]
     needed += [] if paths else ["metrics_seed*.jsonl"]
+    needed += [SOURCE] if os.path.lexists(folder / SOURCE) else []
     return [f"{ascii(file)[1:-1]} is missing" for file in needed if not (folder / file).is_file()]
 
 
@@ -311,7 +314,8 @@ def check_record(folder: Path, records: Path, name: str = "") -> Findings:
         source = source_file(folder).read_text(encoding="utf-8")
         page = (folder / "README.md").read_text(encoding="utf-8")
         problems, notes = check_code_size(source, submission["code_bytes"])
-        problems += check_packed_script(folder, source, submission["code_bytes"])
+        more = check_packed_script(folder, source, submission["code_bytes"])
+        problems, notes = problems + more[0], notes + more[1]
         problems += find_overruns(submission["budget"])
         problems += check_description(folder, name or folder.name, submission)
         problems += [problem for log in logs for problem in find_contradictions(log)]

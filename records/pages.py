@@ -10,7 +10,7 @@ import train_gpt
 from records import ROOT
 from records.compressors import list_yardsticks
 from records.knobs import format_knob_value, knob_docs
-from records.logs import FINAL_SCORES, Json, RunLog
+from records.logs import FINAL_SCORES, SOURCE, Json, RunLog
 from records.markdown import table_lines
 from records.significance import welch_p
 from records.submission import find_violations, seed_result
@@ -159,7 +159,7 @@ def format_commands(log: RunLog, place: str, data_command: str) -> str:
             "```bash",
             f"pip install -r {folder}/requirements.txt",
             data,
-            f"RECIPE={folder}/run.env SEED={log.seed} {launch} {folder}/train_gpt.py",
+            f"RECIPE={folder}/run.env SEED={log.seed} {launch} {folder}/{SOURCE}",
             "```",
         ]
     )

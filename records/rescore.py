@@ -1,6 +1,7 @@
 """Scores the artifacts of a record again, with the record's own script, and compares.
 
-This runs the record's train_gpt.py: use it on records whose source you have read, or in a sandbox.
+This runs the record's readable script: use it on records whose source you have read, or in a
+sandbox. The script packs itself; the result must be the record's packed train_gpt.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from records import ROOT
 from records.check import Findings, read_logs
-from records.logs import FINAL_SCORES, METRICS, RunLog, run_settings
+from records.logs import FINAL_SCORES, METRICS, PACKED, RunLog, run_settings, source_file
 from train_gpt import InputError
 
 DEFAULT_TOLERANCE_BPB = 0.001  # other hardware and precision add up in another order
@@ -62,7 +63,8 @@ def adjusted_knobs(log: RunLog) -> list[tuple[dict[str, str], tuple[str, ...]]]:
         knobs[name] = {note[0].upper(): note[-1] for note in notes}  # of "eval_stride 64 -> 128"
     *windows, last = FINAL_SCORES
     strides = {knobs[name].get("EVAL_STRIDE", "") for name in (windows[-1], last)}
-    if len(strides) == 1 or not log.last(last) or log.knob("TTT_METHOD") == "lora":
+    passes = [log.last(name) for name in (windows[-1], last)]
+    if len(strides) == 1 or not all(passes) or log.knob("TTT_METHOD") == "lora":
         return [({k: v for own in knobs.values() for k, v in own.items()}, FINAL_SCORES)]
     return [(knobs[windows[-1]], tuple(windows)), (knobs[last], (last,))]
 
@@ -82,7 +84,7 @@ def score_again(folder: Path, log: RunLog, inputs: Inputs, adjusted: Mapping[str
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = Path(scratch) / "run"
         done = subprocess.run(
-            [sys.executable, str((folder / "train_gpt.py").absolute())],
+            [sys.executable, str(source_file(folder).absolute())],
             env={**environment, **run_settings(log), **own, "RUN_DIR": str(run_dir)},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
@@ -91,7 +93,10 @@ def score_again(folder: Path, log: RunLog, inputs: Inputs, adjusted: Mapping[str
         )
         if done.returncode:
             said = done.stdout.decode("utf-8", errors="replace")[-MAX_ERROR_CHARACTERS:].strip()
-            raise InputError(f"seed {log.seed}: train_gpt.py ended with {done.returncode}: {said}")
+            raise InputError(f"seed {log.seed}: the script ended with {done.returncode}: {said}")
+        packed, kept = ((place / PACKED).read_bytes() for place in (run_dir, folder))
+        if source_file(folder) != folder / PACKED and packed != kept:
+            raise InputError(f"{folder / PACKED} is not what its source packs itself into")
         return RunLog.read(run_dir / METRICS)
 
 

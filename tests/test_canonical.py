@@ -152,5 +152,7 @@ def test_the_knob_decides_whether_pairs_are_found(data: TinyData):
     processor, _ = train_gpt.load_tokenizer(cfg)
     assert train_gpt.load_validation(cfg, processor).banned_VV is None
     cfg = train_gpt.config_from_env({**env, "NONCANONICAL_FACTOR": "0.001"})
-    banned_VV = train_gpt.load_validation(cfg, processor).banned_VV
+    validation = train_gpt.load_validation(cfg, processor)
+    banned_VV = validation.banned_VV
+    assert 0 < validation.head(9).table_s == validation.table_s
     assert banned_VV is not None and banned_VV.shape == (size, size)

@@ -123,7 +123,6 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "trigram_hash": {"isolate_documents": False},
     "eval_hash_rows": {"ttt_method": "chunk"},
     "ttt_polyak": {"ttt_method": "chunk"},
-    "late_qat_threshold": {"row_steps": "max"},
     "value_residual": {"parallel_residual": "none"},
 }
 
@@ -496,14 +495,6 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
             {"num_loops": 1, "enable_looping_at": "1"},
             "ENABLE_LOOPING_AT='1' must be one value of progress below 1, or NUM_LOOPS "
             "non-decreasing ones",
-        ),
-        *(
-            (
-                {"late_qat_threshold": 0.1, "row_steps": "solved", **more},
-                "LATE_QAT_THRESHOLD=0.1: QAT_GRID=rows are not the scales of ROW_STEPS=solved; set "
-                "QAT_GRID=artifact, or ROW_STEPS or CLIP_SIGMAS",
-            )
-            for more in ({}, {"averaging": "ema"})
         ),
         ({"ngram_tilt": 2.6, "ngram_tilt_orders": ""}, "NGRAM_TILT=2.6 needs NGRAM_TILT_ORDERS"),
         (

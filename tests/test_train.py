@@ -380,6 +380,25 @@ def test_loops_that_were_never_trained_are_announced(
     assert any(text.startswith(expected) for text in texts) == is_warned, texts
 
 
+@pytest.mark.parametrize(
+    "knobs, is_warned",
+    [
+        ({"row_steps": "solved"}, True),
+        ({"row_steps": "solved", "qat_grid": "artifact"}, False),
+        ({"row_steps": "max"}, False),
+        ({"row_steps": "solved", "late_qat_threshold": 0.0}, False),
+    ],
+)
+def test_late_qat_to_scales_that_are_not_stored_is_announced(
+    new_run: MakeRun, knobs: dict[str, Any], is_warned: bool
+):
+    run = new_run(**{"warmdown_frac": 1.0, "late_qat_threshold": 0.1, "quantizer": "gptq", **knobs})
+    (run.directory / "train_gpt.py").write_bytes(b"the packed script")  # whose size is read
+    train_weights(run)
+    texts = [event["text"] for event in metrics(run.directory, "warning")]
+    assert any("QAT_GRID=rows" in text for text in texts) == is_warned, texts
+
+
 def test_averages_that_are_of_no_use_are_announced(new_run: MakeRun, trajectory):
     run = new_run(averaging="swa", swa_every=100, warmdown_frac=1.0)
     exported = train_weights(run)

@@ -960,7 +960,6 @@ def test_an_audit_fails_what_is_not(make_run: MakeRun, data, knobs, broken):
     assert min(broken) in {c for c, verdict in verdicts_of(run).items() if verdict == "fail"}
 
 
-@pytest.mark.slow
 def test_an_audit_reports_what_other_ranks_find(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch):
     def gather(boxes: list[Any], own: dict[str, list[str]]) -> None:
         boxes[:] = [own, {"C1": ["a", "b"], "C2": ["c"]}]
@@ -972,6 +971,7 @@ def test_an_audit_reports_what_other_ranks_find(make_run: MakeRun, monkeypatch: 
     assert audit.gather_problems(run, own) == {"C1": ["b", "a"], "C2": ["c"]}
 
 
+@pytest.mark.slow
 def test_the_script_scores_an_artifact_as_it_learns_and_audits_it(data: TinyData, tmp_path):
     work = tmp_path / "work"
     work.mkdir()

@@ -127,7 +127,13 @@ def test_metrics_that_fail_later_do_not_end_the_run(
         raise OSError("no space\nleft")
 
     sent, run, calls = Sent(), make_run(metrics="wandb"), list[int]()
+
+    def end() -> None:
+        sent.closed = True
+        raise OSError("no network")
+
     monkeypatch.setattr(sent, "log", fail)
+    monkeypatch.setattr(sent, "finish", end)
     monkeypatch.setitem(sys.modules, "wandb", sent)
     open_metrics(run)
     run.log("step", step=7, train_loss=2.5)
@@ -136,6 +142,8 @@ def test_metrics_that_fail_later_do_not_end_the_run(
     lines = (run.directory / "train.log").read_text().splitlines()
     assert len(lines) == 3 and lines[1].startswith("warning ")
     assert "METRICS=wandb has stopped: no space" in lines[1]
+    run.at_exit.close()
+    assert sent.closed
 
 
 def test_metrics_that_cannot_start_are_refused(

@@ -924,10 +924,9 @@ def method_rules(cfg: Config) -> list[Rule]:
             "QAT_GRID=artifact needs AVERAGING=none PRUNE_FRAC=0 ROW_STEPS=solved CLIP_SIGMAS=",
         ),
         (
-            not cfg.eval_hash_rows
-            or (bool(cfg.ttt_phases) if cfg.ttt_method == "lora" else cfg.ttt_method != "none"),
-            f"EVAL_HASH_ROWS={cfg.eval_hash_rows}: nothing trains this table; set it to 0, or "
-            "TTT_METHOD=chunk, or lora with TTT_PHASES",
+            cfg.ttt_method != "lora" or not cfg.eval_hash_rows or bool(cfg.ttt_phases),
+            f"EVAL_HASH_ROWS={cfg.eval_hash_rows}: TTT_METHOD=lora trains this table in TTT_PHASES "
+            "alone; set them, or EVAL_HASH_ROWS=0",
         ),
         (
             cfg.ttt_method != "lora" or not cfg.ttt_polyak,
@@ -1343,7 +1342,10 @@ def start_run(cfg: Config, env: Mapping[str, str]) -> Generator[Run]:
         run_id = run.broadcast_object(cfg.run_id or now)
         knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in KNOBS_OF_ONE_NODE}
         script = hash_bytes(script_source().encode())
-        check_same_on_ranks(run, **knobs, script=script, dtype=dtype, device=device.type)
+        knobs |= {"script": script, "dtype": dtype, "device": device.type}
+        if world_size > 1 and cfg.compile:
+            knobs["compiler"] = not compile_unavailable_reason(device)
+        check_same_on_ranks(run, **knobs)
         run.directory = Path(cfg.run_dir or Path("logs") / run_id)
         run.run_on_rank0(lambda: undo.enter_context(lock_directory(run.directory)))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3864,9 +3866,7 @@ def build_model(run: Run, weights: Mapping[str, Tensor] | None = None) -> GPT:
             model = GPT(cfg, attention, run.dtype)
         model.load_state_dict(weights, assign=True)
     model = model.to(run.device)
-    reason = compile_unavailable_reason(run.device) if cfg.compile else ""
-    check_same_on_ranks(run, compiler=not reason)
-    if reason:
+    if cfg.compile and (reason := compile_unavailable_reason(run.device)):
         run.log("warning", text=f"the model is not compiled: {reason}; training will be slower")
     elif cfg.compile:
         model.compile_()

@@ -515,13 +515,8 @@ def test_a_divisor_of_zero_is_refused_like_any_other_number(name: str):
         ),
         (
             {"ttt_method": "lora", "eval_hash_rows": 64},
-            "EVAL_HASH_ROWS=64: nothing trains this table; set it to 0, or TTT_METHOD=chunk, or "
-            "lora with TTT_PHASES",
-        ),
-        (
-            {"ttt_method": "none", "eval_hash_rows": 9, "ttt_phases": "4"},
-            "EVAL_HASH_ROWS=9: nothing trains this table; set it to 0, or TTT_METHOD=chunk, or "
-            "lora with TTT_PHASES",
+            "EVAL_HASH_ROWS=64: TTT_METHOD=lora trains this table in TTT_PHASES alone; set them, "
+            "or EVAL_HASH_ROWS=0",
         ),
         (
             {"ttt_method": "lora", "ttt_polyak": 0.5},

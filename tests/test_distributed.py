@@ -526,16 +526,29 @@ def test_what_the_ranks_compare(make_run: MakeRun, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         train_gpt, "check_same_on_ranks", lambda _, **values: compared.update(values)
     )
-    cfg = make_run(seed=5, compile=True).cfg
+    cfg = make_run(seed=5).cfg
     with train_gpt.start_run(cfg, {}) as run:
         script = train_gpt.hash_bytes(train_gpt.script_source().encode())
         assert compared["seed"] == 5 and compared["script"] == script
         assert (compared["dtype"], compared["device"]) == (run.dtype, "cpu")
         assert not compared.keys() & {*train_gpt.KNOBS_OF_ONE_NODE}
-        for reason in ("no compiler", ""):
-            monkeypatch.setattr(train_gpt, "compile_unavailable_reason", lambda _, r=reason: r)
-            train_gpt.build_model(run)
-            assert compared["compiler"] == (not reason)
+
+
+@pytest.mark.parametrize("reason", ["no compiler", ""])
+def test_the_ranks_compare_whether_they_can_compile(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, reason: str
+):
+    compared: dict[str, Any] = {}
+    monkeypatch.setattr(
+        train_gpt, "check_same_on_ranks", lambda _, **values: compared.update(values)
+    )
+    monkeypatch.setattr(train_gpt, "join_process_group", lambda backend: None)
+    monkeypatch.setattr(train_gpt, "compile_unavailable_reason", lambda _: reason)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(train_gpt.Run, "broadcast_object", lambda self, value: value)
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with train_gpt.start_run(make_run(compile=True).cfg, env):
+        assert compared["compiler"] == (not reason)
 
 
 def test_ranks_may_name_other_folders(data: TinyData, work: Path):

@@ -497,7 +497,7 @@ def test_after_an_error_the_process_group_is_not_destroyed(
     monkeypatch.setattr(train_gpt, "join_process_group", lambda backend: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: destroyed.append(1))
     monkeypatch.setattr(Run, "broadcast_object", lambda self, value: value)
-    monkeypatch.setattr(train_gpt, "check_same_knobs", lambda run: None)
+    monkeypatch.setattr(train_gpt, "check_same_on_ranks", lambda run, **_: None)
     cfg = tiny_config(run_dir=str(tmp_path / "run"))
     env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     with pytest.raises(torch.OutOfMemoryError), train_gpt.start_run(cfg, env):

@@ -175,7 +175,7 @@ def test_other_stages_fit_where_training_fits():
         for name, cells in rows.items()
         if name.startswith(("MICRO_BATCH_TOKENS, calibration", "TTT_BATCH_SIZE,"))
     }
-    (each,) = numbers_of(r"each document of `TTT_BATCH_SIZE` takes ([\d.]+) GB", readme())
+    (each,) = numbers_of(r"each of `TTT_BATCH_SIZE` adapters takes ([\d.]+) GB", readme())
     # Of the report's cards, the first and the last differ by so many documents.
     documents = most["TTT_BATCH_SIZE"][0] - most["TTT_BATCH_SIZE"][-1]
     assert abs((cards[0] - cards[-1]) * 2**30 / 1e9 / documents - each) < 0.006

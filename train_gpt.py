@@ -410,13 +410,24 @@ class Config:
         0, "these validations score only the first tokens; 0 = all", unit="tokens", low=0
     )
     # Quantization and artifact
-    attn_bits: int = knob(8, "attention matrices: code width; 16 = fp16", unit="bits", choices=BITS)
-    mlp_bits: int = knob(8, "MLP matrices: code width; 16 = fp16", unit="bits", choices=BITS)
+    # The codes of solved scales have no width: the entropy coder decides what they take.
+    attn_bits: int = knob(
+        8, "attention: code width (not for solved scales); 16 = fp16", unit="bits", choices=BITS
+    )
+    mlp_bits: int = knob(
+        8, "MLP: code width (not for solved scales); 16 = fp16", unit="bits", choices=BITS
+    )
     embed_bits: int = knob(
-        8, "embedding and head: code width; 16 = fp16", unit="bits", choices=BITS
+        8,
+        "embedding and head: code width (not for solved scales); 16 = fp16",
+        unit="bits",
+        choices=BITS,
     )
     table_bits: int = knob(
-        8, "hashed and value embeddings: code width; 16 = fp16", unit="bits", choices=BITS
+        8,
+        "hashed and value embeddings: code width (not for solved scales); 16 = fp16",
+        unit="bits",
+        choices=BITS,
     )
     gate_bits: int = knob(
         8, "gate weights, one scale per row; 16 = fp16", unit="bits", choices=(8, 16)

@@ -1387,7 +1387,7 @@ def check_same_on_ranks(run: Run, **values: Any) -> None:
 
 def parse_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK; InputError unless they describe a process group."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     texts = {name: env[name] for name in names if env.get(name)}
     given = ", ".join(f"{name}={text}" for name, text in texts.items())
     remedy = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
@@ -1396,7 +1396,8 @@ def parse_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
     rank, world_size = int(texts.get("RANK", 0)), int(texts.get("WORLD_SIZE", 1))
     require(rank < world_size, f"{given}: RANK must be below WORLD_SIZE ({world_size}); {remedy}")
     if world_size > 1:
-        needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"] + names[2:] * torch.cuda.is_available()
+        needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+        needed += ["LOCAL_RANK"] if torch.cuda.is_available() else []
         missing = [name for name in needed if not env.get(name)]
         require(not missing, f"{given}, but without {' and '.join(missing)}; {remedy}")
     return rank, world_size, int(texts.get("LOCAL_RANK", 0))
@@ -7314,8 +7315,9 @@ def check_sizes(run: Run, artifact: Path) -> dict[str, Any]:
     sizes |= {"total_bytes": total, "budget_bytes": budget}
     run.log("size", **sizes)
     if total > budget:
-        remedy = f"remove {artifact} and start again with lower *_BITS, or with another shape and "
-        remedy = remedy + "RUN_ID" if run.cfg.trains else "raise it, or score another artifact"
+        remedy = "raise it, or score another artifact"
+        if run.cfg.trains:
+            remedy = f"remove {artifact} and start again with lower *_BITS, or change the shape"
         text = f"code and artifact take {total} bytes of ARTIFACT_BUDGET_BYTES={budget}"
         raise RunFailed(f"{text}; {remedy}")
     return sizes

@@ -916,7 +916,7 @@ def test_a_byte_over_the_budget_fails_the_run(make_run: MakeRun, artifacts: dict
         check_sizes(run, artifact)
     assert str(failure.value) == (
         f"code and artifact take {budget + 1} bytes of ARTIFACT_BUDGET_BYTES={budget}; remove "
-        f"{artifact} and start again with lower *_BITS, or with another shape and RUN_ID"
+        f"{artifact} and start again with lower *_BITS, or change the shape"
     )
 
 

@@ -735,6 +735,21 @@ def test_scores_that_less_time_explains_are_no_problem(
     assert any("final_ttt" in note for note in found.notes) == (not problem)
 
 
+@pytest.mark.slow
+def test_scoring_again_finds_a_packed_script_that_is_not_its_source(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(check, "packer_of", lambda source: object())  # no packer is like another
+    copy = shutil.copytree(trained, tmp_path / "records/track_test" / trained.name)
+    packed = copy / "train_gpt.py"
+    packed.write_bytes(packed.read_bytes()[:-1] + b"#")
+    assert main(["check", "--rescore", str(copy), "--records", str(tmp_path / "records")]) == 1
+    assert "train_gpt.py is not what its source packs itself into" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("missing", ["artifact", "data", "size"])
 def test_what_cannot_be_scored_again_is_named(
     missing: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

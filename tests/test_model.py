@@ -552,9 +552,9 @@ def test_sdpa_equals_attention_by_loops_in_value_and_gradient(isolate: bool):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("T", [2, 63, 64, 200, 512, 513])
+@pytest.mark.parametrize("T", [2, 63, 64, 200, 1024, 1025])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_bf16_gradients_on_a_cpu_are_those_of_exact_attention(T: int, compiled: bool):
+def test_bf16_values_and_gradients_on_a_cpu_are_those_of_exact_attention(T: int, compiled: bool):
     qkv = attention_inputs(2, T, dtype=torch.bfloat16)
     exact = BlockInputs(*(x.detach().double().requires_grad_() for x in qkv))
     attention, ids = kernel("sdpa"), torch.full((2, T), 5)
@@ -563,22 +563,39 @@ def test_bf16_gradients_on_a_cpu_are_those_of_exact_attention(T: int, compiled: 
     for got, expected in zip(
         [values, *gradients], values_and_gradients(attention, exact, ids, False), strict=True
     ):
-        assert (got.double() - expected).norm() <= 0.01 * expected.norm()
+        # With two positions, gradients are small differences of numbers rounded to 8 bits.
+        assert (got.double() - expected).norm() <= 0.015 * expected.norm()
     with torch.no_grad():  # which takes the other path, PyTorch's own
-        assert torch.equal(attention.attend(*qkv, None), values)
+        pytorch = attention.attend(*qkv, None)
+    assert (values - pytorch).norm() <= 0.005 * pytorch.norm()
 
 
-def test_gradients_of_large_scores_stay_finite():
+def test_large_scores_are_as_exact_as_small_ones():
     q, k, v = attention_inputs(1, 130, dtype=torch.bfloat16)
     q, k = (60 * x.detach() for x in (q, k))
     q[:, 1::2] = k[:, 1::2].repeat_interleave(2, dim=2)  # what is masked would pass exp(88)
-    gradients = values_and_gradients(
-        kernel("sdpa"),
-        BlockInputs(*(x.detach().requires_grad_() for x in (q, k, v))),
-        q[..., 0, 0],
-        False,
-    )
+    qkv = BlockInputs(*(x.detach().requires_grad_() for x in (q, k, v)))
+    exact = BlockInputs(*(x.detach().double().requires_grad_() for x in (q, k, v)))
+    ids = q[..., 0, 0]
+    values, *gradients = values_and_gradients(kernel("sdpa"), qkv, ids, False)
+    expected, *_ = values_and_gradients(kernel("sdpa"), exact, ids, False)
+    assert (values.double() - expected).norm() <= 0.01 * expected.norm()
     assert all(bool(x.isfinite().all()) for x in gradients)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "T"), [(3, 3, 100), (4, 2, 64)])
+def test_the_operators_of_tiled_attention_are_what_the_compiler_takes_them_for(
+    heads: int, key_heads: int, T: int
+):
+    q, k, v, grad = (
+        torch.randn(2, num, T, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+        for num, width in ((heads, 9), (key_heads, 9), (key_heads, 10), (heads, 10))
+    )
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(train_gpt.tiled_attention, (q, k, v), test_utils=checks)
+    weights = train_gpt.tiled_attention(q, k, v)[-1]
+    gradients = train_gpt.tiled_attention_gradients
+    torch.library.opcheck(gradients, (grad, q, k, v, weights), test_utils=checks)
 
 
 @pytest.mark.parametrize("isolate", [False, True])

@@ -1088,13 +1088,13 @@ def test_logits_never_exist_for_more_than_a_chunk(
 ):
     cfg = tiny_config(vocab_size=1000, model_dim=8, num_heads=2, num_layers=1, gate_window=8)
     model = random_model(cfg, dtype)
-    ids = random_ids(cfg, B=8, T=33)  # N = 256 targets: 256,000 logits; no other tensor has 16,000
+    ids = random_ids(cfg, B=8, T=33)  # N = 256 targets: 256,000 logits; no other tensor has 17,000
     for limits in (train_gpt.MAX_LOGITS, train_gpt.MAX_LOSS_LOGITS):
-        monkeypatch.setitem(limits, "cpu", 16_000)
+        monkeypatch.setitem(limits, "cpu", 18_000)
     with LargestTensor() as largest:
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
         model.eval_nll(ids[:, :-1], ids[:, 1:])
-    assert 15_000 <= largest.numel <= 16_000
+    assert 17_000 <= largest.numel <= 18_000
     with LargestTensor() as largest:
         model.logits(ids[:, :-1])
     assert largest.numel == 256_000  # the counter sees what the loss avoids

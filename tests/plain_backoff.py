@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -32,8 +33,11 @@ class PlainBackoff:
             self.followers[self.context(order, target)].append((target, self.ids[target]))
 
     def weight(self, kind: Any) -> float:
+        (order, is_repeated, age, share), gate = kind
+        logit = 0.49 * gate + 0.99 * math.log(abs(order) or 1) + 1.45 * (order < 0)
+        logit += 1.13 * is_repeated - 0.31 * age + 0.42 * share - 6.14
         posterior, number = self.sums[kind]
-        return (posterior + 0.2) / (number + 4.2)
+        return (posterior + 7 / (1 + math.exp(-logit))) / (number + 7)
 
     def mix(self, p: float, target: int, now: int, before: float) -> float:
         """Probability of token `target` from the model's, and posteriors by class for `update`."""

@@ -4140,8 +4140,8 @@ class TiledCausalAttention(torch.autograd.Function):
     """Causal attention of q (B, H, T, E) to k and v (B, K, T, E) in bf16 on a CPU, tile by tile.
 
     Faster than PyTorch's, as it skips the blocks above the diagonal and keeps the exponentials for
-    the backward pass: 2 bytes for each head, query, and position that it sees. Constant channels
-    are appended here, not in the operators, so that the compiler fuses that with what comes before.
+    the backward pass: 2 bytes for each head, query, and position that it sees. What can be done
+    outside the two operators is done here, where the compiler fuses it with other operations.
     """
 
     @staticmethod
@@ -4150,15 +4150,15 @@ class TiledCausalAttention(torch.autograd.Function):
         k, v = F.pad(k, (0, 1), value=1.0), F.pad(v, (0, 2), value=1.0)
         y, sum_BHT1, weights = tiled_attention(q, k, v)
         ctx.save_for_backward(q, k, v, y, sum_BHT1, weights)
-        return y
+        return (y / sum_BHT1).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, y, sum_BHT1, weights = ctx.saved_tensors
-        grad = grad / sum_BHT1
-        delta_BHT1 = (grad * y).sum(dim=-1, keepdim=True)
+        grad = (grad / sum_BHT1).to(q.dtype)
+        delta_BHT1 = (grad * (y / sum_BHT1)).sum(dim=-1, keepdim=True)
         high = delta_BHT1.to(q.dtype)
-        grad = torch.cat([grad.to(q.dtype), -high, (high - delta_BHT1).to(q.dtype)], dim=-1)
+        grad = torch.cat([grad, -high, (high - delta_BHT1).to(q.dtype)], dim=-1)
         dq, dk, dv = tiled_attention_gradients(grad, q, k, v, weights)
         return dq * dq.size(-1) ** -0.5, dk, dv
 
@@ -4172,7 +4172,7 @@ def attention_tiles(weights: Tensor, q: Tensor) -> Iterator[tuple[int, int, Tens
     for start in range(0, T, TILE_LEN):
         end = min(T, start + TILE_LEN)
         size = N * G * (end - start) * end
-        yield start, end, weights[:size].view(N, -1, end)
+        yield start, end, weights[:size].view(N, G * (end - start), end)
         weights = weights[size:]
 
 
@@ -4187,11 +4187,12 @@ def num_attention_weights(T: int) -> int:
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of q (B, H, T, E + 1), scaled, to k (B, K, T, E + 1), v (B, K, T, E + 2).
 
-    Returns the output (B, H, T, E), the sum of each query's exponentials (B, H, T, 1) in float32,
-    and the exponentials of all tiles, one after the other.
+    Returns the output (B, H, T, E) times the sum of each query's exponentials; that sum
+    (B, H, T, 1) in float32; and the exponentials of all tiles, one after the other.
 
-    Scores far below zero are too coarse in bf16, so each tile's are computed twice: first for the
-    largest score of each query, then minus that, which is the last channel of q against ones in k.
+    Large scores are too coarse in bf16. So each product of q and k is computed twice: once for the
+    largest score of each query, then with minus that score as the last channel of q, against ones
+    in k.
     """
     (B, H, T, _), K, E = q.shape, k.size(1), q.size(-1) - 1
     q, k, v = q.view(B * K, H // K, T, E + 1), k.view(B * K, T, E + 1), v.view(B * K, T, E + 2)
@@ -4207,8 +4208,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
         torch.bmm(q_tile, k_tile, out=p).exp_()
         diagonal.tril_()
         sum_tile = p.sum(dim=-1, keepdim=True, dtype=torch.float32)
-        y_tile = torch.bmm(p, v[:, :end, :E]) / sum_tile
-        y[:, :, start:end] = y_tile.view(B * K, H // K, -1, E)
+        y[:, :, start:end] = torch.bmm(p, v[:, :end, :E]).view(B * K, H // K, -1, E)
         sums[:, :, start:end] = sum_tile.view(B * K, H // K, -1, 1)
     return y.view(B, H, T, E), sum_BHT1, weights
 
@@ -8943,13 +8943,14 @@ class Backoff:
     seen, whether more than once, and how deterministic its continuation is; and on the model's nats
     of the target before. A class has weights for G values of these nats, between which w is
     interpolated. They are mean posterior probabilities that the n-gram produced the scored tokens
-    (online EM), with `prior_weights` for PRIOR_TOKENS tokens. Suffix S: classes.
+    (online EM), as if PRIOR_TOKENS tokens with the mean `prior_weights` had been scored before.
+    Suffix S: classes.
     """
 
     # Classes of one order: by the share of the most frequent continuation, by age, by count.
     SHARES, AGES, CLASSES = (0.25, 0.5, 0.75, 0.95), (128, 1024), 30
     GATE_NATS = 3.0  # from one of the G values to the next; the first is 0
-    PRIOR_TOKENS = 7
+    PRIOR_TOKENS = 10
 
     def __init__(self, cfg: Config, device: torch.device):
         shape = 2, 2, 3, self.CLASSES * len(cfg.mixer_contexts)
@@ -8960,17 +8961,16 @@ class Backoff:
 
     @staticmethod
     def prior_weights(orders: Sequence[int]) -> Tensor:
-        """Weights (G, S) before any text: logistic in the order and in the numbers of the classes.
+        """Weights (G, S) before any text, a logistic function of gate, order and class.
 
-        The coefficients were fitted to training text that a model of 3 M parameters scored.
+        Its coefficients were fitted to training text that a model of 3 M parameters scored.
         """
-        sizes = 3, len(orders), 2, 3, 5
+        axes = range(3), orders, range(2), range(3), range(5)
         gate, order, is_repeated, age, share = torch.meshgrid(
-            *(torch.arange(size, dtype=torch.float64) for size in sizes), indexing="ij"
+            *(torch.tensor(axis, dtype=torch.float64) for axis in axes), indexing="ij"
         )
-        order = torch.tensor(orders).double()[order.long()]
-        logit = 0.49 * gate + 0.99 * order.abs().clamp_min(1).log() + 1.45 * (order < 0)
-        logit += 1.13 * is_repeated - 0.31 * age + 0.42 * share - 6.14
+        logit = 0.65 * gate + 1.32 * order.abs().clamp_min(1).log() + 1.76 * (order < 0).double()
+        logit += 1.27 * is_repeated - 0.18 * age + 0.47 * share - 7.23
         return logit.sigmoid().flatten(1)
 
     def mix(

@@ -34,10 +34,10 @@ class PlainBackoff:
 
     def weight(self, kind: Any) -> float:
         (order, is_repeated, age, share), gate = kind
-        logit = 0.49 * gate + 0.99 * math.log(abs(order) or 1) + 1.45 * (order < 0)
-        logit += 1.13 * is_repeated - 0.31 * age + 0.42 * share - 6.14
+        logit = 0.65 * gate + 1.32 * math.log(abs(order) or 1) + 1.76 * (order < 0)
+        logit += 1.27 * is_repeated - 0.18 * age + 0.47 * share - 7.23
         posterior, number = self.sums[kind]
-        return (posterior + 7 / (1 + math.exp(-logit))) / (number + 7)
+        return (posterior + 10 / (1 + math.exp(-logit))) / (number + 10)
 
     def mix(self, p: float, target: int, now: int, before: float) -> float:
         """Probability of token `target` from the model's, and posteriors by class for `update`."""

@@ -19,7 +19,7 @@ from train_gpt import BOS_ID, Backoff, Config, Hedge, Mixer, NgramCounts, Run
 V, NUM_TOKENS = 12, 700
 HEDGE = {"mixer": "hedge", "hedge_min_tokens": 50}
 ENTROPY = {"mixer": "hedge_entropy", "hedge_min_tokens": 50, "allow_noncompliant": True}
-BACKOFF = {"mixer": "backoff", "mixer_orders": "1-3,5"}
+BACKOFF = {"mixer": "backoff", "mixer_orders": "0-3,5"}
 TILT = {"ngram_tilt": 2.625, "ngram_tilt_orders": "2,4", "ngram_tilt_min_frac": 0.6}
 COLD = {"adaptive_temperature": 0.9}
 METHODS: dict[str, dict[str, Any]] = {
@@ -346,7 +346,7 @@ def test_backoff_is_a_chain_of_two_way_mixtures(make_run: MakeRun, monkeypatch):
     monkeypatch.setattr(Backoff, "AGES", (20, 60))
     text, mixer, chunk = make_text(), make_mixer(make_run, **BACKOFF), 100
     nll, p_NV = stream(mixer, text, 500, chunk), plain_probabilities(text)
-    plain = PlainBackoff([-3, -2, -1, 1, 2, 3, 5], text.ids.tolist())
+    plain = PlainBackoff([-3, -2, -1, 0, 1, 2, 3, 5], text.ids.tolist())
     for i in range(500):
         if i % chunk == 0:  # tables and weights are those of the last update
             for place in range(max(0, i - chunk + 1), i + 1):

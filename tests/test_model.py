@@ -564,13 +564,15 @@ def test_bf16_values_and_gradients_on_a_cpu_are_those_of_exact_attention(T: int,
         [values, *gradients], values_and_gradients(attention, exact, ids, False), strict=True
     ):
         # With two positions, gradients are small differences of numbers rounded to 8 bits.
-        assert (got.double() - expected).norm() <= 0.015 * expected.norm()
-    with torch.no_grad():  # which takes the other path, PyTorch's own
+        tolerance = 0.015 if T == 2 else 0.008
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+    with torch.no_grad():  # PyTorch's own, which rounds in other places
         pytorch = attention.attend(*qkv, None)
     assert (values - pytorch).norm() <= 0.005 * pytorch.norm()
+    assert torch.equal(values, pytorch) == (T > train_gpt.MAX_TILED_LEN)
 
 
-def test_large_scores_are_as_exact_as_small_ones():
+def test_large_scores_neither_overflow_nor_lose_precision():
     q, k, v = attention_inputs(1, 130, dtype=torch.bfloat16)
     q, k = (60 * x.detach() for x in (q, k))
     q[:, 1::2] = k[:, 1::2].repeat_interleave(2, dim=2)  # what is masked would pass exp(88)
@@ -1088,7 +1090,7 @@ def test_logits_never_exist_for_more_than_a_chunk(
 ):
     cfg = tiny_config(vocab_size=1000, model_dim=8, num_heads=2, num_layers=1, gate_window=8)
     model = random_model(cfg, dtype)
-    ids = random_ids(cfg, B=8, T=33)  # N = 256 targets: 256,000 logits; no other tensor has 17,000
+    ids = random_ids(cfg, B=8, T=33)  # N = 256 targets: 256,000 logits; attention weights: 16,384
     for limits in (train_gpt.MAX_LOGITS, train_gpt.MAX_LOSS_LOGITS):
         monkeypatch.setitem(limits, "cpu", 18_000)
     with LargestTensor() as largest:

@@ -4001,10 +4001,13 @@ def sdpa_mask(ids_BT: Tensor, isolate: bool, past: int = 0) -> Tensor | None:
 
 
 def sdpa_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention (B, T, H, E) by PyTorch, or by TiledCausalAttention where that trains faster."""
+    """Attention (B, T, H, E) by PyTorch, or by TiledCausalAttention where that is faster.
+
+    Which one does not depend on whether there are gradients: a score must not, either.
+    """
     q, k, v = [x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE)]
     on_bf16_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if on_bf16_cpu and mask is None and q.size(2) <= MAX_TILED_LEN and torch.is_grad_enabled():
+    if on_bf16_cpu and mask is None and q.size(2) <= MAX_TILED_LEN:
         return TiledCausalAttention.apply(q, k, v).transpose(1, 2)  # type: ignore[no-untyped-call]
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # The memory-efficient kernel, used for these on a GPU, does not support grouped queries.

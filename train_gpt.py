@@ -4008,7 +4008,8 @@ def sdpa_attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Tensor | N
     q, k, v = [x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE)]
     on_bf16_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if on_bf16_cpu and mask is None and q.size(2) <= MAX_TILED_LEN:
-        return TiledCausalAttention.apply(q, k, v).transpose(1, 2)  # type: ignore[no-untyped-call]
+        y = TiledCausalAttention.apply(q, k, v, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        return y.transpose(1, 2)
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # The memory-efficient kernel, used for these on a GPU, does not support grouped queries.
         k, v = [x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v)]
@@ -4137,6 +4138,7 @@ ATTENTION_BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
 
 MAX_TILED_LEN = 1024  # positions; for longer sequences it takes too much memory
 TILE_LEN = 64  # queries
+TILE_WEIGHTS = 2**20  # about as many fit into the cache of a core
 
 
 class TiledCausalAttention(torch.autograd.Function):
@@ -4148,10 +4150,10 @@ class TiledCausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, has_gradients: bool) -> Tensor:
         q = F.pad(q * q.size(-1) ** -0.5, (0, 1))
         k, v = F.pad(k, (0, 1), value=1.0), F.pad(v, (0, 2), value=1.0)
-        y, sum_BHT1, weights = tiled_attention(q, k, v)
+        y, sum_BHT1, weights = tiled_attention(q, k, v, has_gradients)
         ctx.save_for_backward(q, k, v, y, sum_BHT1, weights)
         return (y / sum_BHT1).to(q.dtype)
 
@@ -4163,20 +4165,23 @@ class TiledCausalAttention(torch.autograd.Function):
         high = delta_BHT1.to(q.dtype)
         grad = torch.cat([grad, -high, (high - delta_BHT1).to(q.dtype)], dim=-1)
         dq, dk, dv = tiled_attention_gradients(grad, q, k, v, weights)
-        return dq * dq.size(-1) ** -0.5, dk, dv
+        return dq * dq.size(-1) ** -0.5, dk, dv, None
 
 
-def attention_tiles(weights: Tensor, q: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """First query and end of each tile of q (N, G, T, ...), and its part of `weights`.
+def attention_tiles(weights: Tensor, q: Tensor) -> Iterator[tuple[slice, int, int, Tensor]]:
+    """Sequences, first query, end and weights of each tile of q (N, G, T, ...).
 
-    The part is (N, G * queries, end), as a tile's queries see the keys before its end.
+    The weights are (sequences, G * queries, end), as a tile's queries see the keys before its end:
+    a part of `weights`, or a new tensor if that is empty.
     """
     N, G, T = q.shape[:3]
-    for start in range(0, T, TILE_LEN):
-        end = min(T, start + TILE_LEN)
-        size = N * G * (end - start) * end
-        yield start, end, weights[:size].view(N, G * (end - start), end)
-        weights = weights[size:]
+    num_rows = max(1, TILE_WEIGHTS // (G * TILE_LEN * max(1, T)))
+    for first, start in itertools.product(range(0, N, num_rows), range(0, T, TILE_LEN)):
+        rows, end = slice(first, min(N, first + num_rows)), min(T, start + TILE_LEN)
+        shape = rows.stop - first, G * (end - start), end
+        part = weights[: math.prod(shape)] if len(weights) else weights.new_empty(shape)
+        yield rows, start, end, part.view(shape)
+        weights = weights[math.prod(shape) :]
 
 
 def num_attention_weights(T: int) -> int:
@@ -4187,11 +4192,14 @@ def num_attention_weights(T: int) -> int:
 
 # The module's name is part of the operators': a second import of this file must not replace them.
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::tiled_attention", mutates_args=())
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of q (B, H, T, E + 1), scaled, to k (B, K, T, E + 1), v (B, K, T, E + 2).
 
     Returns the output (B, H, T, E) times the sum of each query's exponentials; that sum
-    (B, H, T, 1) in float32; and the exponentials of all tiles, one after the other.
+    (B, H, T, 1) in float32; and the exponentials of all tiles, one after the other, if they are to
+    be kept.
 
     Large scores are too coarse in bf16. So each product of q and k is computed twice: once for the
     largest score of each query, then with minus that score as the last channel of q, against ones
@@ -4200,27 +4208,28 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     (B, H, T, _), K, E = q.shape, k.size(1), q.size(-1) - 1
     q, k, v = q.view(B * K, H // K, T, E + 1), k.view(B * K, T, E + 1), v.view(B * K, T, E + 2)
     y, sum_BHT1 = q.new_empty(*q.shape[:3], E), q.new_empty(B, H, T, 1, dtype=torch.float32)
-    weights, sums = q.new_empty(B * H * num_attention_weights(T)), sum_BHT1.view(*q.shape[:3], 1)
-    for start, end, p in attention_tiles(weights, q):
-        q_tile, k_tile = q[:, :, start:end].clone().flatten(1, 2), k[:, :end].contiguous().mT
+    weights = q.new_empty(B * H * num_attention_weights(T) if keep_weights else 0)
+    sums = sum_BHT1.view(*q.shape[:3], 1)
+    for rows, start, end, p in attention_tiles(weights, q):
+        q_tile, k_tile = q[rows, :, start:end].clone().flatten(1, 2), k[rows, :end].contiguous().mT
         torch.bmm(q_tile, k_tile, out=p)
-        diagonal = p.view(B * K, H // K, -1, end)[..., start:]
+        diagonal = p.view(len(p), H // K, -1, end)[..., start:]
         future = torch.ones(diagonal.shape[-2:], dtype=torch.bool).triu_(1)
         diagonal.masked_fill_(future, -torch.inf)
         q_tile[..., E] = -p.amax(dim=-1)
         torch.bmm(q_tile, k_tile, out=p).exp_()
         diagonal.tril_()
         sum_tile = p.sum(dim=-1, keepdim=True, dtype=torch.float32)
-        y[:, :, start:end] = torch.bmm(p, v[:, :end, :E]).view(B * K, H // K, -1, E)
-        sums[:, :, start:end] = sum_tile.view(B * K, H // K, -1, 1)
+        y[rows, :, start:end] = torch.bmm(p, v[rows, :end, :E]).view(len(p), H // K, -1, E)
+        sums[rows, :, start:end] = sum_tile.view(len(p), H // K, -1, 1)
     return y.view(B, H, T, E), sum_BHT1, weights
 
 
 @tiled_attention.register_fake
-def _(q: Tensor, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, _k: Tensor, _v: Tensor, keep_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, wide = q.shape
     y, sum_BHT1 = q.new_empty(B, H, T, wide - 1), q.new_empty(B, H, T, 1, dtype=torch.float32)
-    return y, sum_BHT1, q.new_empty(B * H * num_attention_weights(T))
+    return y, sum_BHT1, q.new_empty(B * H * num_attention_weights(T) if keep_weights else 0)
 
 
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::tiled_gradients", mutates_args=())
@@ -4237,12 +4246,12 @@ def tiled_attention_gradients(
     q, grad = q.view(B * K, H // K, T, E + 1), grad.view(B * K, H // K, T, E + 2)
     k, v = k.view(B * K, T, E + 1), v.view(B * K, T, E + 2)
     dq, dk, dv = q.new_empty(*q.shape[:3], E), k.new_zeros(B * K, T, E), k.new_zeros(B * K, T, E)
-    for start, end, p in attention_tiles(weights, q):
-        q_tile, grad_tile = [x[:, :, start:end].flatten(1, 2) for x in (q, grad)]
-        dv[:, :end].baddbmm_(p.mT, grad_tile[..., :E])
-        ds = torch.bmm(grad_tile, v[:, :end].mT).mul_(p)
-        dk[:, :end].baddbmm_(ds.mT, q_tile[..., :E])
-        dq[:, :, start:end] = torch.bmm(ds, k[:, :end, :E]).view(B * K, H // K, -1, E)
+    for rows, start, end, p in attention_tiles(weights, q):
+        q_tile, grad_tile = [x[rows, :, start:end].flatten(1, 2) for x in (q, grad)]
+        dv[rows, :end].baddbmm_(p.mT, grad_tile[..., :E])
+        ds = torch.bmm(grad_tile, v[rows, :end].mT).mul_(p)
+        dk[rows, :end].baddbmm_(ds.mT, q_tile[..., :E])
+        dq[rows, :, start:end] = torch.bmm(ds, k[rows, :end, :E]).view(len(p), H // K, -1, E)
     return dq.view(B, H, T, E), dk.view(B, K, T, E), dv.view(B, K, T, E)
 
 

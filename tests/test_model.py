@@ -598,8 +598,9 @@ def test_the_operators_of_tiled_attention_are_what_the_compiler_takes_them_for(
         for num, width in ((heads, 9), (key_heads, 9), (key_heads, 10), (heads, 10))
     )
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(train_gpt.tiled_attention, (q, k, v), test_utils=checks)
-    weights = train_gpt.tiled_attention(q, k, v)[-1]
+    for keeps in (False, True):
+        torch.library.opcheck(train_gpt.tiled_attention, (q, k, v, keeps), test_utils=checks)
+    weights = train_gpt.tiled_attention(q, k, v, True)[-1]
     gradients = train_gpt.tiled_attention_gradients
     torch.library.opcheck(gradients, (grad, q, k, v, weights), test_utils=checks)
 

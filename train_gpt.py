@@ -4138,7 +4138,7 @@ ATTENTION_BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
 
 MAX_TILED_LEN = 1024  # positions; for longer sequences it takes too much memory
 TILE_LEN = 64  # queries
-TILE_WEIGHTS = 2**20  # about as many fit into the cache of a core
+TILE_WEIGHTS = 2**21  # more do not stay in the cache of a core
 
 
 class TiledCausalAttention(torch.autograd.Function):

@@ -565,7 +565,7 @@ def test_bf16_values_and_gradients_on_a_cpu_are_those_of_exact_attention(
     for got, expected in zip(
         [values, *gradients], values_and_gradients(attention, exact, ids, False), strict=True
     ):
-        # With two positions, gradients are small differences of what compiled code rounds otherwise.
+        # Gradients of two positions are small differences, and compiled code rounds elsewhere.
         tolerance = 0.015 if compiled and T == 2 else 0.008
         assert (got.double() - expected).norm() <= tolerance * expected.norm()
     with torch.no_grad():
